@@ -1,0 +1,196 @@
+"""The records that cross the engine's seams: requests in, tokens out, commands and events of one engine.
+
+A Request is what a user asked, in token ids. The gateway owns it and raises its epoch at every new placement
+(retry, migration); `(request_id, epoch)` is its Key everywhere below the gateway. Nothing here knows text,
+tensors, the network or Ray.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple
+
+
+class Role(StrEnum):
+    """Which pool routes to a worker. A label: every worker holds both sides ready."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"  # an end-of-sequence or stop token
+    LENGTH = "length"  # max_tokens or the context is full
+    ABORT = "abort"  # cancelled by its owner
+    ERROR = "error"  # TokenOutput.error says why
+
+
+class Key(NamedTuple):
+    """Names one placement of one request."""
+
+    request_id: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose tokens. temperature 0 is greedy; top_k 0 and top_p 1 are off; seed is always set."""
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0  # 0 <= seed < 2**64
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One generation. `generated_ids` are tokens that the client already has (after a retry or a hand-off)."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    epoch: int = 0
+    generated_ids: tuple[int, ...] = ()
+    namespace: str = ""  # separates prefix caches (tenant, adapter)
+    timeout_s: float = 600.0  # what is left until the deadline when the record is sent
+
+    @property
+    def key(self) -> Key:
+        return Key(self.request_id, self.epoch)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.generated_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorInfo:
+    """A SteelyardError as a record: `code` is one of engine.errors.ERRORS."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """New tokens of one request: the unit of the token stream.
+
+    `first_index` counts generated tokens from 0. The owner takes only `first_index == next`.
+    `cached_tokens` is how many prompt tokens came from a prefix cache; `stages` are (name, seconds).
+    """
+
+    key: Key
+    first_index: int
+    token_ids: tuple[int, ...] = ()
+    finish: FinishReason | None = None
+    error: ErrorInfo | None = None
+    cached_tokens: int = 0
+    stages: tuple[tuple[str, float], ...] = ()
+
+
+# --- commands: what an engine is told, over a queue -----------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Add:
+    """Compute this request. With `handoff` it leaves after its first token, and its blocks stay held under
+    its key until Release; without, it runs to its end."""
+
+    request: Request
+    handoff: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """Take blocks for `num_tokens` positions, to be written from outside, if `num_growth` more are likely to fit."""
+
+    key: Key
+    num_tokens: int
+    num_growth: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Adopt:
+    """Go on with a request whose reserved blocks now hold its first `computed` positions, verified.
+
+    `cached_tokens` is the prefill side's count, carried on into the outputs."""
+
+    request: Request
+    computed: int
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Let go of blocks held under a key by a hand-off or a reservation. Releasing twice is no error."""
+
+    key: Key
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """End a request wherever it is; all it holds is freed. Aborting an unknown key is no error."""
+
+    key: Key
+
+
+Command = Add | Reserve | Adopt | Release | Abort
+
+
+# --- events: what an engine tells ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A hand-off sequence's KV is stored for positions [0, computed), in `block_ids` in order.
+
+    The first event of a key says that its first chunk was scheduled (computed may be 0). `done` comes with
+    the first token: from then on nothing more is written to the blocks."""
+
+    key: Key
+    computed: int
+    block_ids: tuple[int, ...]
+    done: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """Answer to Reserve: the blocks, or None with the reason of the refusal."""
+
+    key: Key
+    block_ids: tuple[int, ...] | None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Load of one engine after a step; all derived from live tables."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_held: int = 0  # hand-offs and reservations
+    num_blocks: int = 0
+    num_free_blocks: int = 0  # free or cached: available at once
+    num_cached_blocks: int = 0
+    num_held_blocks: int = 0  # in hand-offs and reservations
+    num_leaked_blocks: int = 0
+    num_waiting_tokens: int = 0  # positions still to be prefilled
+    num_steps: int = 0
+    num_preemptions: int = 0
+    prefix_queries: int = 0  # prompt tokens looked up
+    prefix_hits: int = 0  # of these, found
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutputs:
+    """Everything that one turn of an engine produced."""
+
+    tokens: tuple[TokenOutput, ...] = ()
+    progress: tuple[Progress, ...] = ()
+    reserved: tuple[Reserved, ...] = ()
+    stats: EngineStats = field(default_factory=EngineStats)
+    step_s: float = 0.0  # duration of the step, measured by the runner

@@ -1,0 +1,54 @@
+"""The seam between the HTTP face and the owner of live requests: token ids in, token outputs out.
+
+`router/dispatch.py` implements Generator over workers; tests of the face use a small real fake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine.types import Request, TokenOutput
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerView:
+    """One worker as /health and `steelyard status` show it."""
+
+    worker_id: str
+    incarnation: str
+    role: str
+    address: str
+    connected: bool
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_free_blocks: int
+    num_leaked_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class HealthView:
+    """Healthy means: a canary went through prefill, wire and decode within the last `canary_s`."""
+
+    healthy: bool
+    reason: str
+    canary_age_s: float | None
+    membership_version: int
+    workers: tuple[WorkerView, ...]
+    num_live_requests: int
+
+
+class Generator(Protocol):
+    """Owns live requests. Errors are SteelyardError, raised from the iterator (before or between outputs)."""
+
+    def generate(self, request: Request) -> AsyncIterator[TokenOutput]:
+        """Yield outputs with contiguous indices; the last one has `finish`. aclose() aborts the request."""
+        ...
+
+    def new_request_id(self) -> str: ...
+
+    def new_seed(self) -> int: ...
+
+    def health(self) -> HealthView: ...
