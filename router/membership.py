@@ -1,0 +1,33 @@
+"""The numbered list of workers that everyone routes by; whoever holds one keeps it until a higher number comes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.types import Role
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One worker that may be routed to. `incarnation` names this life of it; a new process is a new one.
+
+    Workers of unequal `cohort` (the layout hash) are never paired. `role_epoch` rises with every flip.
+    """
+
+    worker_id: str
+    incarnation: str
+    role: Role
+    role_epoch: int
+    address: str  # host:port of its gRPC server
+    cohort: str
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """All workers at one version. Versions only rise."""
+
+    version: int = 0
+    members: tuple[Member, ...] = ()
+
+    def by_role(self, role: Role) -> tuple[Member, ...]:
+        return tuple(member for member in self.members if member.role == role)
