@@ -92,6 +92,25 @@ class TokenOutput:
     stages: tuple[tuple[str, float], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One life of one worker, and where to reach it."""
+
+    worker_id: str
+    incarnation: str
+    address: str  # host:port of its gRPC server
+    cohort: str  # layout hash; unequal cohorts are never paired
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A placement as a gateway sends it: prefill here, then decode there (`decode` None: all of it here)."""
+
+    request: Request
+    gateway_id: str
+    decode: Endpoint | None
+
+
 # --- commands: what an engine is told, over a queue -----------------------------------------------------------
 
 

@@ -1,0 +1,1 @@
+"""How KV blocks move between workers: leases, frames, the hand-off record, and carriers."""

@@ -1,0 +1,1 @@
+"""The prefill side of a worker: the order of prompts, and the outbox of computed blocks."""

@@ -1,0 +1,1 @@
+"""Plain PyTorch: the specification that every faster kernel is tested against."""

@@ -1,0 +1,212 @@
+"""The intake of the decode side: reserve, pull, adopt, release.
+
+An offer's way:
+1. `reserve` asks the engine for blocks, for the prompt and the growth expected; no room is a refusal at once;
+2. a task pulls the blocks under the lease, while the producer still computes later ones;
+3. a verified COMMIT: the engine adopts the sequence, the producer may release;
+4. a lost lease: the reservation is given back, its producer tells the gateway; any other failure: we tell it.
+Heartbeats keep every open lease alive meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from decode_worker.config import DecodeConfig
+from engine.errors import InvalidRequest, LeaseLost, Overloaded, SteelyardError, TransferFailed
+from engine.planes import CacheLayout
+from engine.pool import BlockBytes
+from engine.streams import TokenStreams
+from engine.types import (
+    Abort,
+    Adopt,
+    Command,
+    EngineStats,
+    Endpoint,
+    ErrorInfo,
+    FinishReason,
+    Key,
+    Release,
+    Reserve,
+    Reserved,
+    StepOutputs,
+    TokenOutput,
+)
+from kv_transfer.carrier import CarrierPool
+from kv_transfer.config import TransferConfig
+from kv_transfer.lease import Lease, Offer
+from kv_transfer.pull import Pulled, Puller
+
+RESERVE_TIMEOUT_S = 5.0
+RELEASE_TIMEOUT_S = 2.0
+
+
+@dataclass(slots=True, eq=False)
+class _Arrival:
+    """An offer from its reservation to its first token here."""
+
+    offer: Offer
+    begun: float
+    committed: float | None = None
+    task: asyncio.Task[None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TransferTotals:
+    """Sums over finished pulls, for metrics."""
+
+    num_pulls: int = 0
+    num_failed: int = 0
+    num_resumes: int = 0
+    size_bytes: int = 0
+    duration_s: float = 0.0
+
+
+class Intake:
+    def __init__(
+        self, me: Endpoint, layout: CacheLayout, pool: BlockBytes, carriers: CarrierPool, streams: TokenStreams,
+        send: Callable[[Command], None], config: DecodeConfig, transfer: TransferConfig,
+    ) -> None:  # fmt: skip
+        self._me = me
+        self._layout = layout
+        self._pool = pool
+        self._carriers = carriers
+        self._streams = streams
+        self._send = send
+        self._config = config
+        self._transfer = transfer
+        self._answers: dict[Key, asyncio.Future[Reserved]] = {}
+        self._arrivals: dict[Key, _Arrival] = {}
+        self._stats = EngineStats()
+        self.totals = TransferTotals()
+
+    @property
+    def num_pulls(self) -> int:
+        return sum(arrival.committed is None for arrival in self._arrivals.values())
+
+    async def reserve(self, offer: Offer) -> None:
+        """Take an offer: returns when blocks are reserved and the pull has begun. Raises Overloaded if there is no
+        room now, InvalidRequest if the producer is of another cohort."""
+        if offer.lease.cohort != self._me.cohort:
+            raise InvalidRequest(f"cohort {offer.lease.cohort} cannot be paired with {self._me.cohort}", param="cohort")
+        if self.num_pulls >= self._config.max_pulls:
+            raise Overloaded(f"{self.num_pulls} pulls are under way already", retry_after_s=1)
+        key = offer.lease.key
+        arrival = self._arrivals[key] = _Arrival(offer, self._now())
+        try:
+            reserved = await self._ask_engine(offer)
+            if reserved.block_ids is None:
+                raise Overloaded(f"no room: {reserved.reason}", retry_after_s=1)
+            if self._arrivals.get(key) is not arrival:
+                raise Overloaded("aborted meanwhile")
+        except BaseException:
+            self._arrivals.pop(key, None)
+            self._send(Release(key))
+            raise
+        self._streams.register(key, offer.gateway_id)
+        arrival.task = asyncio.get_running_loop().create_task(self._pull(arrival, reserved.block_ids))
+
+    async def abort(self, key: Key) -> None:
+        """End a request wherever it is; nothing writes to its blocks once they are given back."""
+        arrival = self._arrivals.pop(key, None)
+        if arrival is not None and arrival.task is not None and not arrival.task.done():
+            arrival.task.cancel()
+            await asyncio.wait([arrival.task], timeout=RELEASE_TIMEOUT_S)
+        self._send(Abort(key))
+        self._streams.forget(key)
+
+    def on_outputs(self, outputs: StepOutputs) -> tuple[TokenOutput, ...]:
+        """Take a turn's news; returns the token outputs, with our stages on the first ones."""
+        self._stats = outputs.stats
+        for reserved in outputs.reserved:
+            answer = self._answers.pop(reserved.key, None)
+            if answer is not None and not answer.done():
+                answer.set_result(reserved)
+            elif reserved.block_ids is not None:
+                self._send(Release(reserved.key))  # nobody waits any more
+        return tuple(self._on_token(output) for output in outputs.tokens)
+
+    async def beat(self) -> None:
+        """One round of heartbeats for all open leases, grouped by producer."""
+        by_address: dict[str, list[Lease]] = {}
+        for arrival in self._arrivals.values():
+            if arrival.committed is None:
+                by_address.setdefault(arrival.offer.lease.address, []).append(arrival.offer.lease)
+        for leases in by_address.values():
+            try:
+                async with asyncio.timeout(self._transfer.heartbeat_s):
+                    await self._carriers.carrier(leases[0]).renew(leases)
+            except (SteelyardError, TimeoutError):
+                continue  # the next beat tries again; a producer that is gone ends the pull by itself
+
+    # --- parts ---------------------------------------------------------------------------------------------
+
+    async def _ask_engine(self, offer: Offer) -> Reserved:
+        key = offer.lease.key
+        answer = self._answers[key] = asyncio.get_running_loop().create_future()
+        self._send(Reserve(key, offer.num_tokens, offer.num_growth))
+        try:
+            async with asyncio.timeout(RESERVE_TIMEOUT_S):
+                return await answer
+        except TimeoutError:
+            raise Overloaded("the engine did not answer in time", retry_after_s=1) from None
+        finally:
+            self._answers.pop(key, None)
+
+    async def _pull(self, arrival: _Arrival, block_ids: tuple[int, ...]) -> None:
+        lease = arrival.offer.lease
+        try:
+            carrier = self._carriers.carrier(lease)
+            puller = Puller(self._layout, self._pool, block_ids, carrier, lease, self._transfer.digests)
+            pulled = await puller.run(self._transfer.pull_timeout_s)
+        except asyncio.CancelledError:
+            self._give_back(lease.key)
+            raise
+        except LeaseLost:
+            self._give_back(lease.key)
+        except TransferFailed as error:
+            self._give_back(lease.key)
+            self._tell_gateway(lease.key, error)
+        else:
+            self._adopt(arrival, pulled)
+        await self._release(lease)
+
+    def _adopt(self, arrival: _Arrival, pulled: Pulled) -> None:
+        arrival.committed = self._now()
+        duration_s = arrival.committed - arrival.begun
+        totals = self.totals
+        self.totals = replace(
+            totals, num_pulls=totals.num_pulls + 1, num_resumes=totals.num_resumes + pulled.num_resumes,
+            size_bytes=totals.size_bytes + pulled.size_bytes, duration_s=totals.duration_s + duration_s,
+        )  # fmt: skip
+        handoff = pulled.handoff
+        self._send(Adopt(handoff.request, handoff.computed, handoff.cached_tokens))
+
+    def _give_back(self, key: Key) -> None:
+        self.totals = replace(self.totals, num_failed=self.totals.num_failed + 1)
+        self._arrivals.pop(key, None)
+        self._send(Release(key))
+
+    def _tell_gateway(self, key: Key, error: SteelyardError) -> None:
+        info = ErrorInfo(error.code, error.message)
+        self._streams.publish((TokenOutput(key, 0, (), FinishReason.ERROR, info),), self._stats)
+
+    async def _release(self, lease: Lease) -> None:
+        """Tell the producer; if it cannot be told, the lease ends by itself."""
+        try:
+            async with asyncio.timeout(RELEASE_TIMEOUT_S):
+                await self._carriers.carrier(lease).release(lease)
+        except (SteelyardError, TimeoutError):
+            return
+
+    def _on_token(self, output: TokenOutput) -> TokenOutput:
+        arrival = self._arrivals.pop(output.key, None) if output.token_ids or output.finish else None
+        if arrival is None or arrival.committed is None:
+            return output
+        transfer_s = arrival.committed - arrival.begun
+        return replace(output, stages=(("transfer", transfer_s), ("decode_start", self._now() - arrival.committed)))
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()

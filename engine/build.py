@@ -1,0 +1,34 @@
+"""Builds a real engine: weights, KV tensors, model runner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from engine.engine import Engine
+from engine.kv_cache import DTYPES, KVCache
+from engine.model_runner import TorchRunner, build_model
+from engine.models.weights import load_weights
+from engine.pool import SharedPool
+from engine.setup import EngineSetup
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    engine: Engine
+    runner: TorchRunner
+    cache: KVCache
+
+
+def build_engine(setup: EngineSetup, pool: SharedPool | None) -> BuiltEngine:
+    """Load the model and make its engine over `pool` (None: KV tensors of their own). Raises ModelError."""
+    torch.set_num_threads(setup.config.threads)
+    device, block_size = setup.config.device, setup.config.block_size
+    weights = load_weights(setup.files, setup.model, DTYPES[setup.dtype])
+    if device != "cpu":
+        weights = {name: tensor.to(device) for name, tensor in weights.items()}
+    with torch.inference_mode():
+        model = build_model(setup.model, weights, block_size, setup.batch_invariant)
+        cache = KVCache(setup.layout, setup.spec.num_blocks, device, pool)
+    return BuiltEngine(Engine(setup.spec), TorchRunner(model, cache, block_size, device), cache)

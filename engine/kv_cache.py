@@ -1,0 +1,58 @@
+"""The KV pool as tensors: one per plane, [num_layers, num_blocks, *block_shape]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as BlockIds
+
+import torch
+
+from engine.planes import CacheLayout
+from engine.pool import SharedPool
+from kernels.reference.layers import copy_blocks
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class KVCache:
+    """Tensors over a SharedPool (CPU) or on a device of their own (where `pool` is None)."""
+
+    def __init__(self, layout: CacheLayout, num_blocks: int, device: str, pool: SharedPool | None) -> None:
+        self.layout = layout
+        self.planes = {
+            plane.name: self._make_plane(index, num_blocks, device, pool) for index, plane in enumerate(layout.planes)
+        }
+
+    def copy(self, copies: BlockIds[tuple[int, int]]) -> None:
+        """Copy blocks (from, to) in all planes."""
+        for plane in self.planes.values():
+            pairs = torch.tensor(copies, device=plane.device)
+            copy_blocks(plane, pairs[:, 0], pairs[:, 1])
+
+    def fill(self, value: float) -> None:
+        """Set every slot; tests poison the pool with NaN."""
+        for plane in self.planes.values():
+            plane.fill_(value)
+
+    def read(self, plane: int, layers: range, block_ids: BlockIds[int]) -> bytes:
+        """BlockBytes over device tensors."""
+        records = self._records(plane, layers, block_ids)
+        return records.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+
+    def write(self, plane: int, layers: range, block_ids: BlockIds[int], payload: memoryview) -> None:
+        tensor = self.planes[self.layout.planes[plane].name]
+        new = torch.frombuffer(bytearray(payload), dtype=tensor.dtype)
+        shape = (len(layers), len(block_ids), *tensor.shape[2:])
+        tensor[layers.start : layers.stop, list(block_ids)] = new.view(shape).to(tensor.device)
+
+    def _records(self, plane: int, layers: range, block_ids: BlockIds[int]) -> torch.Tensor:
+        return self.planes[self.layout.planes[plane].name][layers.start : layers.stop, list(block_ids)]
+
+    def _make_plane(self, index: int, num_blocks: int, device: str, pool: SharedPool | None) -> torch.Tensor:
+        plane = self.layout.planes[index]
+        shape = (len(plane.layer_ids), num_blocks, *plane.block_shape)
+        dtype = DTYPES[plane.dtype]
+        if pool is None:
+            return torch.zeros(shape, dtype=dtype, device=device)
+        count = num_blocks * len(plane.layer_ids) * plane.bytes_per_block // dtype.itemsize
+        offset = self.layout.plane_offset(index, num_blocks)
+        return torch.frombuffer(pool.memory, dtype=dtype, count=count, offset=offset).view(shape)

@@ -1,0 +1,80 @@
+"""IncrementalDetokenizer: the text of a token stream, piece by piece, without ever showing half a character.
+
+A token may end inside a UTF-8 character; decoded alone such a tail reads as U+FFFD. So trailing U+FFFD are held back
+until the next tokens complete them or show that they never will. Only a window of recent tokens is decoded again:
+
+1. `push` appends to the window, decodes it, and returns what is new up to the held-back tail.
+2. When the window is long, its older part is dropped, at a place where the rest decodes to the same text as before.
+3. `flush` returns the held-back tail.
+All pieces together equal the decoding of all ids at once; the time is linear in their number. For decoders with byte
+fallback this holds wherever the bytes are valid UTF-8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+_REPLACEMENT = "\ufffd"
+_MAX_WINDOW = 32  # tokens; beyond, the window is cut
+_KEPT = 8  # tokens left by a cut; more than the 3 that can hold an unfinished character
+_MAX_UNFINISHED = 3  # bytes of a UTF-8 character that lacks its end, hence U+FFFD that may still change
+
+
+class Decoder(Protocol):
+    """What the detokenizer needs of a Tokenizer."""
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str: ...
+
+    def visible_ids(self, ids: Iterable[int], skip_special: bool = True) -> list[int]: ...
+
+
+class IncrementalDetokenizer:
+    """Streams one sequence's text."""
+
+    def __init__(self, decoder: Decoder, skip_special: bool = True) -> None:
+        self._decoder = decoder
+        self._skip_special = skip_special
+        self._window: list[int] = []
+        self._num_sent = 0  # characters of the window's text already returned
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that `ids` complete; empty while a character is unfinished."""
+        self._window += self._decoder.visible_ids(ids, self._skip_special)
+        text = self._decode(self._window)
+        is_long = len(self._window) > _MAX_WINDOW
+        piece = self._take(text, len(text) - _num_held(text, is_long))
+        if is_long:
+            self._cut(text)
+        return piece
+
+    def flush(self) -> str:
+        """What was held back, at the end of the sequence."""
+        text = self._decode(self._window)
+        return self._take(text, len(text))
+
+    def _take(self, text: str, end: int) -> str:
+        start, self._num_sent = self._num_sent, max(self._num_sent, end)
+        return text[start : self._num_sent]
+
+    def _cut(self, text: str) -> None:
+        """Drop old tokens where the rest reads as before: not inside a character."""
+        first = len(self._window) - _KEPT
+        for start in range(first, first - _MAX_UNFINISHED - 1, -1):
+            rest = self._decode(self._window[start:])
+            num_dropped = len(text) - len(rest)
+            if text.endswith(rest) and 0 <= num_dropped <= self._num_sent:
+                self._window = self._window[start:]
+                self._num_sent -= num_dropped
+                return
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._decoder.decode(ids, skip_special=self._skip_special)
+
+
+def _num_held(text: str, is_long: bool) -> int:
+    """How many trailing characters may still change.
+
+    All U+FFFD at the end; in a long window, which is no text but noise, only as many as one character has bytes."""
+    num_trailing = len(text) - len(text.rstrip(_REPLACEMENT))
+    return min(num_trailing, _MAX_UNFINISHED) if is_long else num_trailing

@@ -1,0 +1,151 @@
+"""Tokenizer: text to token ids and back, and chat messages to a prompt, from a model's own files.
+
+`load_tokenizer` reads tokenizer.json with its tokenizer_config.json and chat template (Hugging Face), or a GGUF
+file's metadata. It knows no torch and holds no state between calls; streaming text is detokenizer.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import tokenizers
+
+from engine.errors import InvalidRequest, ModelError
+from engine.models.chat_template import ChatTemplate
+from engine.models.config import ModelConfig
+from engine.models.detokenizer import IncrementalDetokenizer
+from engine.models.gguf_file import read_gguf
+from engine.models.gguf_tokenizer import build_tokenizer, strings
+from engine.models.store import ModelFiles, ModelKind, read_json
+
+__all__ = ["IncrementalDetokenizer", "Tokenizer", "load_tokenizer"]
+
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+_GGUF_IDS = {
+    "bos_token": "tokenizer.ggml.bos_token_id",
+    "eos_token": "tokenizer.ggml.eos_token_id",
+    "unk_token": "tokenizer.ggml.unknown_token_id",
+    "pad_token": "tokenizer.ggml.padding_token_id",
+}
+
+
+class Tokenizer:
+    """One model's vocabulary. Safe for use by several threads."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special_tokens: Mapping[str, str],
+        eos_token_ids: Sequence[int] = (),
+        template: str | None = None,
+    ) -> None:
+        """`special_tokens` maps bos_token, eos_token, ... to their text; its eos joins `eos_token_ids`."""
+        self._backend = backend
+        eos = self._id_of(special_tokens.get("eos_token"))
+        self.eos_token_ids = tuple(dict.fromkeys([*eos_token_ids, *([] if eos is None else [eos])]))
+        self.bos_id = self._id_of(special_tokens.get("bos_token"))
+        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._template = None if template is None else ChatTemplate(template, special_tokens)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
+    def encode(self, text: str, add_special: bool = True) -> list[int]:
+        """Token ids of `text`; `add_special` adds what the model puts around a prompt, e.g. BOS. Special tokens
+        written out in the text become their ids."""
+        return self._backend.encode(text, add_special_tokens=add_special).ids
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """Text of `ids`; bytes that are no UTF-8 become U+FFFD, and ids outside the vocabulary nothing."""
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    def token_text(self, token_id: int) -> str:
+        """Text of one token, special or not; U+FFFD where it is a part of a character."""
+        return self.decode([token_id], skip_special=False)
+
+    def visible_ids(self, ids: Iterable[int], skip_special: bool = True) -> list[int]:
+        """Those of `ids` which `decode` turns into text: none outside the vocabulary, none that is to be skipped."""
+        hidden = self.special_ids if skip_special else ()
+        return [i for i in ids if i not in hidden and self._backend.id_to_token(i) is not None]
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, object]] | None = None,
+    ) -> str:
+        """The prompt of a conversation, to be encoded with add_special=False. Raises InvalidRequest if the model has
+        no chat template, or if its template refuses the messages."""
+        if self._template is None:
+            raise InvalidRequest("this model has no chat template; use completions with a plain prompt", param="messages")
+        return self._template.render(messages, add_generation_prompt, tools)
+
+    def _id_of(self, token: str | None) -> int | None:
+        return None if token is None else self._backend.token_to_id(token)
+
+
+def load_tokenizer(files: ModelFiles, config: ModelConfig) -> Tokenizer:
+    """The model's tokenizer. Raises ModelError that names the file, and in `param` the field, at fault."""
+    if files.kind is ModelKind.HF:
+        return _from_folder(files.path, config)
+    try:
+        return _from_gguf(files.path, config)
+    except ModelError as error:
+        raise ModelError(f"{files.path}: {error.message}", param=error.param) from error
+
+
+def _from_folder(folder: Path, config: ModelConfig) -> Tokenizer:
+    settings_path = folder / "tokenizer_config.json"
+    settings = read_json(settings_path) if settings_path.is_file() else {}
+    backend = _read_backend(folder / "tokenizer.json")
+    specials = {name: text for name in _SPECIAL_NAMES if (text := _token_content(settings.get(name))) is not None}
+    if "bos_token" not in specials and config.bos_token_id is not None:
+        bos = backend.id_to_token(config.bos_token_id)
+        specials |= {} if bos is None else {"bos_token": bos}
+    return Tokenizer(backend, specials, config.eos_token_ids, _folder_template(folder, settings))
+
+
+def _read_backend(path: Path) -> tokenizers.Tokenizer:
+    if not path.is_file():
+        raise ModelError(f"{path} is missing; a tokenizer in another format is not supported")
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the Rust library raises the bare class
+        raise ModelError(f"{path} is no valid tokenizer: {error}") from error
+
+
+def _token_content(value: object) -> str | None:
+    """A special token's text; tokenizer_config.json holds it plain or in a record."""
+    if isinstance(value, Mapping):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _folder_template(folder: Path, settings: Mapping[str, object]) -> str | None:
+    """chat_template.jinja, else tokenizer_config.json's template, of several the one named default."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    found = settings.get("chat_template")
+    if isinstance(found, list):
+        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, Mapping)}
+        found = named.get("default")
+    return found if isinstance(found, str) else None
+
+
+def _from_gguf(path: Path, config: ModelConfig) -> Tokenizer:
+    metadata = read_gguf(path).metadata
+    tokens = strings(metadata, "tokenizer.ggml.tokens")
+    specials = {}
+    for name, key in _GGUF_IDS.items():
+        token_id = metadata.get(key)
+        if isinstance(token_id, int) and 0 <= token_id < len(tokens):
+            specials[name] = tokens[token_id]
+    template = metadata.get("tokenizer.chat_template")
+    return Tokenizer(
+        build_tokenizer(metadata), specials, config.eos_token_ids, template if isinstance(template, str) else None
+    )

@@ -1,0 +1,31 @@
+"""Prefix hashes: the name of an exact block is a keyed hash of every token up to its end, and of its namespace.
+
+Keyed blake2b, so that a tenant can neither forge nor probe another's blocks; the key derives from the cluster's
+secret and is equal on all workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence as TokenSequence
+
+HASH_BYTES = 16
+
+
+def root_hash(key: bytes, namespace: str) -> bytes:
+    """The parent of a namespace's first block."""
+    return hashlib.blake2b(namespace.encode(), key=key, digest_size=HASH_BYTES, person=b"steelyard-root").digest()
+
+
+def child_hash(key: bytes, parent: bytes, token_ids: TokenSequence[int]) -> bytes:
+    """Hash of a full block with these tokens after the prefix that `parent` names."""
+    data = parent + array("I", token_ids).tobytes()
+    return hashlib.blake2b(data, key=key, digest_size=HASH_BYTES).digest()
+
+
+def extend_hashes(key: bytes, hashes: list[bytes], root: bytes, token_ids: TokenSequence[int], block_size: int) -> None:
+    """Append to `hashes` the names of the full blocks of `token_ids` that it does not name yet."""
+    for index in range(len(hashes), len(token_ids) // block_size):
+        parent = hashes[-1] if hashes else root
+        hashes.append(child_hash(key, parent, token_ids[index * block_size : (index + 1) * block_size]))

@@ -1,0 +1,60 @@
+"""A Sequence: the state of one request in one engine.
+
+Three numbers are kept apart: `tokens` (known), `computed` (positions run through the model) and the entries stored
+in `block_ids` (equal to `computed` for plain attention; pruned or windowed groups will store fewer).
+A step always computes tokens[computed:computed + n]; there is no phase.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from engine.types import FinishReason, Key, Request
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    request: Request
+    tokens: list[int]  # prompt, then generated
+    handoff: bool = False  # leaves after its first new token
+    computed: int = 0
+    block_ids: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)  # names of the full blocks of `tokens`, from the first
+    num_named: int = 0  # of these, how many were recorded with the block manager
+    cached_tokens: int = 0  # prompt tokens found in a prefix cache
+    announced: bool = False  # of a hand-off: its first chunk was reported
+
+    @classmethod
+    def from_request(cls, request: Request, handoff: bool = False) -> Sequence:
+        return cls(request, [*request.prompt_ids, *request.generated_ids], handoff)
+
+    @property
+    def key(self) -> Key:
+        return self.request.key
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_pending(self) -> int:
+        """Known tokens that are still to be computed."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def is_decoding(self) -> bool:
+        return self.num_pending == 1 and self.num_generated > 0
+
+    def finish_reason(self, eos_token_ids: frozenset[int], max_context: int) -> FinishReason | None:
+        """Why the sequence ends with its newest token, or None."""
+        sampling = self.request.sampling
+        last = self.tokens[-1]
+        if last in sampling.stop_token_ids or (last in eos_token_ids and not sampling.ignore_eos):
+            return FinishReason.STOP
+        if self.num_generated >= sampling.max_tokens or len(self.tokens) >= max_context:
+            return FinishReason.LENGTH
+        return None

@@ -1,0 +1,184 @@
+"""Step runners: where an engine's turns happen. Records go in, records come out; nobody else touches the engine.
+
+`drive` is the one loop. A ThreadStepRunner runs it in a thread of this process, a ProcessStepRunner in a process
+of its own (engine/process.py), so that gRPC and asyncio work here cannot hold up a step by Python's global lock.
+The simulator has a third, whose steps are modelled delays.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pickle
+import queue
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Protocol
+
+from engine.engine import Engine, ModelRunner
+from engine.errors import ModelError, WorkerLost, error_from_code
+from engine.pool import SharedPool
+from engine.setup import EngineSetup
+from engine.types import Command, ErrorInfo, StepOutputs
+
+LENGTH = struct.Struct("<I")
+STOP_TIMEOUT_S = 3.0
+
+
+class StepRunner(Protocol):
+    """Drives one engine."""
+
+    def send(self, command: Command) -> None:
+        """Queue a command; it takes effect between two steps. Never blocks."""
+        ...
+
+    async def outputs(self) -> StepOutputs:
+        """The next turn's outputs. Raises WorkerLost once the engine is gone."""
+        ...
+
+    async def stop(self) -> None: ...
+
+
+class Inbox(Protocol):
+    def take(self, block: bool) -> list[Command] | None:
+        """Commands that have come, after waiting for one if `block`; None when the engine is to end."""
+        ...
+
+
+def drive(engine: Engine, model: ModelRunner, inbox: Inbox, emit: Callable[[StepOutputs], None]) -> None:
+    """Run turns until the inbox says that it is over."""
+    idle = True
+    while (commands := inbox.take(block=idle)) is not None:
+        for command in commands:
+            engine.handle(command)
+        batch = engine.begin()
+        if commands or engine.has_outputs:
+            emit(engine.take_outputs())
+        idle = batch is None  # what waits now can only go on after a command
+        if batch is not None:
+            begun = time.perf_counter()
+            engine.finish(batch, model.execute(batch))
+            emit(replace(engine.take_outputs(), step_s=time.perf_counter() - begun))
+
+
+class ThreadStepRunner:
+    """Turns in a thread of this process."""
+
+    def __init__(self, engine: Engine, model: ModelRunner) -> None:
+        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._outputs: asyncio.Queue[StepOutputs | BaseException] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, args=(engine, model), name="engine", daemon=True)
+        self._thread.start()
+
+    def send(self, command: Command) -> None:
+        self._commands.put(command)
+
+    async def outputs(self) -> StepOutputs:
+        item = await self._outputs.get()
+        if isinstance(item, BaseException):
+            raise WorkerLost(f"the engine ended: {item!r}")
+        return item
+
+    async def stop(self) -> None:
+        self._commands.put(None)
+        await asyncio.to_thread(self._thread.join, STOP_TIMEOUT_S)
+
+    def take(self, block: bool) -> list[Command] | None:
+        taken: list[Command] = []
+        while not self._commands.empty() or (block and not taken):
+            command = self._commands.get()
+            if command is None:
+                return None
+            taken.append(command)
+        return taken
+
+    def _run(self, engine: Engine, model: ModelRunner) -> None:
+        end: BaseException = RuntimeError("stopped")
+        try:
+            drive(engine, model, self, self._emit)
+        except Exception as error:
+            end = error
+        with contextlib.suppress(RuntimeError):  # the loop may be closed already
+            self._loop.call_soon_threadsafe(self._outputs.put_nowait, end)
+
+    def _emit(self, outputs: StepOutputs) -> None:
+        self._loop.call_soon_threadsafe(self._outputs.put_nowait, outputs)
+
+
+class ProcessStepRunner:
+    """Turns in a child process that shares the KV pool; the two talk over a socket pair."""
+
+    def __init__(self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._process = process
+        self._reader = reader
+        self._writer = writer
+
+    @classmethod
+    async def start(cls, setup: EngineSetup, pool: SharedPool, timeout_s: float) -> ProcessStepRunner:
+        """Start the child and wait until its model is loaded. Raises ModelError or WorkerLost."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            fds = (theirs.fileno(), pool.fd)
+            command = [sys.executable, "-m", "engine.process", *map(str, fds)]
+            process = subprocess.Popen(command, pass_fds=fds, env=_child_env(setup.config.threads))
+        reader, writer = await asyncio.open_connection(sock=ours)
+        runner = cls(process, reader, writer)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await runner._hand_over(setup)
+        except BaseException:
+            await runner.stop()
+            raise
+        return runner
+
+    def send(self, command: Command) -> None:
+        self._write(command)
+
+    async def outputs(self) -> StepOutputs:
+        item = await self._read()
+        assert isinstance(item, StepOutputs)
+        return item
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def stop(self) -> None:
+        """Closing the pipe ends the child; if not in time, a signal does."""
+        self._writer.close()
+        try:
+            await asyncio.to_thread(self._process.wait, STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            await asyncio.to_thread(self._process.wait)
+
+    async def _hand_over(self, setup: EngineSetup) -> None:
+        self._write(setup)
+        answer = await self._read()
+        if isinstance(answer, ErrorInfo):
+            raise error_from_code(answer.code, answer.message) if answer.code else ModelError(answer.message)
+
+    def _write(self, record: object) -> None:
+        data = pickle.dumps(record, protocol=pickle.HIGHEST_PROTOCOL)
+        self._writer.write(LENGTH.pack(len(data)) + data)
+
+    async def _read(self) -> object:
+        try:
+            (length,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
+            return pickle.loads(await self._reader.readexactly(length))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            raise WorkerLost(f"the engine's process {self._process.pid} ended") from None
+
+
+def _child_env(threads: int) -> dict[str, str]:
+    """The child finds our packages where we did, and its libraries start no more threads than it may use."""
+    paths = [path for path in sys.path if path] + [os.getcwd()]
+    return dict(os.environ) | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads)}

@@ -1,0 +1,108 @@
+"""Token streams: from one engine's outputs to one batched stream per gateway.
+
+1. `register` says which gateway owns a key;
+2. `publish` sorts a step's outputs by owner; each subscriber wakes once per step, however many tokens there are;
+3. a subscriber that hears nothing new gets an empty batch every `keepalive_s`, so that silence means death;
+4. when a gateway's stream ends, its sequences go on for `orphan_s`, then they are aborted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterable
+from dataclasses import dataclass, field
+
+from engine.types import EngineStats, Key, TokenOutput
+
+KEEPALIVE_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class StreamBatch:
+    """One message of a token stream."""
+
+    outputs: tuple[TokenOutput, ...]
+    stats: EngineStats
+
+
+@dataclass(slots=True, eq=False)
+class _Channel:
+    """What one gateway has not read yet."""
+
+    pending: list[TokenOutput] = field(default_factory=list)
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    generation: int = 0  # of its subscriptions; the newest one reads
+
+
+class TokenStreams:
+    """All gateways' streams of one engine."""
+
+    def __init__(self, orphan_s: float, abort: Callable[[Key], None], keepalive_s: float = KEEPALIVE_S) -> None:
+        self._orphan_s = orphan_s
+        self._abort = abort
+        self._keepalive_s = keepalive_s
+        self._owners: dict[Key, str] = {}
+        self._channels: dict[str, _Channel] = {}
+        self._stats = EngineStats()
+
+    def register(self, key: Key, gateway_id: str) -> None:
+        self._owners[key] = gateway_id
+
+    def forget(self, key: Key) -> None:
+        self._owners.pop(key, None)
+
+    @property
+    def num_keys(self) -> int:
+        return len(self._owners)
+
+    def publish(self, outputs: Iterable[TokenOutput], stats: EngineStats) -> None:
+        """Queue outputs for their owners; outputs without an owner are dropped. A finished key is forgotten."""
+        self._stats = stats
+        for output in outputs:
+            gateway_id = self._owners.get(output.key)
+            if gateway_id is None:
+                continue
+            channel = self._channel(gateway_id)
+            channel.pending.append(output)
+            channel.news.set()
+            if output.finish:
+                self.forget(output.key)
+
+    async def subscribe(self, gateway_id: str) -> AsyncGenerator[StreamBatch]:
+        """Batches for this gateway until the subscriber leaves or subscribes anew."""
+        channel = self._channel(gateway_id)
+        channel.generation += 1
+        generation = channel.generation
+        try:
+            yield StreamBatch((), self._stats)
+            while channel.generation == generation:
+                await self._wait(channel.news)
+                if channel.generation == generation:
+                    yield self._take(channel)
+        finally:
+            if channel.generation == generation:
+                asyncio.get_running_loop().call_later(self._orphan_s, self._orphan, gateway_id, generation)
+
+    async def _wait(self, news: asyncio.Event) -> None:
+        try:
+            async with asyncio.timeout(self._keepalive_s):
+                await news.wait()
+        except TimeoutError:
+            pass  # an empty batch tells the reader that we live
+
+    def _take(self, channel: _Channel) -> StreamBatch:
+        outputs, channel.pending = tuple(channel.pending), []
+        channel.news.clear()
+        return StreamBatch(outputs, self._stats)
+
+    def _channel(self, gateway_id: str) -> _Channel:
+        return self._channels.setdefault(gateway_id, _Channel())
+
+    def _orphan(self, gateway_id: str, generation: int) -> None:
+        """Nobody came back for this gateway's sequences."""
+        if self._channel(gateway_id).generation != generation:
+            return
+        for key in [key for key, owner in self._owners.items() if owner == gateway_id]:
+            self._abort(key)
+            self.forget(key)
+        del self._channels[gateway_id]

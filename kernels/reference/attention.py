@@ -1,0 +1,113 @@
+"""Paged attention, causal, grouped-query: queries of one or many sequences over KV that lies in blocks.
+
+The order of additions for a query depends only on its own position, so results are equal bit for bit for any
+chunking, batch and block placement: keys are taken in tiles of KV_TILE positions from 0; a tile past the query's
+position adds exact zeros; row counts come from a RowLadder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kernels.reference.ladder import RowLadder
+
+KV_TILE = 128  # positions; block tables are padded to whole tiles
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Sequences with equally many new tokens. Built once per step, used by every layer.
+
+    rows: which rows of the step's tokens, [num_seqs * num_new], sequence by sequence
+    blocks: [num_seqs, num_blocks] int64, padded with any valid id to whole tiles
+    mask: [num_seqs, 1, padded_rows, num_keys] True where a query must not look; rows are (token, group) pairs
+    stale_from: first key position that is unused in any sequence; stale: [num_seqs, 1, num_keys - stale_from, 1]
+    """
+
+    num_seqs: int
+    num_new: int
+    rows: slice
+    blocks: torch.Tensor
+    mask: torch.Tensor
+    stale_from: int
+    stale: torch.Tensor
+
+
+def tile_tokens(block_size: int) -> int:
+    """Positions per key tile: the least multiple of the block size that is at least KV_TILE."""
+    return -(-KV_TILE // block_size) * block_size
+
+
+def make_segment(
+    rows: slice, positions: torch.Tensor, blocks: torch.Tensor, num_tokens: list[int], groups: int,
+    block_size: int, ladder: RowLadder,
+) -> Segment:  # fmt: skip
+    """positions: [num_seqs, num_new] of the new tokens; num_tokens: stored positions of each sequence after the step."""
+    num_seqs, num_new = positions.shape
+    num_keys = blocks.shape[1] * block_size
+    assert num_keys % tile_tokens(block_size) == 0, "block tables must be padded to whole tiles"
+    keys = torch.arange(num_keys, device=positions.device)
+    mask = keys > positions.repeat_interleave(groups, dim=1)[..., None]  # [num_seqs, num_new * groups, num_keys]
+    padded = torch.zeros(num_seqs, ladder.pad(num_new * groups), num_keys, dtype=torch.bool, device=positions.device)
+    padded[:, : mask.shape[1]] = mask
+    stale_from = min(num_tokens)
+    lengths = torch.tensor(num_tokens, device=positions.device)
+    stale = keys[stale_from:] >= lengths[:, None]
+    return Segment(num_seqs, num_new, rows, blocks, padded[:, None], stale_from, stale[:, None, :, None])
+
+
+def paged_attention(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, segment: Segment, scale: float
+) -> torch.Tensor:
+    """q: [num_seqs * num_new, num_heads, head_dim]; caches: [num_blocks, num_kv_heads, block_size, head_dim].
+
+    Returns the shape of q. Unused cache slots may hold anything, NaN included.
+    """
+    num_heads, head_dim = q.shape[1:]
+    num_kv_heads = k_cache.shape[1]
+    batch = segment.num_seqs * num_kv_heads
+    queries = _group_queries(q * scale, segment, num_kv_heads)  # [batch, padded_rows, head_dim]
+    keys = _gather(k_cache, segment.blocks)  # [batch, num_keys, head_dim]
+    values = _gather(v_cache, segment.blocks)
+    stale = values.view(segment.num_seqs, num_kv_heads, -1, head_dim)[:, :, segment.stale_from :]
+    stale.masked_fill_(segment.stale, 0)  # 0 * NaN would be NaN
+    scores = torch.bmm(queries, keys.transpose(1, 2)).float()
+    scores.view(segment.num_seqs, num_kv_heads, *scores.shape[1:]).masked_fill_(segment.mask, float("-inf"))
+    weights = scores.sub_(scores.amax(dim=-1, keepdim=True)).exp_()
+    out = _weigh_by_tiles(weights, values, tile_tokens(k_cache.shape[2]))
+    rows = segment.num_new * (num_heads // num_kv_heads)
+    out = out[:, :rows].reshape(segment.num_seqs, num_kv_heads, segment.num_new, -1, head_dim)
+    assert out.shape[0] * out.shape[1] == batch
+    return out.transpose(1, 2).reshape(q.shape).to(q.dtype)
+
+
+def _group_queries(q: torch.Tensor, segment: Segment, num_kv_heads: int) -> torch.Tensor:
+    """Queries that share a KV head side by side: [num_seqs * num_kv_heads, padded (num_new * groups), head_dim]."""
+    head_dim = q.shape[-1]
+    grouped = q.view(segment.num_seqs, segment.num_new, num_kv_heads, -1, head_dim).transpose(1, 2)
+    rows = grouped.reshape(segment.num_seqs * num_kv_heads, -1, head_dim)
+    padding = segment.mask.shape[2] - rows.shape[1]
+    return torch.nn.functional.pad(rows, (0, 0, 0, padding)) if padding else rows
+
+
+def _gather(cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """[num_blocks, heads, block_size, dim] at [num_seqs, n] -> [num_seqs * heads, n * block_size, dim]."""
+    num_heads, block_size, head_dim = cache.shape[1:]
+    heads = torch.arange(num_heads, device=blocks.device)
+    records = (blocks[:, None, :] * num_heads + heads[:, None]).flatten()
+    gathered = cache.view(-1, block_size * head_dim).index_select(0, records)
+    return gathered.view(blocks.shape[0] * num_heads, -1, head_dim)
+
+
+def _weigh_by_tiles(weights: torch.Tensor, values: torch.Tensor, tile: int) -> torch.Tensor:
+    """Softmax-weighted sum, tile by tile in order of position. weights: [batch, rows, keys], unnormalised, float32."""
+    batch, rows, num_keys = weights.shape
+    # cumsum adds in order, so trailing tiles of zeros change nothing
+    total = weights.view(batch, rows, num_keys // tile, tile).sum(-1).cumsum(-1)[..., -1:]
+    out = torch.bmm(weights[..., :tile].to(values.dtype), values[:, :tile]).float()
+    for start in range(tile, num_keys, tile):
+        part = slice(start, start + tile)
+        out += torch.bmm(weights[..., part].to(values.dtype), values[:, part]).float()
+    return out / total

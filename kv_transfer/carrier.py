@@ -1,0 +1,43 @@
+"""The seams of a transfer: what a consumer asks of a producer, over whatever carries it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import Protocol
+
+from kv_transfer.frames import Message
+from kv_transfer.lease import Lease
+
+
+class Producer(Protocol):
+    """The prefill side as the carrier's server sees it (prefill_worker/outbox.py)."""
+
+    def messages(self, lease: Lease, first_frame: int) -> AsyncGenerator[Message]:
+        """Frames from `first_frame` on as they are computed, then the COMMIT. Raises LeaseLost."""
+        ...
+
+    def release(self, lease: Lease) -> None:
+        """The owner needs the blocks no more. Releasing twice is no error."""
+        ...
+
+    def renew(self, leases: Sequence[Lease]) -> None:
+        """Heartbeat: the owner still wants these."""
+        ...
+
+
+class Carrier(Protocol):
+    """The consumer's end of a link to one producer (decode side)."""
+
+    def pull(self, lease: Lease, first_frame: int) -> AsyncGenerator[Message]:
+        """The producer's `messages`. A broken link raises TransferFailed."""
+        ...
+
+    async def release(self, lease: Lease) -> None: ...
+
+    async def renew(self, leases: Sequence[Lease]) -> None: ...
+
+
+class CarrierPool(Protocol):
+    """Opens and reuses carriers by producer address."""
+
+    def carrier(self, lease: Lease) -> Carrier: ...

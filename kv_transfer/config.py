@@ -1,0 +1,31 @@
+"""Config model of KV transfer (pydantic: from YAML)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from engine.config import StrictModel
+
+MAX_FRAME_BYTES = 3 * 2**20  # gRPC refuses messages over 4 MiB; the rest is room for the record around the bytes
+
+
+class TransferConfig(StrictModel):
+    """How KV blocks move from one worker to another."""
+
+    carrier: Literal["grpc"] = Field(default="grpc", description="what carries the bytes")
+    lease_ttl_s: float = Field(default=10.0, gt=0, description="published blocks are freed this long after the last heartbeat")
+    heartbeat_s: float = Field(default=2.0, gt=0, description="time between two heartbeats of a lease")
+    frame_bytes: int = Field(default=2**20, ge=4096, le=MAX_FRAME_BYTES, description="most KV bytes in one frame")
+    pull_timeout_s: float = Field(default=30.0, gt=0, description="a pull that moves no frame for this long has failed")
+    digests: bool = Field(default=True, description="each frame carries a digest that the reader checks")
+
+    @model_validator(mode="after")
+    def _survives_a_lost_heartbeat(self) -> TransferConfig:
+        if self.heartbeat_s >= self.lease_ttl_s / 2:
+            raise ValueError(
+                f"heartbeat_s ({self.heartbeat_s:g}) must be less than half of lease_ttl_s ({self.lease_ttl_s:g}), "
+                "or one lost heartbeat ends the lease"
+            )
+        return self

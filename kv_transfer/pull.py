@@ -1,0 +1,110 @@
+"""The consumer's half of a transfer: pull frames, verify, write them into reserved blocks, take the COMMIT.
+
+1. open the stream at the first frame that is missing;
+2. each frame: right index, known plane, inside the reservation, right length, right digest; only then written;
+3. a broken link or a bad frame reopens the stream there, at most MAX_RESUMES times in all;
+4. the COMMIT must count all frames, match the digest over theirs, and cover every byte; then the HandOff is returned.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from engine.errors import FrameCorrupt, LeaseLost, TransferFailed
+from engine.planes import CacheLayout
+from engine.pool import BlockBytes
+from kv_transfer.carrier import Carrier
+from kv_transfer.frames import Commit, Frame, Message, commit_digest, payload_bytes
+from kv_transfer.handoff import HandOff
+from kv_transfer.lease import Lease
+
+MAX_RESUMES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """A finished transfer."""
+
+    handoff: HandOff
+    size_bytes: int
+    num_frames: int
+    num_resumes: int
+
+
+class Puller:
+    """Pulls one lease into these blocks of this pool."""
+
+    def __init__(
+        self, layout: CacheLayout, pool: BlockBytes, block_ids: Sequence[int], carrier: Carrier, lease: Lease,
+        verify_digests: bool = True,
+    ) -> None:  # fmt: skip
+        self._layout = layout
+        self._pool = pool
+        self._block_ids = block_ids
+        self._carrier = carrier
+        self._lease = lease
+        self._verify_digests = verify_digests
+        self._digests: list[int] = []
+        self._size_bytes = 0
+
+    async def run(self, timeout_s: float) -> Pulled:
+        """Raises TransferFailed (or its kinds) when the blocks could not be had, whole and verified. A stream on
+        which nothing comes for `timeout_s` counts as broken."""
+        for num_resumes in range(MAX_RESUMES + 1):
+            try:
+                handoff = await self._pull_once(timeout_s)
+                return Pulled(handoff, self._size_bytes, len(self._digests), num_resumes)
+            except LeaseLost:
+                raise
+            except TransferFailed:
+                if num_resumes == MAX_RESUMES:
+                    raise
+        raise AssertionError("the last try returns or raises")
+
+    async def _pull_once(self, timeout_s: float) -> HandOff:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(timeout_s) as patience, aclosing(self._carrier.pull(self._lease, len(self._digests))) as stream:
+                async for message in stream:
+                    patience.reschedule(loop.time() + timeout_s)
+                    if isinstance(message, Commit):
+                        return self._check_commit(message)
+                    self._take(message)
+        except TimeoutError:
+            raise TransferFailed(f"nothing came for {timeout_s:g} s after {len(self._digests)} frames") from None
+        raise TransferFailed(f"the stream ended without COMMIT after {len(self._digests)} frames")
+
+    def _take(self, frame: Frame) -> None:
+        if frame.index != len(self._digests):
+            raise FrameCorrupt(f"frame {frame.index} came where {len(self._digests)} was due")
+        self._check_bounds(frame)
+        if self._verify_digests:
+            frame.verify()
+        block_ids = self._block_ids[frame.spec.blocks.start : frame.spec.blocks.stop]
+        self._pool.write(frame.spec.plane, frame.spec.layers, block_ids, memoryview(frame.payload))
+        self._digests.append(frame.digest)
+        self._size_bytes += len(frame.payload)
+
+    def _check_bounds(self, frame: Frame) -> None:
+        spec = frame.spec
+        if spec.plane >= len(self._layout.planes):
+            raise FrameCorrupt(f"frame {frame.index} is of unknown plane {spec.plane}")
+        num_layers = len(self._layout.planes[spec.plane].layer_ids)
+        inside = 0 <= spec.layers.start < spec.layers.stop <= num_layers
+        inside = inside and 0 <= spec.blocks.start < spec.blocks.stop <= len(self._block_ids)
+        if not inside or len(frame.payload) != payload_bytes(self._layout, spec):
+            raise FrameCorrupt(f"frame {frame.index} does not fit the reservation: {spec}, {len(frame.payload)} bytes")
+
+    def _check_commit(self, commit: Commit) -> HandOff:
+        if commit.num_frames != len(self._digests) or commit.digest != commit_digest(self._digests, commit.handoff):
+            raise FrameCorrupt(f"COMMIT of {commit.num_frames} frames does not match the {len(self._digests)} that came")
+        handoff = HandOff.decode(commit.handoff)
+        covered = -(-handoff.computed // self._layout.block_size)
+        if self._size_bytes != covered * self._layout.bytes_per_block or covered > len(self._block_ids):
+            raise FrameCorrupt(f"{self._size_bytes} bytes do not make {covered} blocks")
+        if handoff.request.key != self._lease.key:
+            raise FrameCorrupt(f"COMMIT is for {handoff.request.key}, the lease for {self._lease.key}")
+        return handoff

@@ -1,0 +1,156 @@
+"""The outbox: blocks of prefilled requests, read by their lease's owner while later ones are still computed.
+
+An entry's life:
+1. `grant` makes the lease; nothing can be read yet;
+2. `progress` cuts frames for the blocks that are full by now; readers wake;
+3. `commit` cuts the rest and adds the HandOff: readers get the COMMIT;
+4. `release` by the owner, `close` by the producer, or `expire` after `ttl_s` without a heartbeat: the entry is gone,
+   readers get LeaseLost, and `on_end` is told once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+
+import xxhash
+
+from engine.errors import LeaseLost
+from engine.planes import CacheLayout
+from engine.pool import BlockBytes
+from engine.types import Endpoint, Key
+from kv_transfer.frames import Commit, Frame, FrameSpec, Message, commit_digest, cut_frames
+from kv_transfer.lease import Lease
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    lease: Lease
+    expires_at: float
+    block_ids: tuple[int, ...] = ()
+    num_cut: int = 0  # blocks that frames cover
+    frames: list[FrameSpec] = field(default_factory=list)
+    digests: list[int] = field(default_factory=list)  # of the frames read so far
+    handoff: bytes | None = None
+    ended: bool = False
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def wake(self) -> None:
+        self.news.set()
+        self.news = asyncio.Event()
+
+
+class Outbox:
+    """Implements kv_transfer.carrier.Producer."""
+
+    def __init__(
+        self, layout: CacheLayout, pool: BlockBytes, frame_bytes: int, ttl_s: float,
+        new_secret: Callable[[], str], on_end: Callable[[Key], None],
+    ) -> None:  # fmt: skip
+        self._layout = layout
+        self._pool = pool
+        self._frame_bytes = frame_bytes
+        self._ttl_s = ttl_s
+        self._new_secret = new_secret
+        self._on_end = on_end
+        self._entries: dict[Key, _Entry] = {}
+
+    @property
+    def num_leases(self) -> int:
+        return len(self._entries)
+
+    # --- the producer's side -------------------------------------------------------------------------------
+
+    def grant(self, key: Key, producer: Endpoint) -> Lease:
+        lease = Lease(key, producer.worker_id, producer.incarnation, producer.address, producer.cohort, self._new_secret())
+        self._entries[key] = _Entry(lease, self._now() + self._ttl_s)
+        return lease
+
+    def progress(self, key: Key, computed: int, block_ids: tuple[int, ...]) -> None:
+        """Positions [0, computed) are stored; full blocks become readable."""
+        entry = self._entries.get(key)
+        if entry is not None:
+            entry.block_ids = block_ids
+            self._cut(entry, computed // self._layout.block_size)
+
+    def commit(self, key: Key, computed: int, block_ids: tuple[int, ...], handoff: bytes) -> None:
+        """All is computed: with the rest of the blocks readers get the COMMIT."""
+        entry = self._entries.get(key)
+        if entry is not None:
+            entry.block_ids = block_ids
+            entry.handoff = handoff
+            self._cut(entry, -(-computed // self._layout.block_size))
+
+    def close(self, key: Key) -> None:
+        """The producer takes the entry back (the request has ended). Closing an unknown key is no error."""
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            entry.ended = True
+            entry.wake()
+
+    def expire(self) -> list[Key]:
+        """End the leases whose owner has been silent for too long; returns their keys."""
+        late = [key for key, entry in self._entries.items() if entry.expires_at <= self._now()]
+        for key in late:
+            self.close(key)
+            self._on_end(key)
+        return late
+
+    # --- the owner's side ----------------------------------------------------------------------------------
+
+    async def messages(self, lease: Lease, first_frame: int) -> AsyncGenerator[Message]:
+        entry = self._find(lease)
+        index = first_frame
+        while True:
+            news = entry.news
+            while index < len(entry.frames) and not entry.ended:
+                yield self._frame(entry, index)
+                index += 1
+            if entry.ended:
+                raise LeaseLost(f"the lease on {lease.key} has ended")
+            if entry.handoff is not None:
+                yield self._commit_message(entry, entry.handoff)
+                return
+            await news.wait()  # ends at the latest when the lease expires
+
+    def release(self, lease: Lease) -> None:
+        entry = self._entries.get(lease.key)
+        if entry is not None and entry.lease.matches(lease):
+            self.close(lease.key)
+            self._on_end(lease.key)
+
+    def renew(self, leases: Sequence[Lease]) -> None:
+        for lease in leases:
+            entry = self._entries.get(lease.key)
+            if entry is not None and entry.lease.matches(lease):
+                entry.expires_at = self._now() + self._ttl_s
+
+    # --- parts ---------------------------------------------------------------------------------------------
+
+    def _find(self, lease: Lease) -> _Entry:
+        entry = self._entries.get(lease.key)
+        if entry is None or not entry.lease.matches(lease):
+            raise LeaseLost(f"no such lease on {lease.key}")
+        return entry
+
+    def _cut(self, entry: _Entry, num_full: int) -> None:
+        if num_full > entry.num_cut:
+            entry.frames += cut_frames(self._layout, range(entry.num_cut, num_full), self._frame_bytes)
+            entry.num_cut = num_full
+        entry.wake()
+
+    def _frame(self, entry: _Entry, index: int) -> Frame:
+        spec = entry.frames[index]
+        payload = self._pool.read(spec.plane, spec.layers, entry.block_ids[spec.blocks.start : spec.blocks.stop])
+        if index == len(entry.digests):
+            entry.digests.append(xxhash.xxh3_64_intdigest(payload))
+        return Frame(index, spec, payload, entry.digests[index])
+
+    def _commit_message(self, entry: _Entry, handoff: bytes) -> Commit:
+        for index in range(len(entry.digests), len(entry.frames)):
+            self._frame(entry, index)
+        return Commit(len(entry.frames), commit_digest(entry.digests, handoff), handoff)
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()

@@ -1,0 +1,201 @@
+"""The prefill side: takes submissions, runs them to their first token, and hands them to decode.
+
+A submission's way:
+1. `submit` queues it (earliest deadline first);
+2. the queue gives it to the engine while decode keeps up with the outbox;
+3. at its first chunk a lease is granted and offered to the decode worker, which reserves and starts to pull;
+4. each chunk's blocks become readable; the first token goes to the gateway at once;
+5. with the first token the outbox gets the HandOff; the owner's release frees the blocks.
+Without a decode worker to hand to, the request runs here to its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from engine.errors import SteelyardError
+from engine.streams import TokenStreams
+from engine.types import (
+    Abort,
+    Add,
+    Command,
+    EngineStats,
+    Endpoint,
+    ErrorInfo,
+    FinishReason,
+    Key,
+    Progress,
+    Release,
+    StepOutputs,
+    Submission,
+    TokenOutput,
+)
+from kv_transfer.handoff import HandOff
+from kv_transfer.lease import Offer
+from prefill_worker.outbox import Outbox
+from prefill_worker.queue import PrefillQueue, Waiting
+
+OFFER_TIMEOUT_S = 5.0
+
+
+class DecodePeers(Protocol):
+    """Reaches decode workers."""
+
+    async def offer(self, target: Endpoint, offer: Offer, timeout_s: float) -> None:
+        """Returns when `target` has reserved; raises Overloaded or another SteelyardError when it refuses."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class _Live:
+    """A submission that the engine has."""
+
+    submission: Submission
+    arrived: float
+    given: float
+    started: float | None = None  # when its first chunk was scheduled
+    first: TokenOutput | None = None
+    offer: asyncio.Task[None] | None = None
+    committed: bool = False  # all computed: it waits in the outbox for its owner
+
+
+class PrefillSide:
+    def __init__(
+        self, me: Endpoint, queue: PrefillQueue, outbox: Outbox, streams: TokenStreams, peers: DecodePeers,
+        send: Callable[[Command], None],
+    ) -> None:  # fmt: skip
+        self._me = me
+        self._queue = queue
+        self._outbox = outbox
+        self._streams = streams
+        self._peers = peers
+        self._send = send
+        self._live: dict[Key, _Live] = {}
+        self._stats = EngineStats()
+
+    @property
+    def num_queued(self) -> int:
+        return len(self._queue)
+
+    @property
+    def num_queued_tokens(self) -> int:
+        return self._queue.num_tokens
+
+    def submit(self, submission: Submission) -> None:
+        """Raises Overloaded when too many wait."""
+        self._queue.push(submission, self._now())
+        self._streams.register(submission.request.key, submission.gateway_id)
+        self._feed()
+
+    def abort(self, key: Key) -> None:
+        """End a submission wherever it is. Aborting an unknown key is no error."""
+        if self._queue.remove(key):
+            self._streams.forget(key)
+            return
+        live = self._live.pop(key, None)
+        if live is not None and live.offer is not None:
+            live.offer.cancel()
+        self._outbox.close(key)
+        self._send(Abort(key))
+        self._streams.forget(key)
+
+    def on_outputs(self, outputs: StepOutputs) -> tuple[TokenOutput, ...]:
+        """Take a turn's news of our submissions; returns the token outputs, with our stages on the first ones."""
+        self._stats = outputs.stats
+        tokens = tuple(self._on_token(output) for output in outputs.tokens)
+        for progress in outputs.progress:
+            self._on_progress(progress)
+        self._feed()
+        return tokens
+
+    def on_lease_end(self, key: Key) -> None:
+        """The outbox let a lease go: its blocks are free to leave, whether computed or still being computed."""
+        live = self._live.pop(key, None)
+        if live is None or live.committed:
+            self._streams.forget(key)
+            self._send(Release(key))
+        else:
+            self._send(Abort(key))  # the gateway hears of it by the engine's last output
+
+    # --- parts, in order of a request's way ----------------------------------------------------------------
+
+    def _feed(self) -> None:
+        num_given = sum(live.started is None for live in self._live.values())
+        while waiting := self._queue.pop_ready(self._stats, num_given):
+            self._give(waiting)
+            num_given += 1
+
+    def _give(self, waiting: Waiting) -> None:
+        submission = waiting.submission
+        request = submission.request
+        self._live[request.key] = _Live(submission, waiting.arrived, self._now())
+        hands_off = submission.decode is not None and request.sampling.max_tokens > len(request.generated_ids) + 1
+        self._send(Add(request, handoff=hands_off))
+
+    def _on_progress(self, progress: Progress) -> None:
+        live = self._live.get(progress.key)
+        if live is None:
+            return
+        if live.offer is None:
+            live.started = self._now()
+            self._start_offer(live)
+        if progress.done:
+            self._commit(live, progress)
+        else:
+            self._outbox.progress(progress.key, progress.computed, progress.block_ids)
+
+    def _start_offer(self, live: _Live) -> None:
+        request, target = live.submission.request, live.submission.decode
+        assert target is not None
+        lease = self._outbox.grant(request.key, self._me)
+        growth = request.sampling.max_tokens - len(request.generated_ids)
+        timeout_s = request.timeout_s - (self._now() - live.arrived)
+        offer = Offer(lease, request.num_tokens, growth, live.submission.gateway_id, timeout_s)
+        live.offer = asyncio.get_running_loop().create_task(self._offer(target, offer))
+
+    async def _offer(self, target: Endpoint, offer: Offer) -> None:
+        """Refused or unreachable: the gateway is told, and decides where else."""
+        key = offer.lease.key
+        try:
+            await self._peers.offer(target, offer, OFFER_TIMEOUT_S)
+        except SteelyardError as error:
+            if key in self._live:
+                self._fail(key, ErrorInfo(error.code, f"decode worker {target.worker_id}: {error.message}"))
+
+    def _fail(self, key: Key, error: ErrorInfo) -> None:
+        self._streams.publish((TokenOutput(key, 0, (), FinishReason.ERROR, error),), self._stats)
+        live = self._live.pop(key)
+        self._outbox.close(key)
+        self._send(Release(key) if live.committed else Abort(key))
+
+    def _on_token(self, output: TokenOutput) -> TokenOutput:
+        live = self._live.get(output.key)
+        if live is None or live.first is not None:
+            return output
+        live.first = output
+        now = self._now()
+        started = live.started if live.started is not None else live.given
+        output = replace(output, stages=(("prefill_queue", started - live.arrived), ("prefill", now - started)))
+        if output.finish:
+            self._outbox.close(output.key)
+        if output.finish or live.offer is None:
+            del self._live[output.key]
+        return output
+
+    def _commit(self, live: _Live, progress: Progress) -> None:
+        """The last chunk is stored and the first token known: complete the outbox's entry."""
+        request, first = live.submission.request, live.first
+        assert first is not None, "the first token comes with the last chunk"
+        elapsed = self._now() - live.arrived
+        handed = replace(
+            request, generated_ids=request.generated_ids + first.token_ids, timeout_s=request.timeout_s - elapsed
+        )
+        handoff = HandOff(handed, progress.computed, first.cached_tokens, live.submission.gateway_id)
+        live.committed = True
+        self._outbox.commit(progress.key, progress.computed, progress.block_ids, handoff.encode())
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
