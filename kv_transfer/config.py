@@ -15,7 +15,7 @@ class TransferConfig(StrictModel):
     """How KV blocks move from one worker to another."""
 
     carrier: Literal["grpc"] = Field(default="grpc", description="what carries the bytes")
-    lease_ttl_s: float = Field(default=10.0, gt=0, description="published blocks are freed this long after the last heartbeat")
+    lease_ttl_s: float = Field(default=10.0, gt=0, description="blocks are freed so long after the last heartbeat")
     heartbeat_s: float = Field(default=2.0, gt=0, description="time between two heartbeats of a lease")
     frame_bytes: int = Field(default=2**20, ge=4096, le=MAX_FRAME_BYTES, description="most KV bytes in one frame")
     pull_timeout_s: float = Field(default=30.0, gt=0, description="a pull that moves no frame for this long has failed")

@@ -11,6 +11,6 @@ class PrefillConfig(StrictModel):
     """When prefill starts a request, and when it refuses one."""
 
     outbox_fraction: float = Field(
-        default=0.3, gt=0, le=1, description="no request starts while blocks not yet pulled exceed this part of the pool"
+        default=0.3, gt=0, le=1, description="no request starts while unclaimed blocks exceed this part"
     )
     max_queue: int = Field(default=1024, ge=1, description="requests waiting for prefill; more are refused")

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,7 +43,7 @@ class HealthView:
 class Generator(Protocol):
     """Owns live requests. Errors are SteelyardError, raised from the iterator (before or between outputs)."""
 
-    def generate(self, request: Request) -> AsyncIterator[TokenOutput]:
+    def generate(self, request: Request) -> AsyncGenerator[TokenOutput]:
         """Yield outputs with contiguous indices; the last one has `finish`. aclose() aborts the request."""
         ...
 

@@ -1,0 +1,1 @@
+"""gRPC between gateways and workers: .proto files, server shells, and client stubs that fit the parts' Protocols."""

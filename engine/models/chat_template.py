@@ -24,7 +24,7 @@ class ChatTemplate:
     """Renders messages to a prompt. Compiled once; it keeps nothing between calls."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        """`special_tokens` are variables such as bos_token and eos_token. Raises ModelError if `source` is malformed."""
+        """`special_tokens` are variables such as eos_token. Raises ModelError if `source` is malformed."""
         self._variables = dict(special_tokens)
         try:
             self._template = _environment().from_string(source)
@@ -47,13 +47,15 @@ class ChatTemplate:
                 **self._variables,
             )
         except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
-            raise InvalidRequest(f"the model's chat template refuses the messages: {error}", param="messages") from error
+            raise InvalidRequest(
+                f"the model's chat template refuses the messages: {error}", param="messages"
+            ) from error
 
 
 class _GenerationBlock(Extension):
     """`{% generation %}...{% endgeneration %}` marks what an assistant wrote, for training; here it is transparent."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - jinja reads it from the class
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)

@@ -3,11 +3,11 @@
 A token may end inside a UTF-8 character; decoded alone such a tail reads as U+FFFD. So trailing U+FFFD are held back
 until the next tokens complete them or show that they never will. Only a window of recent tokens is decoded again:
 
-1. `push` appends to the window, decodes it, and returns what is new up to the held-back tail.
+1. `push` appends each token to the window, decodes it, and returns what is new up to the held-back tail.
 2. When the window is long, its older part is dropped, at a place where the rest decodes to the same text as before.
 3. `flush` returns the held-back tail.
-All pieces together equal the decoding of all ids at once; the time is linear in their number. For decoders with byte
-fallback this holds wherever the bytes are valid UTF-8.
+All pieces together equal the decoding of all ids at once; the time is linear in their number. Decoders with byte
+fallback read a run of byte tokens all or nothing, so for them this holds while such runs are valid UTF-8.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 _REPLACEMENT = "\ufffd"
-_MAX_WINDOW = 32  # tokens; beyond, the window is cut
+_MAX_WINDOW = 32  # tokens; beyond, the window is cut once no character is unfinished
+_MAX_NOISE = 64  # tokens; beyond, what is held back is no character but loose bytes, and the window is cut anyway
 _KEPT = 8  # tokens left by a cut; more than the 3 that can hold an unfinished character
 _MAX_UNFINISHED = 3  # bytes of a UTF-8 character that lacks its end, hence U+FFFD that may still change
 
@@ -40,11 +41,17 @@ class IncrementalDetokenizer:
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that `ids` complete; empty while a character is unfinished."""
-        self._window += self._decoder.visible_ids(ids, self._skip_special)
+        return "".join([self._push_one(token) for token in self._decoder.visible_ids(ids, self._skip_special)])
+
+    def _push_one(self, token: int) -> str:
+        self._window.append(token)
         text = self._decode(self._window)
-        is_long = len(self._window) > _MAX_WINDOW
-        piece = self._take(text, len(text) - _num_held(text, is_long))
-        if is_long:
+        num_held = len(text) - len(text.rstrip(_REPLACEMENT))
+        is_noise = len(self._window) > _MAX_NOISE
+        if is_noise:
+            num_held = min(num_held, _MAX_UNFINISHED)
+        piece = self._take(text, len(text) - num_held)
+        if is_noise or (num_held == 0 and len(self._window) > _MAX_WINDOW):
             self._cut(text)
         return piece
 
@@ -70,11 +77,3 @@ class IncrementalDetokenizer:
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self._decoder.decode(ids, skip_special=self._skip_special)
-
-
-def _num_held(text: str, is_long: bool) -> int:
-    """How many trailing characters may still change.
-
-    All U+FFFD at the end; in a long window, which is no text but noise, only as many as one character has bytes."""
-    num_trailing = len(text) - len(text.rstrip(_REPLACEMENT))
-    return min(num_trailing, _MAX_UNFINISHED) if is_long else num_trailing

@@ -42,11 +42,11 @@ class GgufFile:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Read the header of `path`. Raises ModelError that names the file when it is truncated, corrupt or of another kind."""
+    """Read the header of `path`. Raises ModelError that names the file if it is truncated, corrupt or no GGUF."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _parse(path, data)
-    except (struct.error, IndexError, ValueError) as error:
+    except (struct.error, IndexError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} is truncated or corrupt: {error}") from error
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error}") from error

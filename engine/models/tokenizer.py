@@ -81,7 +81,9 @@ class Tokenizer:
         """The prompt of a conversation, to be encoded with add_special=False. Raises InvalidRequest if the model has
         no chat template, or if its template refuses the messages."""
         if self._template is None:
-            raise InvalidRequest("this model has no chat template; use completions with a plain prompt", param="messages")
+            raise InvalidRequest(
+                "this model has no chat template; use completions with a plain prompt", param="messages"
+            )
         return self._template.render(messages, add_generation_prompt, tools)
 
     def _id_of(self, token: str | None) -> int | None:

@@ -80,7 +80,10 @@ def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     attention = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, q)}
     mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
-    shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+    }
     for group, projections, has_bias in (
         ("self_attn", attention, config.attention_bias),
         ("mlp", mlp, config.mlp_bias),
@@ -157,7 +160,7 @@ def _dequantized(data: np.ndarray, tensor: GgufTensor, path: Path) -> torch.Tens
 
 
 def _restore_rope_order(name: str, value: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """Put the rows of q and k back: llama.cpp pairs rotary dimensions (2i, 2i + 1), Hugging Face (i, i + head_dim / 2)."""
+    """Put the rows of q and k back: llama.cpp pairs the rotary dimensions (2i, 2i + 1), Hugging Face (i, i + head_dim/2)."""
     if not name.endswith(("q_proj.weight", "q_proj.bias", "k_proj.weight", "k_proj.bias")):
         return value
     num_heads = config.num_heads if ".q_proj." in name else config.num_kv_heads

@@ -1,0 +1,240 @@
+"""The command line, `steelyard`. Each command is a function below; exit codes:
+
+0 done · 1 it failed · 2 the command or the YAML is wrong · 130 interrupted before the cluster was ready
+
+Everything heavy (Ray, torch, the HTTP client) is imported by the command that needs it, so that --help is quick.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from engine.errors import ConfigError, SteelyardError
+
+if TYPE_CHECKING:
+    from cluster.config import ClusterConfig
+    from router.api import HealthView
+
+FAILED = 1
+WRONG_INPUT = 2
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+app = typer.Typer(name="steelyard", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+models_app = typer.Typer(no_args_is_help=True)
+config_app = typer.Typer(no_args_is_help=True)
+app.add_typer(models_app, name="models", help="Get models, and see which there are.")
+app.add_typer(config_app, name="config", help="Look at configuration files.")
+
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file, such as configs/local.yaml")]
+UrlOption = Annotated[str, typer.Option("--url", help="where the gateway listens")]
+
+
+def main() -> None:
+    app()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            typer.echo(f"steelyard {version('steelyard')}")
+        except PackageNotFoundError:  # in a Ray job the working directory is on the path, not installed
+            typer.echo("steelyard (not installed)")
+        raise typer.Exit()
+
+
+@app.callback()
+def steelyard(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="show the version")
+    ] = False,
+) -> None:
+    """Serve language models through separate prefill and decode workers."""
+
+
+# --- a cluster ------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def serve(
+    config: ConfigArgument,
+    host: Annotated[str | None, typer.Option(help="instead of router.host")] = None,
+    port: Annotated[int | None, typer.Option(help="instead of router.port; 0: the system chooses")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="show what Ray and the workers log")] = False,
+) -> None:
+    """Start a cluster and hold it until Ctrl-C."""
+    with _told_plainly():
+        loaded = _load(config, {"router.host": host, "router.port": port})
+        from cluster.launch import serve as serve_cluster
+
+        code = serve_cluster(loaded, _console(), verbose=verbose)
+    raise typer.Exit(code)
+
+
+@app.command()
+def stop(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="the file it was started with; else its defaults")
+    ] = None,
+) -> None:
+    """Stop a cluster that another command or job started on the same Ray."""
+    with _told_plainly():
+        from cluster.config import ClusterConfig
+        from cluster.launch import stop as stop_cluster
+
+        loaded = _load(config) if config else ClusterConfig()
+        if not stop_cluster(loaded):
+            raise SteelyardError(f"no cluster named {loaded.cluster.name!r} runs on this Ray")
+        _say(f"{loaded.cluster.name} is stopped")
+
+
+@app.command()
+def status(url: UrlOption = DEFAULT_URL) -> None:
+    """Show pools, workers and their load; exit code 1 if the cluster is not well."""
+    with _told_plainly():
+        from cluster.client import ApiClient
+
+        with ApiClient(url) as client:
+            health = client.health()
+    _print_health(health)
+    raise typer.Exit(0 if health.healthy else FAILED)
+
+
+@app.command()
+def chat(
+    text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="one question; without it, a conversation")] = None,
+    url: UrlOption = DEFAULT_URL,
+    model: Annotated[str | None, typer.Option(help="the served one, if not given")] = None,
+    system: Annotated[str | None, typer.Option(help="a system prompt")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="longest answer")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0: the likeliest token each time")] = None,
+    seed: Annotated[int | None, typer.Option(help="for an answer that can be repeated")] = None,
+) -> None:
+    """Talk to the model."""
+    with _told_plainly():
+        from cluster.chat import Conversation
+        from cluster.client import ApiClient, ChatOptions
+
+        with ApiClient(url) as client:
+            options = ChatOptions(model or client.model(), max_tokens, temperature, seed)
+            conversation = Conversation(client, options, _console(), system)
+            conversation.ask(text) if text else conversation.run()
+
+
+# --- models ---------------------------------------------------------------------------------------------------
+
+
+@models_app.command("pull")
+def pull_model(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="a name from `models list`, or a hub name org/name")],
+    cache_dir: Annotated[Path | None, typer.Option(help="instead of ~/.cache/steelyard/models")] = None,
+) -> None:
+    """Get a model's files and check them."""
+    with _told_plainly():
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+        from engine.models.store import resolve
+
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        with Progress(*columns, console=_console(), transient=True) as progress:
+            task = progress.add_task(name, total=None)
+            stages: set[str] = set()
+
+            def report(stage: str, done: int, total: int) -> None:
+                if stage not in stages:
+                    stages.add(stage)
+                    progress.reset(task, description=stage)
+                progress.update(task, completed=done, total=total or None)
+
+            files = resolve(name, cache_dir, report)
+        _say(f"{files.name}: {files.path}")
+
+
+@models_app.command("list")
+def list_models() -> None:
+    """Show the models that can be had by name."""
+    from rich.table import Table
+
+    from engine.models.store import CATALOGUE
+
+    table = Table("name", "licence", "download", "on disk", box=None, pad_edge=False)
+    for name, model in CATALOGUE.items():
+        size_bytes = sum(file.size_bytes for file in model.files)
+        table.add_row(name, model.licence, _mebibytes(model.wheel_bytes), _mebibytes(size_bytes))
+    _console().print(table)
+
+
+# --- configuration --------------------------------------------------------------------------------------------
+
+
+@config_app.command("check")
+def check_config(file: Annotated[Path, typer.Argument(metavar="FILE")]) -> None:
+    """Say whether a YAML file is right, and what it asks for."""
+    with _told_plainly():
+        loaded = _load(file)
+        pools = loaded.pools
+        _say(f"{file} is right")
+        _say(f"  model    {loaded.model.name} in {loaded.model.dtype} on {loaded.engine.device}")
+        for name, pool in (("prefill", pools.prefill), ("decode", pools.decode)):
+            gpus = f", {pool.num_gpus:g} GPU" if pool.num_gpus else ""
+            _say(f"  {name:<8} {pool.workers} x {pool.tensor_parallel} rank, {pool.num_cpus:g} CPU{gpus} each")
+        _say(f"  gateway  http://{loaded.router.host}:{loaded.router.port}")
+
+
+# --- small things ---------------------------------------------------------------------------------------------
+
+
+def _load(path: Path, overrides: dict[str, object] | None = None) -> ClusterConfig:
+    from cluster.config import load_config
+
+    return load_config(path, {key: value for key, value in (overrides or {}).items() if value is not None})
+
+
+@contextmanager
+def _told_plainly() -> Iterator[None]:
+    """Our own errors become one message on stderr and an exit code, without a traceback."""
+    try:
+        yield
+    except SteelyardError as error:
+        console = Console(stderr=True)
+        console.print(Text.assemble(("error: ", "bold red"), error.message), soft_wrap=True)
+        raise typer.Exit(WRONG_INPUT if isinstance(error, ConfigError) else FAILED) from None
+
+
+def _print_health(health: HealthView) -> None:
+    from rich.table import Table
+
+    console = _console()
+    age = "never" if health.canary_age_s is None else f"{health.canary_age_s:.1f} s ago"
+    word = Text("healthy", "bold green") if health.healthy else Text.assemble(("unhealthy: ", "bold red"), health.reason)
+    counts = f" · last canary {age} · membership {health.membership_version} · {health.num_live_requests} live requests"
+    console.print(word.append(counts, "default"), soft_wrap=True)
+    table = Table("pool", "worker", "incarnation", "address", "", "running", "waiting", "blocks used", box=None, pad_edge=False)
+    for worker in sorted(health.workers, key=lambda worker: (worker.role != "prefill", worker.worker_id)):
+        used = f"{worker.num_blocks - worker.num_free_blocks} of {worker.num_blocks}"
+        leaked = f", {worker.num_leaked_blocks} leaked" if worker.num_leaked_blocks else ""
+        link = "up" if worker.connected else Text("down", "red")
+        row = (worker.role, worker.worker_id, worker.incarnation[:8], worker.address, link)
+        table.add_row(*row, str(worker.num_running), str(worker.num_waiting), used + leaked)
+    console.print(table, soft_wrap=True)
+
+
+def _mebibytes(size_bytes: int) -> str:
+    return f"{size_bytes / 2**20:.0f} MiB"
+
+
+def _say(text: str) -> None:
+    _console().print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def _console() -> Console:
+    """It holds on to the stdout of now: `serve` sends later prints of others away."""
+    return Console(file=sys.stdout)

@@ -1,0 +1,256 @@
+"""The whole configuration of a cluster, read from one YAML file.
+
+1. Each part owns its own model (engine, kv_transfer, prefill_worker, decode_worker, router); here they are composed.
+2. `load_config` reads the file, puts the command line's overrides in, and checks everything at once.
+3. Every fault is one line with its key's path; nothing is altered after load.
+
+Secrets never stand in the file: they come from environment variables, which the code that needs them reads.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Hashable, Iterator, Mapping
+from pathlib import Path
+from typing import Literal, TypeGuard
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from decode_worker.config import DecodeConfig
+from engine.config import EngineConfig, ModelSource, StrictModel
+from engine.errors import ConfigError
+from kv_transfer.config import TransferConfig
+from prefill_worker.config import PrefillConfig
+from router.config import RouterConfig
+
+
+class ClusterSection(StrictModel):
+    """The cluster's name and how long it lives."""
+
+    name: str = Field(default="steelyard", min_length=1, description="Ray namespace of all its actors")
+    lifetime: Literal["job", "detached"] = Field(default="job", description="job: ends with the one who started it")
+    driver_lease_s: float = Field(default=10.0, gt=0, description="job: ends so long after its driver's last heartbeat")
+    start_timeout_s: float = Field(default=180.0, gt=0, description="a cluster that is not ready by then is taken down")
+
+
+class RaySection(StrictModel):
+    """Which Ray the cluster runs on."""
+
+    address: str | None = Field(default=None, min_length=1, description="null: the job's Ray, else a local one")
+    object_store_memory_mb: int = Field(default=100, ge=80, description="for a local Ray; Ray refuses less than 75 MiB")
+    include_dashboard: bool = Field(default=False, description="for a local Ray")
+
+
+class PoolConfig(StrictModel):
+    """One pool of workers, and what each rank of a worker takes of its node."""
+
+    workers: int = Field(default=1, ge=1)
+    tensor_parallel: int = Field(default=1, ge=1, description="ranks of one worker")
+    num_cpus: float = Field(default=1.0, ge=0, description="per rank")
+    num_gpus: float = Field(default=0.0, ge=0, description="per rank")
+    resources: dict[str, float] = Field(default_factory=dict, description="custom Ray resources per rank")
+
+    @field_validator("tensor_parallel")
+    @classmethod
+    def _one_rank(cls, value: int) -> int:
+        if value != 1:
+            raise ValueError(f"more than one rank per worker is not possible yet, got {value}")
+        return value
+
+
+class PoolsSection(StrictModel):
+    """The two pools at the start."""
+
+    prefill: PoolConfig = PoolConfig()
+    decode: PoolConfig = PoolConfig()
+
+
+class ClusterConfig(StrictModel):
+    """Everything that one cluster is told; every key has a default."""
+
+    cluster: ClusterSection = ClusterSection()
+    ray: RaySection = RaySection()
+    model: ModelSource = ModelSource()
+    engine: EngineConfig = EngineConfig()
+    kv_transfer: TransferConfig = TransferConfig()
+    prefill: PrefillConfig = PrefillConfig()
+    decode: DecodeConfig = DecodeConfig()
+    router: RouterConfig = RouterConfig()
+    pools: PoolsSection = PoolsSection()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> ClusterConfig:
+        if conflicts := list(_conflicts(self)):
+            raise ValueError("\n".join(conflicts))
+        return self
+
+
+def _conflicts(config: ClusterConfig) -> Iterator[str]:
+    """Combinations that no single part can see are impossible; one line each, path first."""
+    engine, context = config.engine, config.model.max_context
+    capacity = engine.num_blocks * engine.block_size
+    if context is not None and context > capacity:
+        yield (
+            f"model.max_context: {context} tokens do not fit in engine.num_blocks x engine.block_size = {capacity}; "
+            f"use num_blocks: {math.ceil(context / engine.block_size)} or more"
+        )
+    for name, pool in (("prefill", config.pools.prefill), ("decode", config.pools.decode)):
+        if engine.device == "cuda" and pool.num_gpus < 1:
+            yield f"pools.{name}.num_gpus: engine.device is cuda, so every rank needs at least 1, got {pool.num_gpus:g}"
+        if engine.device == "cpu" and pool.num_gpus > 0:
+            yield f"pools.{name}.num_gpus: engine.device is cpu, so {pool.num_gpus:g} would be taken and never used"
+
+
+def load_config(path: str | Path, overrides: Mapping[str, object] = {}) -> ClusterConfig:
+    """Read a YAML file; `overrides` maps dotted paths ("router.port") to values that win over the file's.
+
+    Raises ConfigError whose message has one line per fault.
+    """
+    values = _read(Path(path))
+    for dotted, value in overrides.items():
+        _override(values, dotted, value)
+    try:
+        return ClusterConfig.model_validate(values, strict=True)
+    except ValidationError as error:
+        faults = (line for details in error.errors() for line in _explain(details))
+        raise ConfigError("\n".join(f"{path}: {fault}" for fault in faults)) from error
+
+
+# --- reading --------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> dict[object, object]:
+    try:
+        with path.open("rb") as file:
+            values: object = yaml.load(file, Loader=_StrictLoader)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ConfigError(f"{path}: {line}{error.problem}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that does not exist, say
+        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected sections with keys, got {_shown(values)}")
+    return values
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without its traps: a key given twice, and numbers that are not finite, are faults with a line."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise _fault(key, f"the key {key.value!r} is given twice")
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
+        value = super().construct_yaml_float(node)
+        if not math.isfinite(value):
+            raise _fault(node, f"{node.value} is not a finite number")
+        return value
+
+
+def _fault(node: yaml.Node, problem: str) -> yaml.MarkedYAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:float", _StrictLoader.construct_yaml_float)
+
+
+def _override(values: dict[object, object], dotted: str, value: object) -> None:
+    *sections, key = dotted.split(".")
+    for name in sections:
+        inner = values.setdefault(name, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{dotted}: cannot be set, because {name} is not a section but {_shown(inner)}")
+        values = inner
+    values[key] = value
+
+
+# --- explaining -----------------------------------------------------------------------------------------------
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "dict_type": "keys with values",
+    "model_type": "keys with values",
+}
+_BOUNDS = {
+    "greater_than_equal": ("at least", "ge"),
+    "greater_than": ("more than", "gt"),
+    "less_than_equal": ("at most", "le"),
+    "less_than": ("less than", "lt"),
+}
+
+
+def _explain(details: ErrorDetails) -> Iterator[str]:
+    """One pydantic fault as lines, each with its path, what was expected and what was there."""
+    kind, value, context = details["type"], details["input"], details.get("ctx", {})
+    path = ".".join(str(part) for part in details["loc"])
+    prefix = f"{path}: " if path else ""
+    if kind == "value_error":  # from one of our own validators
+        yield from (f"{prefix}{line}" for line in str(context["error"]).split("\n"))
+    elif kind == "extra_forbidden":
+        yield f"{prefix}unknown key{_suggestion(details['loc'])}"
+    elif kind == "invalid_key":
+        section = ".".join(str(part) for part in details["loc"][:-1])
+        yield f"{section or 'top level'}: a key must be text, got {_shown(value)}; put it in quotes"
+    elif kind in _EXPECTED:
+        yield f"{prefix}expected {_EXPECTED[kind]}, got {_shown(value)}"
+    elif kind in _BOUNDS:
+        words, bound = _BOUNDS[kind]
+        yield f"{prefix}must be {words} {context[bound]:.15g}, got {_shown(value)}"
+    elif kind == "literal_error":
+        yield f"{prefix}expected {context['expected']}, got {_shown(value)}"
+    elif kind == "string_too_short":
+        yield f"{prefix}must not be empty"
+    else:
+        yield f"{prefix}{details['msg']}, got {_shown(value)}"
+
+
+def _suggestion(loc: tuple[int | str, ...]) -> str:
+    """The likeliest key meant: a sibling with a similar name, else one of the same name in another section."""
+    model: type[BaseModel] = ClusterConfig
+    for part in loc[:-1]:
+        inner = model.model_fields[str(part)].annotation
+        assert _is_section(inner), "only sections forbid keys"
+        model = inner
+    key = str(loc[-1])
+    if close := difflib.get_close_matches(key, list(model.model_fields), n=1):
+        return f"; did you mean {close[0]!r}?"
+    elsewhere = [path for path in key_paths(ClusterConfig) if path.split(".")[-1] == key]
+    return f"; did you mean {' or '.join(repr(path) for path in elsewhere)}?" if elsewhere else ""
+
+
+def key_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Dotted paths of all keys that a model and its sections know, sections too."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if _is_section(field.annotation):
+            yield from key_paths(field.annotation, f"{prefix}{name}.")
+
+
+def _is_section(annotation: object) -> TypeGuard[type[BaseModel]]:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _shown(value: object) -> str:
+    """A value as the user of a YAML file would call it."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return "a mapping"
+    return "a list" if isinstance(value, list) else repr(value)

@@ -1,0 +1,130 @@
+"""A gateway: the HTTP face and the dispatcher behind it, in one process. Knows no Ray.
+
+1. `start` loads the tokenizer and listens; 2. `apply` gives it memberships; 3. `ready` returns when the first canary
+has come through prefill, wire and decode; 4. `failed` returns when it can no longer serve.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import secrets
+import socket
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import uvicorn
+
+from cluster.config import ClusterConfig
+from cluster.rpc.channels import Channels
+from cluster.rpc.client import GrpcConnector
+from engine.config import ModelSource
+from engine.errors import ConfigError
+from engine.models.loader import load_config
+from engine.models.store import resolve
+from engine.models.detokenizer import IncrementalDetokenizer
+from engine.models.tokenizer import load_tokenizer
+from router.dispatch import Dispatcher
+from router.gateway import create_app
+from router.membership import Membership
+from router.text import TextModel
+
+STOP_TIMEOUT_S = 2.0
+
+
+class SystemNames:
+    """Ids and seeds that nobody can guess. Implements router.dispatch.Names."""
+
+    def new_request_id(self) -> str:
+        return secrets.token_hex(12)
+
+    def new_seed(self) -> int:
+        return secrets.randbits(63)
+
+
+class Gateway:
+    def __init__(self, config: ClusterConfig, secret: bytes, gateway_id: str) -> None:
+        self._config = config
+        self._channels = Channels(secret)
+        self._gateway_id = gateway_id
+        self._server: uvicorn.Server | None = None
+        self._serving: asyncio.Task[None] | None = None
+
+    async def start(self) -> str:
+        """Begin to listen; returns the base URL. Raises ConfigError if the port is taken, ModelError."""
+        router = self._config.router
+        model = await asyncio.to_thread(load_text_model, self._config.model)
+        listener = _listen(router.host, router.port)
+        self._dispatcher = Dispatcher(router, self._gateway_id, GrpcConnector(self._channels), SystemNames())
+        app = create_app(self._dispatcher, model, router, wall_clock=time.time, version=our_version())
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=int(STOP_TIMEOUT_S)
+            )
+        )
+        self._server.install_signal_handlers = lambda: None  # signals belong to whoever runs us
+        self._serving = asyncio.create_task(self._serve(self._server, listener))
+        self._dispatcher.canary.start()
+        host, port = listener.getsockname()[:2]
+        return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+
+    def apply(self, membership: Membership) -> None:
+        self._dispatcher.apply(membership)
+
+    async def ready(self) -> None:
+        """Returns when a request has gone through prefill, wire and decode. The caller bounds the wait."""
+        await self._dispatcher.canary.first_proof()
+
+    async def failed(self) -> str:
+        assert self._serving is not None, "start comes first"
+        await asyncio.wait([self._serving])
+        return "the HTTP server ended"
+
+    async def stop(self) -> None:
+        """Refuse new connections, give open ones a moment, let go of the workers; idempotent."""
+        if self._server is None or self._serving is None:
+            return
+        server, self._server = self._server, None
+        await self._dispatcher.close()
+        server.should_exit = True
+        await asyncio.wait([self._serving], timeout=2 * STOP_TIMEOUT_S)
+        self._serving.cancel()
+        await self._channels.close()
+
+    async def _serve(self, server: uvicorn.Server, listener: socket.socket) -> None:
+        with contextlib.closing(listener):
+            await server.serve(sockets=[listener])
+
+
+def load_text_model(source: ModelSource) -> TextModel:
+    """The model as text sees it: its name, tokenizer and context."""
+    files = resolve(source.name, Path(source.cache_dir).expanduser() if source.cache_dir else None)
+    config = load_config(files)
+    max_context = min(source.max_context or config.max_context, config.max_context)
+    tokenizer = load_tokenizer(files, config)
+    name = source.served_name or files.name
+    return TextModel(name, max_context, tokenizer, lambda: IncrementalDetokenizer(tokenizer))
+
+
+def our_version() -> str:
+    try:
+        return version("steelyard")
+    except PackageNotFoundError:
+        return "dev"  # a working directory that was never installed
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        what = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
+        raise ConfigError(f"router.port: {host}:{port} {what}", param="router.port") from None
+    listener.listen(512)
+    listener.setblocking(False)
+    return listener

@@ -1,0 +1,121 @@
+"""`steelyard serve` and `steelyard stop`: Ray, the model's files, the supervisor, and the end of all of them.
+
+1. Ray is attached to or started (ray_session.py). With a local one the model's files are pulled here, once.
+2. The driver (driver.py) has the supervisor start everything, prints what a user needs, and holds the cluster.
+3. Ctrl-C, SIGTERM (`ray job stop`) or the cluster's own end: everything is stopped. A second signal stops waiting.
+If this process is killed, the supervisor ends the cluster when the lease runs out, and a local Ray's guard ends Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from pathlib import Path
+from types import FrameType
+from typing import cast
+
+from rich.console import Console
+
+from cluster.config import ClusterConfig
+from cluster.progress import Steps
+from cluster.ray_session import RaySession, ray_address, ray_session
+from cluster.spec import Parts, load_part
+from engine.errors import ConfigError
+
+INTERRUPTED = 130
+MIN_SECRET = 16
+REAL_PARTS = Parts()
+
+Resolve = Callable[[str, Path | None, Callable[[str, int, int], None]], object]
+
+
+def serve(config: ClusterConfig, console: Console, *, parts: Parts = REAL_PARTS, verbose: bool = False) -> int:
+    """Run until stopped; returns the exit code. `console` must have a file of its own, not sys.stdout of the moment.
+
+    Raises SteelyardError when the cluster cannot be had, or failed.
+    """
+    secret = cluster_secret()
+    steps = Steps(console)
+    try:
+        with _sigterm_interrupts() as catch_sigterm, _without_ray_messages(verbose), ExitStack() as undo:
+            session = _start_ray(config, verbose, steps, undo)
+            catch_sigterm()  # ray.init put its own handler in
+            if session.local:
+                _pull_model(config, parts, steps)
+            from cluster.driver import Driver
+
+            return asyncio.run(Driver(config, parts, secret, steps, local=session.local).run())
+    except KeyboardInterrupt:
+        console.print("interrupted")
+        return INTERRUPTED
+
+
+def stop(config: ClusterConfig) -> bool:
+    """Stop a cluster that runs on the Ray of this machine or of the config; False if none of its name does."""
+    address = ray_address(config, os.environ) or "auto"
+    attached = config.model_copy(update={"ray": config.ray.model_copy(update={"address": address})})
+    with ray_session(attached):
+        from cluster.driver import stop_cluster
+
+        return asyncio.run(stop_cluster(config.cluster.name))
+
+
+def cluster_secret() -> bytes:
+    """What all RPCs of the cluster carry: STEELYARD_SECRET, else a new one. Never logged."""
+    given = os.environ.get("STEELYARD_SECRET")
+    if given is not None and len(given) < MIN_SECRET:
+        raise ConfigError(f"STEELYARD_SECRET must have at least {MIN_SECRET} characters")
+    return given.encode() if given else secrets.token_bytes(32)
+
+
+def _start_ray(config: ClusterConfig, verbose: bool, steps: Steps, undo: ExitStack) -> RaySession:
+    with steps.step("Ray") as note:
+        session = undo.enter_context(ray_session(config, verbose=verbose))
+        note("started for this cluster" if session.local else f"attached to {session.address}")
+    return session
+
+
+def _pull_model(config: ClusterConfig, parts: Parts, steps: Steps) -> None:
+    """Workers of a local Ray share this machine's cache: one pull, with its progress shown, serves them all."""
+    resolve = cast(Resolve, load_part(parts.resolve))
+    cache_dir = Path(config.model.cache_dir).expanduser() if config.model.cache_dir else None
+    with steps.step("Model files") as note:
+        resolve(config.model.name, cache_dir, lambda stage, done, total: note(_share(stage, done, total)))
+        note(config.model.name)
+
+
+def _share(stage: str, done: int, total: int) -> str:
+    return f"{stage} {done / 2**20:.0f} of {total / 2**20:.0f} MiB" if total else stage
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[Callable[[], None]]:
+    """SIGTERM ends us as Ctrl-C does while no event loop runs; the yielded function puts the handler back in."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGTERM)
+
+    def catch() -> None:
+        signal.signal(signal.SIGTERM, interrupt)
+
+    catch()
+    try:
+        yield catch
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _without_ray_messages(verbose: bool) -> Iterator[None]:
+    """Ray prints long notes of its own about workers that ended; the supervisor says the same in a line."""
+    if verbose:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield

@@ -1,0 +1,201 @@
+"""Processes as Ray actors: the Spawner of a real cluster.
+
+1. Every worker has a placement group of its own, with one bundle per rank; it is kept over the worker's lives.
+2. Every rank is a detached, named actor. Asking for a name that lives hands that actor back, with its incarnation.
+3. `close` goes by names alone, so that it also clears away what a dead supervisor knew of.
+Calls of Ray's control store block, so they run in threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, TypeVar, cast
+
+import ray
+from ray.exceptions import RayActorError
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.config import ClusterConfig, PoolConfig
+from cluster.gateway_actor import GatewayActor
+from cluster.ray_actors import Actor, call, kill, kill_by_prefix, make_actor, this_node
+from cluster.spec import GATEWAY_NAME, NAME_PREFIX, SUPERVISOR_NAME, Parts, WorkerSpec, actor_name
+from cluster.worker_actor import WorkerActor
+from engine.errors import Unavailable, WorkerLost, error_from_code
+from engine.types import ErrorInfo
+from router.membership import Member, Membership
+
+POLITE_S = 2.0  # for a process to stop by itself; less than the supervisor gives the whole step
+
+Answer = TypeVar("Answer")
+
+
+class RayProcess:
+    """The actors of one incarnation; the first of them leads."""
+
+    def __init__(self, actors: tuple[Actor, ...], incarnation: str) -> None:
+        self._actors = actors
+        self._incarnation = incarnation
+
+    @property
+    def incarnation(self) -> str:
+        return self._incarnation
+
+    async def failed(self) -> str:
+        """One rank's end is the incarnation's end."""
+        ends = [asyncio.ensure_future(_end_of(actor)) for actor in self._actors]
+        try:
+            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            return next(iter(done)).result()
+        finally:
+            for end in ends:
+                end.cancel()
+
+    async def stop(self) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(POLITE_S):
+                await asyncio.gather(*(call(actor, "stop") for actor in self._actors), return_exceptions=True)
+        for actor in self._actors:
+            await asyncio.to_thread(kill, actor)
+
+    async def _ask(self, method: str, *args: object) -> Any:
+        """Rank 0's answer. Raises what the part raised, or WorkerLost when a process ended."""
+        try:
+            answers = await asyncio.gather(*(call(actor, method, *args) for actor in self._actors))
+        except RayActorError as error:
+            raise WorkerLost(death_of(error)) from None
+        leading, *_ = [_unwrap(answer) for answer in answers]
+        return leading
+
+
+class RayWorker(RayProcess):
+    async def start(self) -> Member:
+        return await self._ask("start")
+
+
+class RayGateway(RayProcess):
+    async def start(self) -> str:
+        return await self._ask("start")
+
+    async def version(self) -> int:
+        return await self._ask("version")
+
+    async def apply(self, membership: Membership) -> None:
+        await self._ask("apply", membership)
+
+    async def ready(self) -> None:
+        await self._ask("ready")
+
+
+class RaySpawner:
+    """The cluster's name is its namespace; whatever carries one of our names in it is ours."""
+
+    def __init__(self, config: ClusterConfig, secret: bytes, parts: Parts) -> None:
+        self._config = config
+        self._secret = secret
+        self._parts = parts
+        self._namespace = config.cluster.name
+
+    async def worker(self, spec: WorkerSpec, pool: PoolConfig) -> RayWorker:
+        group = await self._place(spec.worker_id, pool)
+        ranks = (replace(spec, rank=rank) for rank in range(pool.tensor_parallel))
+        actors = tuple([await self._make_rank(rank, pool, group) for rank in ranks])
+        return RayWorker(actors, await _incarnation_of(actors[0]))
+
+    async def gateway(self, incarnation: str, port: int) -> RayGateway:
+        router = self._config.router.model_copy(update={"port": port})
+        actor = await make_actor(
+            GatewayActor,
+            *(incarnation, self._config.model_copy(update={"router": router}), self._secret, self._parts.gateway),
+            name=GATEWAY_NAME,
+            namespace=self._namespace,
+            get_if_exists=True,
+            num_cpus=0,
+            scheduling_strategy=this_node(),  # so that its URL stays the same
+        )
+        return RayGateway((actor,), await _incarnation_of(actor))
+
+    async def close(self) -> None:
+        await asyncio.to_thread(remove_all, self._namespace)
+
+    async def _make_rank(self, spec: WorkerSpec, pool: PoolConfig, group: PlacementGroup) -> Actor:
+        return await make_actor(
+            WorkerActor,
+            *(spec, self._config, self._secret, self._parts.worker),
+            name=actor_name(spec.worker_id, spec.rank),
+            namespace=self._namespace,
+            get_if_exists=True,
+            num_cpus=pool.num_cpus,
+            num_gpus=pool.num_gpus,
+            resources=pool.resources,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=spec.rank),
+        )
+
+    async def _place(self, worker_id: str, pool: PoolConfig) -> PlacementGroup:
+        """The worker's placement group, once it has its resources. Raises Unavailable when there is no room."""
+        bundle = {"CPU": pool.num_cpus, "GPU": pool.num_gpus, **pool.resources}
+        bundle = {key: amount for key, amount in bundle.items() if amount} or {"CPU": 0.001}  # an empty one is refused
+        name = _group_name(self._namespace, worker_id)
+        group = await asyncio.to_thread(_find_or_place, name, [bundle] * pool.tensor_parallel)
+        try:
+            async with asyncio.timeout(self._config.cluster.start_timeout_s / 2):
+                await cast(Any, group.ready())
+        except TimeoutError:
+            free = await asyncio.to_thread(ray.available_resources)
+            asked = ", ".join(f"{amount:g} {key}, {free.get(key, 0):g} free" for key, amount in bundle.items())
+            raise Unavailable(f"Ray has no room for {worker_id}: a rank asks for {asked}") from None
+        return group
+
+
+def remove_all(namespace: str) -> None:
+    """Kill every actor and remove every placement group that carries one of our names, the supervisor excepted."""
+    kill_by_prefix(NAME_PREFIX, namespace, but=SUPERVISOR_NAME)
+    groups = cast(dict[str, dict[str, str]], placement_group_table())
+    for group in groups.values():
+        if group["name"].startswith(_group_name(namespace, "")) and group["state"] != "REMOVED":
+            with suppress(ValueError):  # it was removed meanwhile
+                remove_placement_group(ray.util.get_placement_group(group["name"]))
+
+
+def _group_name(namespace: str, worker_id: str) -> str:
+    """Names of placement groups carry the namespace themselves, because Ray's table of them does not tell it."""
+    return f"{namespace}.{NAME_PREFIX}{worker_id}"
+
+
+def _find_or_place(name: str, bundles: list[dict[str, float]]) -> PlacementGroup:
+    try:
+        return ray.util.get_placement_group(name)
+    except ValueError:
+        return placement_group(bundles, strategy="STRICT_PACK", name=name, lifetime="detached")
+
+
+async def _incarnation_of(actor: Actor) -> str:
+    try:
+        return await call(actor, "incarnation")
+    except RayActorError as error:
+        raise WorkerLost(death_of(error)) from None
+
+
+async def _end_of(actor: Actor) -> str:
+    try:
+        return await call(actor, "failed")
+    except RayActorError as error:
+        return death_of(error)
+
+
+def death_of(error: RayActorError) -> str:
+    """Ray's long account of an actor's death in one line."""
+    text = str(error).strip()
+    if "creation task" in text:  # the constructor raised: the last line names the fault
+        return text.splitlines()[-1]
+    detail = re.search(r"exit detail: (.+?)(?:\. |\n|$)", text)
+    return f"its process ended ({detail.group(1)})" if detail else text.splitlines()[0]
+
+
+def _unwrap(answer: Answer | ErrorInfo) -> Answer:
+    if isinstance(answer, ErrorInfo):
+        raise error_from_code(answer.code, answer.message)
+    return answer

@@ -1,0 +1,84 @@
+"""Client stubs: gRPC calls that fit router's and prefill's Protocols."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+
+import grpc
+
+from cluster.rpc import control_pb2, control_pb2_grpc, convert, request_pb2, request_pb2_grpc, token_pb2, token_pb2_grpc
+from cluster.rpc.channels import Channels
+from engine.streams import StreamBatch
+from engine.types import Endpoint, Key, Submission
+from kv_transfer.carriers.status import error_from_rpc
+from kv_transfer.lease import Offer
+from router.membership import Member
+
+
+class GrpcWorkerClient:
+    """Implements router.workers.WorkerClient."""
+
+    def __init__(self, member: Member, channels: Channels) -> None:
+        self._member = member
+        self._channels = channels
+        channel = channels(member.address, member.incarnation)
+        self._requests = request_pb2_grpc.RequestsStub(channel)
+        self._tokens = token_pb2_grpc.TokensStub(channel)
+
+    async def submit(self, submission: Submission, role_epoch: int, timeout_s: float) -> None:
+        try:
+            await self._requests.Submit(convert.submission_to(submission, role_epoch), timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from None
+
+    async def abort(self, key: Key, timeout_s: float) -> None:
+        try:
+            await self._requests.Abort(request_pb2.AbortRequest(key=convert.key_to(key)), timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from None
+
+    async def tokens(self, gateway_id: str) -> AsyncGenerator[StreamBatch]:
+        call = self._tokens.Subscribe(token_pb2.TokensRequest(gateway_id=gateway_id))
+        try:
+            async for message in call:
+                yield convert.batch_from(message)
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from None
+        finally:
+            call.cancel()
+
+    async def close(self) -> None:
+        await self._channels.forget(self._member.address, self._member.incarnation)
+
+
+class GrpcConnector:
+    """Implements router.workers.Connector."""
+
+    def __init__(self, channels: Channels) -> None:
+        self._channels = channels
+
+    def connect(self, member: Member) -> GrpcWorkerClient:
+        return GrpcWorkerClient(member, self._channels)
+
+
+class GrpcPeers:
+    """Implements prefill_worker.side.DecodePeers."""
+
+    def __init__(self, channels: Channels) -> None:
+        self._channels = channels
+
+    async def offer(self, target: Endpoint, offer: Offer, timeout_s: float) -> None:
+        stub = request_pb2_grpc.RequestsStub(self._channels(target.address, target.incarnation))
+        try:
+            await stub.Offer(convert.offer_to(offer), timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from None
+
+
+async def worker_status(channels: Channels, address: str, incarnation: str, timeout_s: float) -> control_pb2.WorkerStatus:
+    """One worker's own account of itself."""
+    stub = control_pb2_grpc.ControlStub(channels(address, incarnation))
+    try:
+        return await stub.Status(control_pb2.StatusRequest(), timeout=timeout_s)
+    except grpc.aio.AioRpcError as error:
+        raise error_from_rpc(error) from None

@@ -1,0 +1,120 @@
+"""Records to protobuf messages and back. Everything that comes from a peer is rebuilt as our own frozen records."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from cluster.rpc import request_pb2, token_pb2
+from engine.streams import StreamBatch
+from engine.types import (
+    EngineStats,
+    Endpoint,
+    ErrorInfo,
+    FinishReason,
+    Key,
+    Request,
+    SamplingParams,
+    Submission,
+    TokenOutput,
+)
+from kv_transfer.lease import Lease, Offer
+
+
+def key_to(key: Key) -> request_pb2.Key:
+    return request_pb2.Key(request_id=key.request_id, epoch=key.epoch)
+
+
+def key_from(message: request_pb2.Key) -> Key:
+    return Key(message.request_id, message.epoch)
+
+
+def endpoint_to(endpoint: Endpoint) -> request_pb2.Endpoint:
+    return request_pb2.Endpoint(**asdict(endpoint))
+
+
+def endpoint_from(message: request_pb2.Endpoint) -> Endpoint:
+    return Endpoint(message.worker_id, message.incarnation, message.address, message.cohort)
+
+
+def submission_to(submission: Submission, role_epoch: int) -> request_pb2.SubmitRequest:
+    request = submission.request
+    message = request_pb2.Request(
+        key=key_to(request.key), prompt_ids=request.prompt_ids, generated_ids=request.generated_ids,
+        sampling=request_pb2.SamplingParams(**asdict(request.sampling)), namespace=request.namespace,
+        timeout_s=request.timeout_s,
+    )  # fmt: skip
+    decode = None if submission.decode is None else endpoint_to(submission.decode)
+    return request_pb2.SubmitRequest(
+        request=message, gateway_id=submission.gateway_id, decode=decode, role_epoch=role_epoch
+    )
+
+
+def submission_from(message: request_pb2.SubmitRequest) -> Submission:
+    request, sampling = message.request, message.request.sampling
+    params = SamplingParams(
+        sampling.max_tokens, sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed, sampling.ignore_eos,
+        tuple(sampling.stop_token_ids),
+    )  # fmt: skip
+    key = key_from(request.key)
+    return Submission(
+        Request(
+            key.request_id, tuple(request.prompt_ids), params, key.epoch, tuple(request.generated_ids),
+            request.namespace, request.timeout_s,
+        ),
+        message.gateway_id,
+        endpoint_from(message.decode) if message.HasField("decode") else None,
+    )  # fmt: skip
+
+
+def offer_to(offer: Offer) -> request_pb2.OfferRequest:
+    lease = offer.lease
+    producer = request_pb2.Endpoint(
+        worker_id=lease.worker_id, incarnation=lease.incarnation, address=lease.address, cohort=lease.cohort
+    )
+    return request_pb2.OfferRequest(
+        lease=request_pb2.Lease(key=key_to(lease.key), producer=producer, secret=lease.secret),
+        num_tokens=offer.num_tokens, num_growth=offer.num_growth, gateway_id=offer.gateway_id, timeout_s=offer.timeout_s,
+    )  # fmt: skip
+
+
+def offer_from(message: request_pb2.OfferRequest) -> Offer:
+    producer = message.lease.producer
+    lease = Lease(
+        key_from(message.lease.key), producer.worker_id, producer.incarnation, producer.address, producer.cohort,
+        message.lease.secret,
+    )  # fmt: skip
+    return Offer(lease, message.num_tokens, message.num_growth, message.gateway_id, message.timeout_s)
+
+
+def stats_to(stats: EngineStats) -> token_pb2.Stats:
+    return token_pb2.Stats(**asdict(stats))
+
+
+def stats_from(message: token_pb2.Stats) -> EngineStats:
+    return EngineStats(**{field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields})
+
+
+def batch_to(batch: StreamBatch) -> token_pb2.TokenBatch:
+    return token_pb2.TokenBatch(outputs=[_output_to(output) for output in batch.outputs], stats=stats_to(batch.stats))
+
+
+def batch_from(message: token_pb2.TokenBatch) -> StreamBatch:
+    return StreamBatch(tuple(_output_from(output) for output in message.outputs), stats_from(message.stats))
+
+
+def _output_to(output: TokenOutput) -> token_pb2.TokenOutput:
+    error = output.error or ErrorInfo("", "")
+    return token_pb2.TokenOutput(
+        key=key_to(output.key), first_index=output.first_index, token_ids=output.token_ids, finish=output.finish or "",
+        error_code=error.code, error_message=error.message, cached_tokens=output.cached_tokens,
+        stages=[token_pb2.Stage(name=name, seconds=seconds) for name, seconds in output.stages],
+    )  # fmt: skip
+
+
+def _output_from(message: token_pb2.TokenOutput) -> TokenOutput:
+    return TokenOutput(
+        key_from(message.key), message.first_index, tuple(message.token_ids),
+        FinishReason(message.finish) if message.finish else None,
+        ErrorInfo(message.error_code, message.error_message) if message.error_code else None,
+        message.cached_tokens, tuple((stage.name, stage.seconds) for stage in message.stages),
+    )  # fmt: skip

@@ -1,0 +1,100 @@
+"""Server shells: gRPC calls of one worker, turned into calls of a plain object."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Protocol
+
+import grpc
+
+from cluster.rpc import control_pb2, control_pb2_grpc, convert, request_pb2, request_pb2_grpc, token_pb2, token_pb2_grpc
+from cluster.rpc.auth import Gatekeeper
+from cluster.rpc.channels import OPTIONS
+from engine.errors import SteelyardError
+from engine.streams import StreamBatch
+from engine.types import Key, Submission
+from kv_transfer.carrier import Producer
+from kv_transfer.carriers.grpc import kv_handler
+from kv_transfer.carriers.status import abort_with
+from kv_transfer.lease import Offer
+
+
+class WorkerCalls(Protocol):
+    """What a worker answers (cluster/worker.py)."""
+
+    def submit(self, submission: Submission, role_epoch: int) -> None: ...
+
+    async def abort(self, key: Key) -> None: ...
+
+    async def take_offer(self, offer: Offer) -> None: ...
+
+    def subscribe(self, gateway_id: str) -> AsyncGenerator[StreamBatch]: ...
+
+    def status_message(self) -> control_pb2.WorkerStatus: ...
+
+
+class _Requests(request_pb2_grpc.RequestsServicer):
+    def __init__(self, worker: WorkerCalls) -> None:
+        self._worker = worker
+
+    async def Submit(self, request: request_pb2.SubmitRequest, context: grpc.aio.ServicerContext) -> request_pb2.Done:
+        try:
+            self._worker.submit(convert.submission_from(request), request.role_epoch)
+        except SteelyardError as error:
+            await abort_with(context, error)
+        return request_pb2.Done()
+
+    async def Abort(self, request: request_pb2.AbortRequest, context: grpc.aio.ServicerContext) -> request_pb2.Done:
+        await self._worker.abort(convert.key_from(request.key))
+        return request_pb2.Done()
+
+    async def Offer(self, request: request_pb2.OfferRequest, context: grpc.aio.ServicerContext) -> request_pb2.Done:
+        try:
+            await self._worker.take_offer(convert.offer_from(request))
+        except SteelyardError as error:
+            await abort_with(context, error)
+        return request_pb2.Done()
+
+
+class _Tokens(token_pb2_grpc.TokensServicer):
+    def __init__(self, worker: WorkerCalls) -> None:
+        self._worker = worker
+
+    async def Subscribe(
+        self, request: token_pb2.TokensRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncGenerator[token_pb2.TokenBatch]:
+        async for batch in self._worker.subscribe(request.gateway_id):
+            yield convert.batch_to(batch)
+
+
+class _Control(control_pb2_grpc.ControlServicer):
+    def __init__(self, worker: WorkerCalls) -> None:
+        self._worker = worker
+
+    async def Status(
+        self, request: control_pb2.StatusRequest, context: grpc.aio.ServicerContext
+    ) -> control_pb2.WorkerStatus:
+        return self._worker.status_message()
+
+
+class WorkerServer:
+    """One worker's gRPC server, on a port that the system chooses."""
+
+    def __init__(self, worker: WorkerCalls, producer: Producer, secret: bytes, incarnation: str) -> None:
+        self._server = grpc.aio.server(interceptors=[Gatekeeper(secret, incarnation)], options=OPTIONS)
+        request_pb2_grpc.add_RequestsServicer_to_server(_Requests(worker), self._server)
+        token_pb2_grpc.add_TokensServicer_to_server(_Tokens(worker), self._server)
+        control_pb2_grpc.add_ControlServicer_to_server(_Control(worker), self._server)
+        self._server.add_generic_rpc_handlers((kv_handler(producer),))
+
+    def bind(self, host: str) -> str:
+        """Take a port; returns host:port."""
+        port = self._server.add_insecure_port(f"{host}:0")
+        return f"{host}:{port}"
+
+    async def start(self) -> None:
+        await self._server.start()
+
+    async def stop(self) -> None:
+        """Open streams are ended at once."""
+        await self._server.stop(grace=0.2)

@@ -1,0 +1,396 @@
+"""The supervisor: keeps every worker and the gateway alive, and keeps the numbered membership.
+
+A worker's slot, over and over, until the cluster stops:
+1. The spawner makes a process with a new incarnation, or hands back the living one of that name (a restarted
+   supervisor adopts what its predecessor left).
+2. The process starts (it loads the model) and answers with its Member; the membership's next version lists it.
+3. Its incarnation ends, for whatever reason: the next version no longer lists it, at once.
+4. What is left of it is cleared away, and after a bounded backoff the slot begins again.
+The gateway's slot is the same, except that every version of the membership is pushed to the gateway while it lives.
+
+The cluster is READY when the gateway's first canary came back, and ends when it is told to, when the driver's lease
+runs out (lifetime `job`), or when it did not become ready. This module knows no Ray: see cluster/supervisor_actor.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from cluster.config import ClusterConfig, PoolConfig
+from cluster.spec import ClusterStatus, Phase, UnitState, UnitStatus, WorkerSpec
+from engine.errors import ConfigError, DeadlineExceeded, ModelError, SteelyardError
+from engine.types import ErrorInfo, Role
+from router.membership import Member, Membership
+
+log = logging.getLogger(__name__)
+
+MAX_FIRST_ATTEMPTS = 3  # starts of one process that may fail before a cluster that was never ready gives up
+FIRST_BACKOFF_S = 0.5
+MAX_BACKOFF_S = 30.0
+STEADY_S = 60.0  # an incarnation that served this long clears the backoff
+ABANDONED_S = 3.0  # a job cluster's driver is heard every second
+SETTLE_S = 5.0  # how long an adopted gateway keeps its last membership while we look for its workers
+APPLY_S = 10.0  # a gateway that has not taken a membership by then is replaced
+UNLIST_S = 1.0  # deadlines of the steps of stop()
+STOP_S = 3.0
+CLOSE_S = 5.0
+
+
+class Process(Protocol):
+    """One incarnation of a worker or of the gateway, somewhere else."""
+
+    @property
+    def incarnation(self) -> str: ...
+
+    async def failed(self) -> str:
+        """Return why the incarnation is over, once it is."""
+        ...
+
+    async def stop(self) -> None:
+        """End it: politely, then by force. Ending it twice is no error."""
+        ...
+
+
+class WorkerProcess(Process, Protocol):
+    async def start(self) -> Member:
+        """Raises SteelyardError when the worker could not start."""
+        ...
+
+
+class GatewayProcess(Process, Protocol):
+    async def start(self) -> str:
+        """Return the base URL. Raises SteelyardError when the gateway could not start."""
+        ...
+
+    async def version(self) -> int:
+        """The membership version that it holds, 0 for none."""
+        ...
+
+    async def apply(self, membership: Membership) -> None: ...
+
+    async def ready(self) -> None:
+        """Return when a canary went through prefill, wire and decode."""
+        ...
+
+
+class Spawner(Protocol):
+    """Makes processes, or finds the living ones of the same name."""
+
+    async def worker(self, spec: WorkerSpec, pool: PoolConfig) -> WorkerProcess: ...
+
+    async def gateway(self, incarnation: str, port: int) -> GatewayProcess: ...
+
+    async def close(self) -> None:
+        """Kill and remove everything that carries the cluster's names."""
+        ...
+
+
+@dataclass(slots=True)
+class Slot:
+    """One process that should be there, whichever incarnation it is."""
+
+    name: str
+    state: UnitState = UnitState.STARTING
+    process: Process | None = None
+    member: Member | None = None  # listed, if set
+    num_starts: int = 0
+    num_failures: int = 0  # in a row; see STEADY_S
+    settled: bool = False  # its first incarnation has started or failed
+    serving_since: float | None = None  # loop time
+    reason: str = ""
+
+    def status(self) -> UnitStatus:
+        incarnation = self.process.incarnation if self.process else ""
+        return UnitStatus(self.name, self.state, incarnation, max(0, self.num_starts - 1), self.reason)
+
+
+def backoff_s(num_failures: int) -> float:
+    """How long to wait before the next incarnation: doubling, bounded."""
+    return min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2.0 ** min(num_failures - 1, 16))
+
+
+class Supervisor:
+    """`run` lives as long as the cluster. `loopback`: workers bind to 127.0.0.1 instead of their node's address."""
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        spawner: Spawner,
+        *,
+        loopback: bool = False,
+        new_incarnation: Callable[[], str] = lambda: secrets.token_hex(8),
+    ) -> None:
+        self._config = config
+        self._spawner = spawner
+        self._host = "127.0.0.1" if loopback else ""
+        self._new_incarnation = new_incarnation
+        pools = {Role.PREFILL: config.pools.prefill, Role.DECODE: config.pools.decode}
+        self._workers = [
+            (Slot(f"{role}-{index}"), role, pool) for role, pool in pools.items() for index in range(pool.workers)
+        ]
+        self._gateway = Slot("gateway")
+        self._gateway_process: GatewayProcess | None = None
+        self._port = config.router.port
+        self._url = ""
+        self._phase = Phase.STARTING
+        self._failure: ErrorInfo | None = None
+        self._membership = Membership()
+        self._sequence = 0
+        self._changed = asyncio.Event()  # replaced at every change: whoever waits holds the old one
+        self._heard = asyncio.Event()
+        self._heard_at = 0.0
+        self._keepers: list[asyncio.Task[None]] = []
+        self._stopping: asyncio.Task[None] | None = None
+        self._stopped = asyncio.Event()
+
+    async def run(self) -> None:
+        """Keep the cluster until it has been stopped."""
+        if self._phase == Phase.STARTING and not self._keepers:
+            self._keep(self._keep_gateway())
+            for slot, role, pool in self._workers:
+                self._keep(self._keep_worker(slot, role, pool))
+            self._keep(self._watch_start())
+            self._heard_at = asyncio.get_running_loop().time()
+            if self._config.cluster.lifetime == "job":
+                self._keep(self._watch_lease())
+        await self._stopped.wait()
+
+    async def follow(self, after: int, timeout_s: float) -> ClusterStatus:
+        """The driver's heartbeat: renews its lease. Returns when the status is newer than `after`, or after timeout_s."""
+        self._heard.set()
+        self._heard_at = asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._sequence <= after:
+                    await self._changed.wait()
+        except TimeoutError:
+            pass
+        return self.status()
+
+    def status(self) -> ClusterStatus:
+        return ClusterStatus(
+            sequence=self._sequence,
+            phase=self._phase,
+            membership_version=self._membership.version,
+            workers=tuple(slot.status() for slot, _, _ in self._workers),
+            gateway=self._gateway.status(),
+            url=self._url,
+            failure=self._failure,
+        )
+
+    def membership(self) -> Membership:
+        return self._membership
+
+    def is_abandoned(self) -> bool:
+        """Whether it is ending, or its driver seems to be gone: then a new cluster may take its name."""
+        silent_s = asyncio.get_running_loop().time() - self._heard_at
+        is_ending = self._phase in (Phase.STOPPING, Phase.STOPPED)
+        return is_ending or (self._config.cluster.lifetime == "job" and silent_s > ABANDONED_S)
+
+    async def stop(self) -> None:
+        """End everything, within UNLIST_S + 2 STOP_S + CLOSE_S. Stopping twice waits for the same end."""
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._stop())
+        await asyncio.shield(self._stopping)
+
+    # --- slots ----------------------------------------------------------------------------------------------------
+
+    async def _keep_worker(self, slot: Slot, role: Role, pool: PoolConfig) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(self._config.cluster.start_timeout_s):
+                    spec = WorkerSpec(slot.name, self._new_incarnation(), role, self._host)
+                    process = await self._spawner.worker(spec, pool)
+                    self._begin(slot, process)
+                    slot.member = await process.start()
+                self._begin_serving(slot)
+                self._list_members()
+                slot.reason = await process.failed()
+            except Exception as error:  # the slot must survive whatever its process does
+                self._note_failure(slot, error)
+            await self._clear(slot)
+
+    async def _keep_gateway(self) -> None:
+        slot = self._gateway
+        while True:
+            try:
+                async with asyncio.timeout(self._config.cluster.start_timeout_s):
+                    process = await self._spawner.gateway(self._new_incarnation(), self._port)
+                    self._begin(slot, process)
+                    self._url = await process.start()
+                    await self._settle(await process.version())
+                self._gateway_process = process
+                self._port = int(self._url.rpartition(":")[2])  # a later incarnation listens where clients already know
+                self._begin_serving(slot)
+                slot.reason = await _first(process.failed(), self._push(process), self._await_canary(process))
+            except Exception as error:  # the slot must survive whatever its process does
+                self._note_failure(slot, error)
+            self._gateway_process = None
+            await self._clear(slot)
+
+    def _begin(self, slot: Slot, process: Process) -> None:
+        slot.process, slot.num_starts = process, slot.num_starts + 1
+        self._announce()
+
+    def _begin_serving(self, slot: Slot) -> None:
+        slot.state, slot.settled = UnitState.RUNNING, True
+        slot.serving_since = asyncio.get_running_loop().time()
+        self._announce()
+
+    def _note_failure(self, slot: Slot, error: Exception) -> None:
+        timed_out = f"did not start within {self._config.cluster.start_timeout_s:g} s"
+        slot.reason = timed_out if isinstance(error, TimeoutError) else str(error) or type(error).__name__
+        never_ready = self._phase == Phase.STARTING and slot.state == UnitState.STARTING
+        hopeless = isinstance(error, ConfigError | ModelError) or slot.num_failures + 1 >= MAX_FIRST_ATTEMPTS
+        if never_ready and hopeless:
+            self._fail(error if isinstance(error, SteelyardError) else SteelyardError(f"{slot.name}: {slot.reason}"))
+
+    async def _clear(self, slot: Slot) -> None:
+        """Unlist an incarnation that ended, clear its remains away, and wait until the next may begin."""
+        now, since = asyncio.get_running_loop().time(), slot.serving_since
+        slot.num_failures = 1 if since is not None and now - since >= STEADY_S else slot.num_failures + 1
+        slot.state, slot.settled, slot.member, slot.serving_since = UnitState.WAITING, True, None, None
+        self._list_members()
+        log.warning("%s ended, failure %d in a row: %s", slot.name, slot.num_failures, slot.reason)
+        if slot.process is not None:
+            await _within(STOP_S, slot.process.stop())
+            slot.process = None
+        await asyncio.sleep(backoff_s(slot.num_failures))
+        slot.state = UnitState.STARTING
+        self._announce()
+
+    # --- membership -----------------------------------------------------------------------------------------------
+
+    def _list_members(self) -> None:
+        """Bring the membership up to the slots; a change is a new version."""
+        members = tuple(slot.member for slot, _, _ in self._workers if slot.member is not None)
+        if members != self._membership.members:
+            self._membership = Membership(self._membership.version + 1, members)
+        self._announce()
+
+    async def _settle(self, held: int) -> None:
+        """An adopted gateway routes by version `held`: go above it, once its workers had time to be found again."""
+        if held == 0:
+            return
+        try:
+            async with asyncio.timeout(SETTLE_S):
+                while not all(slot.settled for slot, _, _ in self._workers):
+                    await self._changed.wait()
+        except TimeoutError:
+            pass
+        self._membership = replace(self._membership, version=max(self._membership.version, held) + 1)
+        self._phase = Phase.READY  # it was, under our predecessor: from now on we mend and do not give up
+
+    async def _push(self, process: GatewayProcess) -> str:
+        pushed = -1
+        while True:
+            changed, membership = self._changed, self._membership
+            if membership.version > pushed:
+                async with asyncio.timeout(APPLY_S):
+                    await process.apply(membership)
+                pushed = membership.version
+            else:
+                await changed.wait()
+
+    async def _await_canary(self, process: GatewayProcess) -> str:
+        await process.ready()
+        if self._phase == Phase.STARTING:
+            self._phase = Phase.READY
+            self._announce()
+        return await asyncio.get_running_loop().create_future()  # the gateway's end is another's to report
+
+    # --- how it ends ----------------------------------------------------------------------------------------------
+
+    async def _watch_start(self) -> None:
+        limit_s = self._config.cluster.start_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                while self._phase == Phase.STARTING:
+                    await self._changed.wait()
+        except TimeoutError:
+            self._fail(DeadlineExceeded(f"the cluster was not ready within {limit_s:g} s: {self._missing()}"))
+
+    def _missing(self) -> str:
+        slots = [slot for slot, _, _ in self._workers] + [self._gateway]
+        missing = [f"{slot.name} is {slot.state}{f' ({slot.reason})' if slot.reason else ''}" for slot in slots
+                   if slot.state != UnitState.RUNNING]  # fmt: skip
+        return ", ".join(missing) or "no canary came back"
+
+    async def _watch_lease(self) -> None:
+        lease_s = self._config.cluster.driver_lease_s
+        try:
+            while True:
+                async with asyncio.timeout(lease_s):
+                    await self._heard.wait()
+                self._heard.clear()
+        except TimeoutError:
+            self._fail(DeadlineExceeded(f"the driver was not heard for {lease_s:g} s"))
+
+    def _fail(self, error: SteelyardError) -> None:
+        self._failure = self._failure or ErrorInfo(error.code, error.message)
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._stop())
+
+    async def _stop(self) -> None:
+        self._phase = Phase.STOPPING
+        self._announce()
+        await self._end_keepers()
+        await self._unlist_all()
+        if self._gateway.process is not None:  # first, so that its clients hear of it while the workers still answer
+            await _within(STOP_S, self._gateway.process.stop())
+        await asyncio.gather(*(_within(STOP_S, slot.process.stop()) for slot, _, _ in self._workers if slot.process))
+        await _within(CLOSE_S, self._spawner.close())
+        for slot in [self._gateway, *(slot for slot, _, _ in self._workers)]:
+            slot.state, slot.process = UnitState.STOPPED, None
+        self._phase = Phase.STOPPED
+        self._announce()
+        self._stopped.set()
+
+    async def _end_keepers(self) -> None:
+        for task in self._keepers:
+            task.cancel()
+        if self._keepers:
+            await asyncio.wait(self._keepers, timeout=UNLIST_S)
+
+    async def _unlist_all(self) -> None:
+        for slot, _, _ in self._workers:
+            slot.member = None
+        self._list_members()
+        if self._gateway_process is not None:
+            await _within(UNLIST_S, self._gateway_process.apply(self._membership))
+
+    # --- small things ---------------------------------------------------------------------------------------------
+
+    def _announce(self) -> None:
+        self._sequence += 1
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    def _keep(self, life: Coroutine[None, None, None]) -> None:
+        self._keepers.append(asyncio.create_task(life))
+
+
+async def _first(*lives: Coroutine[None, None, str]) -> str:
+    """What the first of them to end returned or raised; the others are cancelled."""
+    tasks = [asyncio.ensure_future(life) for life in lives]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return next(iter(done)).result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _within(limit_s: float, step: Awaitable[None]) -> None:
+    """One step of clearing away: bounded, and its failure must not keep the next one from being done."""
+    try:
+        async with asyncio.timeout(limit_s):
+            await step
+    except Exception as error:
+        log.warning("a step of clearing away failed: %s", str(error) or type(error).__name__)

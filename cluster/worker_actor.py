@@ -1,0 +1,46 @@
+"""One rank of a worker as a Ray actor: a thin shell around cluster.worker.Worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Protocol, cast
+
+import ray
+
+from cluster.config import ClusterConfig
+from cluster.incarnation import Incarnation, Part
+from cluster.spec import WorkerSpec, load_part
+from engine.types import ErrorInfo
+from router.membership import Member
+
+
+class WorkerPart(Part[Member], Protocol):
+    """What the shell needs of cluster.worker.Worker."""
+
+    async def status(self) -> dict[str, object]: ...
+
+
+class WorkerActor:
+    """`part` is the import path of the Worker class (cluster.spec.Parts)."""
+
+    def __init__(self, spec: WorkerSpec, config: ClusterConfig, secret: bytes, part: str) -> None:
+        make = cast(Callable[[WorkerSpec, ClusterConfig, bytes], WorkerPart], load_part(part))
+        self._spec = replace(spec, host=spec.host or ray.util.get_node_ip_address())
+        self._worker = make(self._spec, config, secret)
+        self._incarnation = Incarnation(self._worker)
+
+    async def incarnation(self) -> str:
+        return self._spec.incarnation
+
+    async def start(self) -> Member | ErrorInfo:
+        return await self._incarnation.start()
+
+    async def failed(self) -> str:
+        return await self._incarnation.failed()
+
+    async def status(self) -> dict[str, object]:
+        return await self._worker.status()
+
+    async def stop(self) -> None:
+        await self._incarnation.stop()

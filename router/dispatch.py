@@ -1,0 +1,229 @@
+"""The owner of live requests: places them, merges their tokens in order, and places them anew when a worker fails.
+
+A request's way:
+1. `generate` admits it (or refuses at once) and gives it a deadline;
+2. `policy.choose` names a prefill and a decode worker; the prefill worker gets the Submission;
+3. tokens come over the workers' streams, the first from prefill, the others from decode, merged by LiveRequest;
+4. a failed placement raises the epoch: the prompt and the tokens so far are placed elsewhere, and the stream goes on
+   at the next index. A refusal for lack of room waits a little and tries again until the deadline;
+5. when the caller is done with the iterator, whatever still runs for it is aborted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Protocol
+
+from engine.errors import DeadlineExceeded, InvalidRequest, Overloaded, SteelyardError, Unavailable, WorkerLost
+from engine.streams import StreamBatch
+from engine.types import Endpoint, Key, Request, Submission, TokenOutput
+from router.api import HealthView, WorkerView
+from router.canary import Canary
+from router.config import RouterConfig
+from router.live import LiveRequest
+from router.membership import Member, Membership
+from router.policy import Placement, WorkerLoad, choose
+from router.workers import Connector, WorkerLink
+
+REFUSED_PAUSE_S = 0.05  # doubled at each refusal, up to
+LONGEST_PAUSE_S = 1.0
+
+log = logging.getLogger(__name__)
+
+
+class Names(Protocol):
+    """Where ids and seeds come from; the simulator's are a function of its seed."""
+
+    def new_request_id(self) -> str: ...
+
+    def new_seed(self) -> int: ...
+
+
+class Dispatcher:
+    """Implements router.api.Generator."""
+
+    def __init__(self, config: RouterConfig, gateway_id: str, connector: Connector, names: Names) -> None:
+        self._config = config
+        self._gateway_id = gateway_id
+        self._connector = connector
+        self._names = names
+        self._membership = Membership()
+        self._links: dict[tuple[str, str], WorkerLink] = {}  # by worker id and incarnation
+        self._live: dict[str, LiveRequest] = {}
+        self._background: list[asyncio.Task[None]] = []
+        self.canary = Canary(self, config.canary_s)
+
+    def new_request_id(self) -> str:
+        return self._names.new_request_id()
+
+    def new_seed(self) -> int:
+        return self._names.new_seed()
+
+    # --- membership ----------------------------------------------------------------------------------------
+
+    def apply(self, membership: Membership) -> None:
+        """Take a newer membership: connect to who is new, let go of who has left."""
+        if membership.version <= self._membership.version:
+            return
+        self._membership = membership
+        wanted = {(member.worker_id, member.incarnation): member for member in membership.members}
+        for name in [name for name in self._links if name not in wanted]:
+            self._in_background(self._links.pop(name).close())
+        for name, member in wanted.items():
+            if name in self._links:
+                self._links[name].member = member
+            else:
+                client = self._connector.connect(member)
+                self._links[name] = WorkerLink(member, client, self._gateway_id, self._on_batch, self._on_down)
+
+    async def close(self) -> None:
+        """Let go of all workers; live requests end with an error."""
+        self.canary.stop()
+        for live in self._live.values():
+            live.fail(Unavailable("the gateway is shutting down"))
+        closing = [link.close() for link in self._links.values()]
+        self._links = {}
+        await asyncio.gather(*closing, *self._background, return_exceptions=True)
+
+    # --- requests ------------------------------------------------------------------------------------------
+
+    async def generate(self, request: Request) -> AsyncGenerator[TokenOutput]:
+        """See router.api.Generator."""
+        live = self._admit(request)
+        try:
+            while True:
+                event = await self._next_event(live)
+                if isinstance(event, TokenOutput):
+                    yield event
+                    if event.finish:
+                        live.placement = None  # nothing runs any more
+                        return
+        finally:
+            del self._live[request.request_id]
+            self._abandon(live.key, live.placement)
+
+    def _admit(self, request: Request) -> LiveRequest:
+        if len(self._live) >= self._config.max_live_requests:
+            raise Overloaded(f"{len(self._live)} requests are being served", retry_after_s=1)
+        if request.request_id in self._live:
+            raise InvalidRequest(f"request id {request.request_id} is in use", param="request_id")
+        deadline = self._now() + min(request.timeout_s, self._config.deadline_s)
+        live = self._live[request.request_id] = LiveRequest(request, deadline)
+        return live
+
+    async def _next_event(self, live: LiveRequest) -> TokenOutput | None:
+        """The next output; None when a placement failed and a new one has been made. Raises what ends the request."""
+        try:
+            async with asyncio.timeout_at(live.deadline):
+                if live.placement is None:
+                    await self._place(live)
+                event = await live.next_event()
+                if isinstance(event, TokenOutput):
+                    return event
+                await self._place_again(live, event)
+                return None
+        except TimeoutError:
+            raise DeadlineExceeded(f"the deadline passed after {len(live.tokens)} tokens") from None
+
+    async def _place(self, live: LiveRequest) -> None:
+        """Choose workers and submit; a failure to submit becomes the placement's first event."""
+        placement = choose(self.loads())
+        if placement is None:
+            raise Unavailable("no worker can be reached", retry_after_s=1)
+        live.place(placement)
+        decode = None if placement.decode is None else _endpoint(placement.decode)
+        submission = Submission(live.placed_request(self._now()), self._gateway_id, decode)
+        link = self._links[(placement.first.worker_id, placement.first.incarnation)]
+        try:
+            await link.client.submit(submission, link.member.role_epoch, self._config.rpc_timeout_s)
+        except SteelyardError as error:
+            live.fail(error)
+
+    async def _place_again(self, live: LiveRequest, error: SteelyardError) -> None:
+        """Raises `error` if it is the request's own fault or was met too often."""
+        if isinstance(error, InvalidRequest):
+            raise error
+        live.num_refusals, live.num_failures = _count(error, live.num_refusals, live.num_failures)
+        if live.num_failures >= self._config.max_attempts:
+            raise error
+        log.info("request %s is placed again after: %s", live.request.request_id, error.message)
+        self._abandon(live.key, live.placement)
+        pauses = max(live.num_refusals, live.num_failures)
+        await asyncio.sleep(min(REFUSED_PAUSE_S * 2**pauses, LONGEST_PAUSE_S))
+        while choose(self.loads()) is None:
+            await asyncio.sleep(LONGEST_PAUSE_S)  # a worker is being replaced; the deadline bounds this
+        await self._place(live)
+
+    def _abandon(self, key: Key, placement: Placement | None) -> None:
+        """Abort a placement on its workers, without waiting."""
+        if placement is None:
+            return
+        for member in (placement.first, placement.decode):
+            link = self._links.get((member.worker_id, member.incarnation)) if member else None
+            if link is not None:
+                self._in_background(self._abort(link, key))
+
+    async def _abort(self, link: WorkerLink, key: Key) -> None:
+        try:
+            await link.client.abort(key, self._config.rpc_timeout_s)
+        except SteelyardError as error:
+            log.warning("abort of %s on %s failed: %s", key, link.member.worker_id, error.message)
+
+    # --- what workers say ----------------------------------------------------------------------------------
+
+    def _on_batch(self, member: Member, batch: StreamBatch) -> None:
+        for output in batch.outputs:
+            live = self._live.get(output.key.request_id)
+            if live is not None:
+                live.take(output, member.worker_id)
+                if live.handed_off:
+                    self.canary.prove()
+
+    def _on_down(self, member: Member, reason: str) -> None:
+        for live in self._live.values():
+            if live.involves(member.worker_id, member.incarnation):
+                live.fail(WorkerLost(f"worker {member.worker_id} was lost: {reason}"))
+
+    # --- views ---------------------------------------------------------------------------------------------
+
+    def loads(self) -> list[WorkerLoad]:
+        """Every linked worker's load, derived from the table of live requests and its last report."""
+        return [self._load(link) for link in self._links.values()]
+
+    def _load(self, link: WorkerLink) -> WorkerLoad:
+        name = (link.member.worker_id, link.member.incarnation)
+        here = [live for live in self._live.values() if live.involves(*name)]
+        waiting = [live for live in here if live.waits_on(*name)]
+        prompt_tokens = sum(live.request.num_tokens for live in waiting)
+        return WorkerLoad(link.member, link.connected, len(here), prompt_tokens, link.stats)
+
+    def health(self) -> HealthView:
+        healthy, reason, age_s = self.canary.verdict()
+        workers = tuple(_view(link) for link in self._links.values())
+        return HealthView(healthy, reason, age_s, self._membership.version, workers, len(self._live))
+
+    def _in_background(self, work: Coroutine[None, None, None]) -> None:
+        self._background = [task for task in self._background if not task.done()]
+        self._background.append(asyncio.get_running_loop().create_task(work))
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+
+def _count(error: SteelyardError, num_refusals: int, num_failures: int) -> tuple[int, int]:
+    """A refusal for lack of room is no failure of the placement."""
+    return (num_refusals + 1, num_failures) if isinstance(error, Overloaded) else (num_refusals, num_failures + 1)
+
+
+def _endpoint(member: Member) -> Endpoint:
+    return Endpoint(member.worker_id, member.incarnation, member.address, member.cohort)
+
+
+def _view(link: WorkerLink) -> WorkerView:
+    member, stats = link.member, link.stats
+    return WorkerView(
+        member.worker_id, member.incarnation, member.role, member.address, link.connected, stats.num_running,
+        stats.num_waiting, stats.num_blocks, stats.num_free_blocks, stats.num_leaked_blocks,
+    )  # fmt: skip

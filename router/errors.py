@@ -1,0 +1,105 @@
+"""Errors on their way out: every fault becomes OpenAI's error format, one message and the path of the field.
+
+1. `refusal` turns pydantic's list of complaints into one InvalidRequest.
+2. `as_steelyard_error` turns whatever else was raised into an error of our tree; unexpected ones tell nothing.
+3. `error_response` and `error_event` write it, as an answer or as the last event of a stream.
+"""
+
+from __future__ import annotations
+
+import math
+from http import HTTPStatus
+
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from engine.errors import InvalidRequest, SteelyardError
+
+MAX_SHOWN_CHARS = 200  # of anything that the client wrote
+UNSAID = "The server failed at this request"  # what is told of an unexpected fault
+PLAIN_WORDS = {"missing": "This field is required", "extra_forbidden": "Unknown field"}
+
+
+class BodyTooLarge(SteelyardError):
+    code = "body_too_large"
+    status = 413
+
+
+class RouteNotFound(SteelyardError):
+    code = "not_found"
+    status = 404
+
+
+class MethodNotAllowed(SteelyardError):
+    code = "method_not_allowed"
+    status = 405
+
+
+class ErrorBody(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorReply(BaseModel):
+    """OpenAI's error format."""
+
+    error: ErrorBody
+
+
+def shown(text: str) -> str:
+    """Text of the client's, cut to a length that fits a message."""
+    return text if len(text) <= MAX_SHOWN_CHARS else text[:MAX_SHOWN_CHARS] + "..."
+
+
+def refusal(error: ValidationError) -> InvalidRequest:
+    """The first complaint about a body, with the dotted path of its field as `param`."""
+    complaints = error.errors(include_url=False, include_input=False)
+    first = complaints[0]
+    words = PLAIN_WORDS.get(first["type"], first["msg"])
+    path = shown(".".join(str(step) for step in first["loc"]))
+    more = f" (and {len(complaints) - 1} more)" if len(complaints) > 1 else ""
+    return InvalidRequest(f"'{path}': {words}{more}" if path else f"{words}{more}", param=path or None)
+
+
+def as_steelyard_error(error: Exception) -> SteelyardError:
+    """An unexpected exception becomes a plain 500 that says nothing about our inside."""
+    if isinstance(error, SteelyardError):
+        return error
+    if isinstance(error, HTTPException):
+        return _routing_error(error)
+    return SteelyardError(UNSAID)
+
+
+def _routing_error(error: HTTPException) -> SteelyardError:
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        return RouteNotFound("There is no such route")
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        return MethodNotAllowed("This route does not take this method")
+    return InvalidRequest(str(error.detail)) if error.status_code < 500 else SteelyardError(UNSAID)
+
+
+def _type_of(status: int) -> str:
+    if status == HTTPStatus.TOO_MANY_REQUESTS:
+        return "rate_limit_error"
+    return "invalid_request_error" if status < 500 else "server_error"
+
+
+def error_reply(error: SteelyardError) -> ErrorReply:
+    body = ErrorBody(message=error.message, type=_type_of(error.status), param=error.param, code=error.code)
+    return ErrorReply(error=body)
+
+
+def error_response(error: SteelyardError, headers: dict[str, str] | None = None) -> Response:
+    """The error as a whole answer; a refusal for load says when to come back, in whole seconds of at least 1."""
+    headers = dict(headers or {})
+    if error.status == HTTPStatus.TOO_MANY_REQUESTS or error.retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s or 1)))
+    return Response(error_reply(error).model_dump_json(), error.status, headers, "application/json")
+
+
+def error_event(error: SteelyardError) -> bytes:
+    """The error as the last event of a stream that had begun."""
+    return b"data: " + error_reply(error).model_dump_json().encode() + b"\n\n"

@@ -1,0 +1,147 @@
+"""The HTTP face: OpenAI's API in front of a Generator.
+
+1. `Boundary` names the request and notes its arrival; `read_body` takes no more than the limit.
+2. `TextModel.prepare` makes the engine Request; `Generator.generate` owns it from there.
+3. `Answer` sends what comes back, and gives the request up when its client does.
+
+Knows nothing of workers, roles and placement: these are the Generator's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import asdict, dataclass
+from typing import cast
+
+from fastapi import FastAPI
+from fastapi import Request as HttpRequest
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from engine.errors import ModelNotFound
+from engine.types import Request, TokenOutput
+from router.answer import Answer, Generation
+from router.api import Generator
+from router.body import read_body
+from router.boundary import Boundary, arrival_of
+from router.config import RouterConfig
+from router.errors import ErrorReply, as_steelyard_error, error_response, shown
+from router.ledger import Ledger
+from router.metrics import CONTENT_TYPE, Metrics
+from router.replies import ChatReplies, ChatReply, CompletionReplies, CompletionReply, ModelCard, ModelList
+from router.schema import ChatBody, CompletionBody
+from router.text import TextModel
+
+PREPARE_STAGE = "prepare"  # arrival to Request: reading, checking, tokenising
+ERROR_DOCS: dict[int | str, dict[str, object]] = {"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}}
+
+
+def create_app(
+    generator: Generator,
+    model: TextModel,
+    config: RouterConfig,
+    *,
+    wall_clock: Callable[[], float],
+    version: str = "dev",
+) -> FastAPI:
+    """The ASGI application. `wall_clock` gives seconds since 1970, for `created` only."""
+    metrics = Metrics(model.name, generator.health)
+    app = FastAPI(title="Steelyard", version=version, redirect_slashes=False)
+    app.add_middleware(Boundary, new_request_id=generator.new_request_id, on_refused=metrics.count_refused)
+
+    async def routing_error(_request: HttpRequest, error: Exception) -> Response:
+        known = as_steelyard_error(error)
+        metrics.count_refused(known.code)
+        headers = error.headers if isinstance(error, HTTPException) else None
+        return error_response(known, dict(headers or {}))
+
+    app.add_exception_handler(HTTPException, routing_error)
+    _add_generation_routes(app, _Front(generator, model, config, metrics, wall_clock))
+    _add_model_routes(app, ModelCard(id=model.name, created=int(wall_clock()), max_model_len=model.max_context))
+    _add_operator_routes(app, generator, metrics, version)
+    return app
+
+
+@dataclass(frozen=True, slots=True)
+class _Front:
+    """All that it takes to answer a generation request."""
+
+    generator: Generator
+    model: TextModel
+    config: RouterConfig
+    metrics: Metrics
+    wall_clock: Callable[[], float]
+
+    async def answer(self, http: HttpRequest, kind: type[ChatBody | CompletionBody]) -> Response:
+        arrival = arrival_of(http)
+        body = await read_body(http, kind, self.config.max_body_bytes)
+        request = await self.model.prepare(body, arrival.request_id, self.generator.new_seed, self.config.deadline_s)
+        ledger = Ledger(arrival.time_s)
+        ledger.add_stages(((PREPARE_STAGE, asyncio.get_running_loop().time() - arrival.time_s),))
+        generation = self._generate(request, body, ledger)
+        dialect = ChatReplies if isinstance(body, ChatBody) else CompletionReplies
+        replies = dialect(request.request_id, self.model.name, int(self.wall_clock()), has_usage=body.includes_usage)
+        return Answer(generation, replies, self.metrics, stream=bool(body.stream), include_usage=body.includes_usage)
+
+    def _generate(self, request: Request, body: ChatBody | CompletionBody, ledger: Ledger) -> Generation:
+        outputs = cast(AsyncGenerator[TokenOutput, None], self.generator.generate(request))  # it has aclose()
+        texts = self.model.open_stream(body.stop)
+        return Generation(request.request_id, len(request.prompt_ids), outputs, texts, ledger)
+
+
+def _add_generation_routes(app: FastAPI, front: _Front) -> None:
+    chat_docs = _body_docs("/v1/chat/completions", ChatBody)
+    completion_docs = _body_docs("/v1/completions", CompletionBody)
+
+    @app.post("/v1/chat/completions", responses=_docs(ChatReply), openapi_extra=chat_docs)
+    async def chat_completions(request: HttpRequest) -> Response:
+        return await front.answer(request, ChatBody)
+
+    @app.post("/v1/completions", responses=_docs(CompletionReply), openapi_extra=completion_docs)
+    async def completions(request: HttpRequest) -> Response:
+        return await front.answer(request, CompletionBody)
+
+
+def _add_model_routes(app: FastAPI, card: ModelCard) -> None:
+    @app.get("/v1/models")
+    async def models() -> ModelList:
+        return ModelList(data=[card])
+
+    @app.get("/v1/models/{model_id:path}", responses=ERROR_DOCS)
+    async def one_model(model_id: str) -> ModelCard:
+        if model_id != card.id:
+            raise ModelNotFound(f"The model '{shown(model_id)}' is not served here; '{card.id}' is", param="model")
+        return card
+
+
+def _add_operator_routes(app: FastAPI, generator: Generator, metrics: Metrics, version: str) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        """200 if a canary went through prefill, wire and decode in time, else 503; the workers either way."""
+        view = generator.health()
+        return JSONResponse(asdict(view), 200 if view.healthy else 503)
+
+    @app.get("/metrics")
+    async def prometheus() -> Response:
+        return Response(metrics.render(), media_type=None, headers={"content-type": CONTENT_TYPE})
+
+    @app.get("/version")
+    async def show_version() -> dict[str, str]:
+        return {"version": version}
+
+
+def _docs(reply: type[BaseModel]) -> dict[int | str, dict[str, object]]:
+    return {200: {"model": reply}, **ERROR_DOCS}
+
+
+def _body_docs(path: str, kind: type[BaseModel]) -> dict[str, object]:
+    """OpenAPI's description of a body that we read ourselves; its definitions are found by JSON pointer."""
+    here = f"#/paths/{path.replace('/', '~1')}/post/requestBody/content/application~1json/schema/$defs/{{model}}"
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": kind.model_json_schema(ref_template=here)}},
+        }
+    }

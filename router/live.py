@@ -1,0 +1,100 @@
+"""A live request: its token log, its placement, and what has come from workers. Owned by exactly one gateway.
+
+Outputs are taken only in order: of the present epoch, at index = next. One gap is held back, because the second
+token may overtake the first (they come from different workers). Whatever is older or doubled is dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field, replace
+
+from engine.errors import SteelyardError, WorkerLost, error_from_code
+from engine.types import FinishReason, Key, Request, TokenOutput
+from router.policy import Placement
+
+
+@dataclass(slots=True, eq=False)
+class LiveRequest:
+    request: Request
+    deadline: float  # on the running loop's clock
+    epoch: int = 0
+    tokens: list[int] = field(default_factory=list)  # delivered, in order
+    placement: Placement | None = None
+    handed_off: bool = False  # in this epoch tokens have come from the decode worker
+    cached_tokens: int | None = None  # of the first placement: what usage reports
+    num_refusals: int = 0  # placements that found no room
+    num_failures: int = 0  # placements that failed otherwise
+    _next_index: int = 0  # of the next token to be queued for the client
+    _held: TokenOutput | None = None
+    _events: asyncio.Queue[TokenOutput | SteelyardError] = field(default_factory=asyncio.Queue)
+
+    @property
+    def key(self) -> Key:
+        return Key(self.request.request_id, self.epoch)
+
+    def place(self, placement: Placement) -> None:
+        """Begin a new placement: everything of earlier ones is void."""
+        if self.placement is not None:
+            self.epoch += 1
+        self.placement = placement
+        self.handed_off = False
+        self._held = None
+        self._next_index = len(self.tokens)
+        self._events = asyncio.Queue()
+
+    def placed_request(self, now: float) -> Request:
+        """The request as workers get it: with the tokens that the client has."""
+        return replace(
+            self.request, epoch=self.epoch, generated_ids=tuple(self.tokens), timeout_s=max(0.0, self.deadline - now)
+        )
+
+    def involves(self, worker_id: str, incarnation: str) -> bool:
+        """Would the death of this life of this worker stop the request?"""
+        if self.placement is None:
+            return False
+        name = (worker_id, incarnation)
+        decode = self.placement.decode
+        return self.waits_on(*name) or (decode is not None and (decode.worker_id, decode.incarnation) == name)
+
+    def waits_on(self, worker_id: str, incarnation: str) -> bool:
+        """Does the request's next token come from this worker as the first of its placement?"""
+        if self.placement is None or self.handed_off:
+            return False
+        first = self.placement.first
+        return (first.worker_id, first.incarnation) == (worker_id, incarnation)
+
+    def take(self, output: TokenOutput, worker_id: str) -> None:
+        """An output from a worker's stream."""
+        if output.key != self.key:
+            return
+        if output.error is not None:
+            self.fail(error_from_code(output.error.code, output.error.message))
+        elif output.finish is FinishReason.ABORT:
+            self.fail(WorkerLost(f"worker {worker_id} let the request go"))
+        elif output.first_index == self._next_index:
+            self._deliver(output, worker_id)
+        elif output.first_index > self._next_index:
+            self._held = self._held or output
+
+    def fail(self, error: SteelyardError) -> None:
+        """The placement has failed."""
+        self._events.put_nowait(error)
+
+    async def next_event(self) -> TokenOutput | SteelyardError:
+        """The next output in order, or why the placement failed. The caller bounds the wait."""
+        event = await self._events.get()
+        if isinstance(event, TokenOutput):
+            self.tokens.extend(event.token_ids)
+        return event
+
+    def _deliver(self, output: TokenOutput, worker_id: str) -> None:
+        if self.cached_tokens is None:
+            self.cached_tokens = output.cached_tokens
+        decode = self.placement.decode if self.placement else None
+        self.handed_off = self.handed_off or (decode is not None and decode.worker_id == worker_id)
+        self._next_index += len(output.token_ids)
+        self._events.put_nowait(replace(output, cached_tokens=self.cached_tokens))
+        held, self._held = self._held, None
+        if held is not None:
+            self.take(held, decode.worker_id if decode else worker_id)

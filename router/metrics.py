@@ -1,0 +1,165 @@
+"""Prometheus metrics of one gateway, in a registry of its own.
+
+vLLM's names where the meaning is the same, so that existing dashboards work; `steelyard_*` for what is ours.
+Requests are counted as they end. What workers report is read from the generator's health at each scrape, so
+a worker that has gone leaves no stale gauge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.exposition import generate_latest
+from prometheus_client.registry import Collector
+
+from engine.types import FinishReason
+from router.api import HealthView, WorkerView
+from router.ledger import Ledger
+from router.replies import Usage
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+# fmt: off
+TTFT_BUCKETS_S = (
+    0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0,
+)
+TOKEN_BUCKETS_S = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0,
+)
+REQUEST_BUCKETS_S = (
+    0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
+)
+# fmt: on
+LENGTH_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000)
+
+
+class Metrics:
+    """Counts what leaves one gateway. Durations are the ledger's."""
+
+    def __init__(self, model_name: str, health: Callable[[], HealthView]) -> None:
+        self.registry = CollectorRegistry()
+        self._model_name = model_name
+        self._ttft = self._histogram("vllm:time_to_first_token_seconds", "Arrival to first token sent", TTFT_BUCKETS_S)
+        self._itl = self._histogram("vllm:inter_token_latency_seconds", "Time between outputs sent", TOKEN_BUCKETS_S)
+        self._tpot = self._histogram(
+            "vllm:request_time_per_output_token_seconds", "Mean time per token after the first", TOKEN_BUCKETS_S
+        )
+        self._e2e = self._histogram("vllm:e2e_request_latency_seconds", "Arrival to end", REQUEST_BUCKETS_S)
+        self._prompt_length = self._histogram(
+            "vllm:request_prompt_tokens", "Prompt tokens of a request", LENGTH_BUCKETS
+        )
+        self._output_length = self._histogram(
+            "vllm:request_generation_tokens", "Generated tokens of a request", LENGTH_BUCKETS
+        )
+        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens of all requests")
+        self._output_tokens = self._counter("vllm:generation_tokens", "Generated tokens of all requests")
+        self._cache_queries = self._counter("vllm:prefix_cache_queries", "Prompt tokens looked up in prefix caches")
+        self._cache_hits = self._counter("vllm:prefix_cache_hits", "Of these, found")
+        self._ends = Counter(
+            "vllm:request_success", "Requests that ended", ["model_name", "finished_reason"], registry=self.registry
+        )
+        self._handoff_gap = self._histogram("steelyard_handoff_gap_seconds", "First to second token", TOKEN_BUCKETS_S)
+        self._stages = Histogram(
+            "steelyard_stage_seconds",
+            "Time of a request in a stage",
+            ["stage"],
+            buckets=TTFT_BUCKETS_S,
+            registry=self.registry,
+        )
+        self._refused = Counter(
+            "steelyard_requests_rejected", "Requests answered with an error", ["code"], registry=self.registry
+        )
+        self.registry.register(_HealthCollector(model_name, health))
+
+    def count_sent(self, since_s: float, *, is_first: bool) -> None:
+        """Tokens left, `since_s` after those before or after the arrival."""
+        (self._ttft if is_first else self._itl).observe(since_s)
+
+    def count_end(self, ledger: Ledger, usage: Usage, end: FinishReason) -> None:
+        """A request is over. One that never gave a token and failed was refused, and is counted as such only."""
+        if end is FinishReason.ERROR and ledger.num_tokens == 0:
+            return
+        self._ends.labels(self._model_name, end.value).inc()
+        self._e2e.observe(ledger.e2e_s)
+        self._prompt_length.observe(usage.prompt_tokens)
+        self._output_length.observe(usage.completion_tokens)
+        self._prompt_tokens.inc(usage.prompt_tokens)
+        self._output_tokens.inc(usage.completion_tokens)
+        self._cache_queries.inc(usage.prompt_tokens)
+        self._cache_hits.inc(usage.prompt_tokens_details.cached_tokens)
+        for stage, duration_s in ledger.stages:
+            self._stages.labels(stage).observe(duration_s)
+        if ledger.tpot_s is not None:
+            self._tpot.observe(ledger.tpot_s)
+        if ledger.handoff_gap_s is not None:
+            self._handoff_gap.observe(ledger.handoff_gap_s)
+
+    def count_refused(self, code: str) -> None:
+        self._refused.labels(code).inc()
+
+    def render(self) -> bytes:
+        """The Prometheus text format."""
+        return generate_latest(self.registry)
+
+    def _histogram(self, name: str, words: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, words, ["model_name"], buckets=buckets, registry=self.registry).labels(self._model_name)
+
+    def _counter(self, name: str, words: str) -> Counter:
+        return Counter(name, words, ["model_name"], registry=self.registry).labels(self._model_name)
+
+
+class _HealthCollector(Collector):
+    """The workers' gauges, from one health view per scrape."""
+
+    def __init__(self, model_name: str, health: Callable[[], HealthView]) -> None:
+        self._model_name = model_name
+        self._health = health
+
+    def describe(self) -> list[GaugeMetricFamily]:
+        return []  # the registry need not collect to know the names
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        view = self._health()
+        yield self._per_worker("vllm:num_requests_running", "Requests in the batch", view, lambda one: one.num_running)
+        yield self._per_worker("vllm:num_requests_waiting", "Requests that wait", view, lambda one: one.num_waiting)
+        yield self._per_worker("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 1 is all", view, _kv_usage)
+        yield self._per_worker(
+            "steelyard_kv_leaked_blocks",
+            "KV blocks that nobody holds; must be 0",
+            view,
+            lambda one: one.num_leaked_blocks,
+        )
+        yield self._per_worker(
+            "steelyard_worker_connected", "1 if the gateway reaches the worker", view, lambda one: one.connected
+        )
+        yield _workers_per_role(view)
+        yield GaugeMetricFamily("steelyard_healthy", "1 if a canary went through in time", view.healthy)
+        yield GaugeMetricFamily(
+            "steelyard_membership_version", "Version of the list of workers", view.membership_version
+        )
+        yield GaugeMetricFamily("steelyard_live_requests", "Requests that this gateway owns", view.num_live_requests)
+        if view.canary_age_s is not None:
+            yield GaugeMetricFamily(
+                "steelyard_canary_age_seconds", "Since a canary last went through", view.canary_age_s
+            )
+
+    def _per_worker(
+        self, name: str, words: str, view: HealthView, value: Callable[[WorkerView], float]
+    ) -> GaugeMetricFamily:
+        gauge = GaugeMetricFamily(name, words, labels=["model_name", "engine", "role"])
+        for worker in view.workers:
+            gauge.add_metric([self._model_name, worker.worker_id, worker.role], value(worker))
+        return gauge
+
+
+def _kv_usage(worker: WorkerView) -> float:
+    return 1 - worker.num_free_blocks / worker.num_blocks if worker.num_blocks else 0.0
+
+
+def _workers_per_role(view: HealthView) -> GaugeMetricFamily:
+    gauge = GaugeMetricFamily("steelyard_workers", "Workers that can be reached", labels=["role"])
+    roles = [worker.role for worker in view.workers if worker.connected]
+    for role in sorted({worker.role for worker in view.workers}):
+        gauge.add_metric([role], roles.count(role))
+    return gauge

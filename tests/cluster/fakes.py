@@ -1,0 +1,127 @@
+"""Small real parts for tests of the cluster that need no model, and a program that serves with them.
+
+FakeWorker binds a socket and can be told to fail by its model's name. FakeGateway is a tiny HTTP server whose
+/health gives every membership that it was told, with the process id of each worker (in `cohort`).
+`python -m tests.cluster.fakes CONFIG` is `steelyard serve CONFIG` with these parts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from cluster.config import ClusterConfig
+from cluster.spec import Parts, WorkerSpec
+from engine.errors import ConfigError, ModelError
+from router.membership import Member, Membership
+
+PARTS = Parts(
+    worker="tests.cluster.fakes:FakeWorker",
+    gateway="tests.cluster.fakes:FakeGateway",
+    resolve="tests.cluster.fakes:fake_resolve",
+)
+BROKEN_MODEL = "broken-weights"
+DYING_MODEL = "dies-at-start"
+
+
+def fake_resolve(reference: str, cache_dir: Path | None, progress: Callable[[str, int, int], None]) -> None:
+    progress("download", 2**20, 2**21)
+
+
+class FakeWorker:
+    def __init__(self, spec: WorkerSpec, config: ClusterConfig, secret: bytes) -> None:
+        assert len(secret) >= 16
+        self._spec = spec
+        self._model = config.model.name
+        self._server: asyncio.Server | None = None
+
+    async def start(self) -> Member:
+        if self._model == BROKEN_MODEL:
+            raise ModelError("layer 3 of model.safetensors is missing")
+        if self._model == DYING_MODEL:
+            os._exit(7)
+        self._server = await asyncio.start_server(_hang_up, self._spec.host, 0)
+        port = self._server.sockets[0].getsockname()[1]
+        spec = self._spec
+        return Member(spec.worker_id, spec.incarnation, spec.role, 0, f"{spec.host}:{port}", cohort=str(os.getpid()))
+
+    async def failed(self) -> str:
+        return await asyncio.get_running_loop().create_future()
+
+    async def status(self) -> dict[str, object]:
+        return {"pid": os.getpid()}
+
+    async def stop(self) -> None:
+        if self._server is not None:
+            self._server.close()
+
+
+async def _hang_up(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.close()
+
+
+class FakeGateway:
+    """Ready once a worker of each role is listed."""
+
+    def __init__(self, config: ClusterConfig, secret: bytes, gateway_id: str) -> None:
+        self._config = config.router
+        self._gateway_id = gateway_id
+        self._versions: list[int] = []
+        self._membership = Membership()
+        self._ready = asyncio.Event()
+        self._server: asyncio.Server | None = None
+
+    async def start(self) -> str:
+        try:
+            self._server = await asyncio.start_server(self._answer, self._config.host, self._config.port)
+        except OSError as error:
+            raise ConfigError(f"router.port: {self._config.port} is in use") from error
+        return f"http://{self._config.host}:{self._server.sockets[0].getsockname()[1]}"
+
+    def apply(self, membership: Membership) -> None:
+        self._membership = membership
+        self._versions.append(membership.version)
+        if len({member.role for member in membership.members}) == 2:
+            self._ready.set()
+
+    async def ready(self) -> None:
+        await self._ready.wait()
+
+    async def failed(self) -> str:
+        return await asyncio.get_running_loop().create_future()
+
+    async def stop(self) -> None:
+        if self._server is not None:
+            self._server.close()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        path = (await reader.readline()).split()[1].decode()
+        while await reader.readline() not in (b"\r\n", b""):
+            pass
+        health = {
+            "pid": os.getpid(),
+            "gateway_id": self._gateway_id,
+            "versions": self._versions,
+            "members": [asdict(member) for member in self._membership.members],
+        }
+        body = json.dumps({"data": [{"id": "fake-model"}]} if path == "/v1/models" else health).encode()
+        head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        writer.write(head.encode() + body)
+        await writer.drain()
+        writer.close()
+
+
+if __name__ == "__main__":
+    import typer
+
+    import cluster.launch
+    from cluster import cli
+
+    real_serve = cluster.launch.serve
+    cluster.launch.serve = lambda config, console, verbose: real_serve(config, console, parts=PARTS, verbose=verbose)
+    typer.main.get_command(cli.app)(["serve", *sys.argv[1:]])

@@ -1,0 +1,367 @@
+"""The supervisor alone: processes are small objects that the test ends by hand."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from itertools import count
+
+import pytest
+
+from cluster.config import ClusterConfig, ClusterSection, PoolConfig, PoolsSection
+from cluster.incarnation import Incarnation
+from cluster.spec import Phase, UnitState, WorkerSpec
+from cluster.supervisor import MAX_BACKOFF_S, MAX_FIRST_ATTEMPTS, Supervisor, backoff_s
+from engine.errors import ConfigError, ModelError, WorkerLost
+from engine.types import ErrorInfo, Role
+from router.config import RouterConfig
+from router.membership import Member, Membership
+
+
+class FakeProcess:
+    """One incarnation; the test ends it."""
+
+    def __init__(self, incarnation: str) -> None:
+        self._incarnation = incarnation
+        self._ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.num_stops = 0
+
+    @property
+    def incarnation(self) -> str:
+        return self._incarnation
+
+    def end(self, reason: str) -> None:
+        self._ended.set_result(reason)
+
+    async def failed(self) -> str:
+        return await asyncio.shield(self._ended)
+
+    async def stop(self) -> None:
+        self.num_stops += 1
+
+
+class FakeWorkerProcess(FakeProcess):
+    def __init__(self, spec: WorkerSpec, fault: Exception | None) -> None:
+        super().__init__(spec.incarnation)
+        self.spec = spec
+        self._fault = fault
+
+    async def start(self) -> Member:
+        if self._fault is not None:
+            raise self._fault
+        return Member(self.spec.worker_id, self.incarnation, self.spec.role, 0, "127.0.0.1:1", "same")
+
+
+class FakeGatewayProcess(FakeProcess):
+    """`held` is the version that it got from an earlier supervisor."""
+
+    def __init__(self, incarnation: str, port: int, held: int, fault: Exception | None) -> None:
+        super().__init__(incarnation)
+        self.port = port or 4321
+        self.asked_port = port
+        self.held = held
+        self.applied: list[Membership] = []
+        self._fault = fault
+        self._canary = asyncio.Event()
+
+    async def start(self) -> str:
+        if self._fault is not None:
+            raise self._fault
+        return f"http://127.0.0.1:{self.port}"
+
+    async def version(self) -> int:
+        return self.held
+
+    async def apply(self, membership: Membership) -> None:
+        self.applied.append(membership)
+        if len(membership.members) >= 2:
+            self._canary.set()
+
+    async def ready(self) -> None:
+        await self._canary.wait()
+
+
+class FakeSpawner:
+    def __init__(self) -> None:
+        self.workers: list[FakeWorkerProcess] = []
+        self.gateways: list[FakeGatewayProcess] = []
+        self.num_closes = 0
+        self.held = 0
+        self.worker_fault: Exception | None = None
+        self.gateway_fault: Exception | None = None
+        self.hangs = False
+
+    async def worker(self, spec: WorkerSpec, pool: PoolConfig) -> FakeWorkerProcess:
+        if self.hangs:
+            await asyncio.get_running_loop().create_future()
+        self.workers.append(FakeWorkerProcess(spec, self.worker_fault))
+        return self.workers[-1]
+
+    async def gateway(self, incarnation: str, port: int) -> FakeGatewayProcess:
+        self.gateways.append(FakeGatewayProcess(incarnation, port, self.held, self.gateway_fault))
+        return self.gateways[-1]
+
+    async def close(self) -> None:
+        self.num_closes += 1
+
+    def latest(self, worker_id: str) -> FakeWorkerProcess:
+        return [worker for worker in self.workers if worker.spec.worker_id == worker_id][-1]
+
+
+def make_config(**cluster: object) -> ClusterConfig:
+    section = ClusterSection.model_validate({"start_timeout_s": 5.0, **cluster})
+    pools = PoolsSection(prefill=PoolConfig(workers=1), decode=PoolConfig(workers=2))
+    return ClusterConfig(cluster=section, router=RouterConfig(port=0), pools=pools)
+
+
+@asynccontextmanager
+async def running(spawner: FakeSpawner, **cluster: object) -> AsyncIterator[Supervisor]:
+    """A supervisor with one prefill and two decode workers, stopped at the end."""
+    names = (f"incarnation-{number}" for number in count())
+    supervisor = Supervisor(make_config(**cluster), spawner, loopback=True, new_incarnation=lambda: next(names))
+    life = asyncio.create_task(supervisor.run())
+    try:
+        yield supervisor
+    finally:
+        await supervisor.stop()
+        await life
+
+
+async def until(condition: Callable[[], bool], limit_s: float = 5.0) -> None:
+    async with asyncio.timeout(limit_s):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def is_ready(supervisor: Supervisor) -> Callable[[], bool]:
+    def all_there() -> bool:
+        status = supervisor.status()
+        units = (*status.workers, status.gateway)
+        return status.phase == Phase.READY and all(unit.state == UnitState.RUNNING for unit in units)
+
+    return all_there
+
+
+async def test_a_cluster_becomes_ready_when_all_are_listed_and_a_canary_came_back() -> None:
+    spawner = FakeSpawner()
+    async with running(spawner) as supervisor:
+        await until(is_ready(supervisor))
+        members = supervisor.membership().members
+        assert [member.worker_id for member in members] == ["prefill-0", "decode-0", "decode-1"]
+        assert supervisor.membership().by_role(Role.DECODE) == members[1:]
+        assert supervisor.status().url == "http://127.0.0.1:4321"
+        assert {worker.spec.host for worker in spawner.workers} == {"127.0.0.1"}
+        await until(lambda: spawner.gateways[0].applied[-1] == supervisor.membership())
+
+
+async def test_a_worker_that_ends_is_unlisted_at_once_and_comes_back_as_a_new_incarnation() -> None:
+    spawner = FakeSpawner()
+    async with running(spawner) as supervisor:
+        await until(is_ready(supervisor))
+        before, first = supervisor.membership(), spawner.latest("decode-1")
+        first.end("its engine died")
+        await until(lambda: supervisor.membership().version > before.version, limit_s=0.2)
+        gone = supervisor.membership()
+        assert gone == Membership(before.version + 1, before.members[:2])
+        assert supervisor.status().workers[2].reason == "its engine died"
+        await until(is_ready(supervisor))
+        again = supervisor.membership()
+        assert again.version == gone.version + 1
+        assert again.members[2].worker_id == "decode-1"
+        assert again.members[2].incarnation != before.members[2].incarnation
+        assert first.num_stops == 1, "what is left of the old incarnation is cleared away"
+        assert supervisor.status().workers[2].num_restarts == 1
+        await until(lambda: spawner.gateways[0].applied[-2:] == [gone, again])
+
+
+async def test_versions_that_a_gateway_sees_only_rise() -> None:
+    spawner = FakeSpawner()
+    async with running(spawner) as supervisor:
+        for worker_id in ("prefill-0", "decode-0", "decode-1"):
+            await until(is_ready(supervisor))
+            spawner.latest(worker_id).end("killed")
+            await until(lambda: not is_ready(supervisor)())
+        await until(is_ready(supervisor))
+        await until(lambda: spawner.gateways[0].applied[-1] == supervisor.membership())
+        versions = [membership.version for membership in spawner.gateways[0].applied]
+        assert versions == sorted(set(versions))
+
+
+async def test_a_new_gateway_listens_on_the_same_port_and_gets_the_membership() -> None:
+    spawner = FakeSpawner()
+    async with running(spawner) as supervisor:
+        await until(is_ready(supervisor))
+        spawner.gateways[0].end("killed")
+        await until(lambda: len(spawner.gateways) == 2 and bool(spawner.gateways[1].applied))
+        assert [gateway.asked_port for gateway in spawner.gateways] == [0, 4321]
+        assert spawner.gateways[1].applied == [supervisor.membership()]
+
+
+async def test_a_restarted_supervisor_goes_above_the_version_that_its_gateway_holds() -> None:
+    spawner = FakeSpawner()
+    spawner.held = 17
+    async with running(spawner) as supervisor:
+        await until(is_ready(supervisor))
+        await until(lambda: bool(spawner.gateways[0].applied))
+        first = spawner.gateways[0].applied[0]
+        assert first.version > 17
+        assert len(first.members) == 3, "no worker that lives is unlisted for a moment"
+
+
+def test_the_backoff_doubles_and_is_bounded() -> None:
+    waits = [backoff_s(failures) for failures in range(1, 100)]
+    assert waits[:4] == [0.5, 1.0, 2.0, 4.0]
+    assert max(waits) == MAX_BACKOFF_S
+
+
+async def test_a_worker_that_keeps_dying_is_started_ever_more_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.supervisor.FIRST_BACKOFF_S", 0.05)
+    spawner = FakeSpawner()
+    async with running(spawner) as supervisor:
+        await until(is_ready(supervisor))
+        spawner.worker_fault = WorkerLost("killed at once")
+        spawner.latest("decode-0").end("killed")
+        began = asyncio.get_running_loop().time()
+        await until(lambda: len(spawner.workers) >= 3 + 4)
+        assert asyncio.get_running_loop().time() - began >= 0.05 + 0.1 + 0.2 + 0.4 - 0.01
+        assert supervisor.status().phase == Phase.READY, "a cluster that was ready mends and does not give up"
+
+
+@pytest.mark.parametrize("fault", [ModelError("layer 3 is missing"), ConfigError("router.port: 80 is in use")])
+async def test_a_fault_that_will_not_mend_ends_a_start_at_once(fault: ModelError | ConfigError) -> None:
+    spawner = FakeSpawner()
+    spawner.worker_fault = fault if isinstance(fault, ModelError) else None
+    spawner.gateway_fault = fault if isinstance(fault, ConfigError) else None
+    async with running(spawner) as supervisor:
+        await until(lambda: supervisor.status().phase == Phase.STOPPED)
+        assert supervisor.status().failure == ErrorInfo(fault.code, fault.message)
+        assert spawner.num_closes == 1
+
+
+async def test_a_start_gives_up_after_a_few_deaths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.supervisor.FIRST_BACKOFF_S", 0.01)
+    spawner = FakeSpawner()
+    spawner.worker_fault = WorkerLost("its process ended")
+    async with running(spawner) as supervisor:
+        await until(lambda: supervisor.status().phase == Phase.STOPPED)
+        failure = supervisor.status().failure
+        assert failure is not None
+        assert "its process ended" in failure.message
+        assert len(spawner.workers) <= 3 * MAX_FIRST_ATTEMPTS
+
+
+async def test_a_cluster_that_is_not_ready_in_time_is_taken_down_and_says_what_is_missing() -> None:
+    spawner = FakeSpawner()
+    spawner.hangs = True
+    async with running(spawner, start_timeout_s=0.2) as supervisor:
+        await until(lambda: supervisor.status().phase == Phase.STOPPED)
+        failure = supervisor.status().failure
+        assert failure is not None
+        assert failure.code == "deadline_exceeded"
+        assert "prefill-0 is" in failure.message
+
+
+async def test_a_job_ends_when_its_driver_is_no_longer_heard() -> None:
+    spawner = FakeSpawner()
+    async with running(spawner, driver_lease_s=0.3) as supervisor:
+        for _ in range(6):  # a heartbeat every 0.1 s carries it over two leases
+            await supervisor.follow(after=10**9, timeout_s=0.1)
+        assert supervisor.status().phase == Phase.READY
+        await until(lambda: supervisor.status().phase == Phase.STOPPED, limit_s=2.0)
+        assert {worker.num_stops for worker in spawner.workers} == {1}
+        assert spawner.gateways[0].num_stops == 1
+        assert supervisor.membership().members == ()
+
+
+async def test_a_detached_cluster_needs_no_driver() -> None:
+    async with running(FakeSpawner(), driver_lease_s=0.1, lifetime="detached") as supervisor:
+        await until(is_ready(supervisor))
+        await asyncio.sleep(0.3)
+        assert supervisor.status().phase == Phase.READY
+        assert not supervisor.is_abandoned()
+
+
+async def test_follow_returns_with_the_next_change_and_never_later_than_asked() -> None:
+    spawner = FakeSpawner()
+    async with running(spawner) as supervisor:
+        await until(is_ready(supervisor))
+        seen = supervisor.status()
+        same = await supervisor.follow(seen.sequence, timeout_s=0.05)
+        assert same == seen
+        waiting = asyncio.create_task(supervisor.follow(seen.sequence, timeout_s=5.0))
+        await asyncio.sleep(0)
+        spawner.latest("prefill-0").end("killed")
+        changed = await waiting
+        assert changed.sequence > seen.sequence
+
+
+async def test_stopping_twice_stops_once() -> None:
+    spawner = FakeSpawner()
+    async with running(spawner) as supervisor:
+        await until(is_ready(supervisor))
+        await asyncio.gather(supervisor.stop(), supervisor.stop())
+        await supervisor.stop()
+        assert spawner.num_closes == 1
+        assert supervisor.status().phase == Phase.STOPPED
+        assert spawner.gateways[0].applied[-1].members == (), "the gateway hears that nobody is left"
+        assert {unit.state for unit in supervisor.status().workers} == {UnitState.STOPPED}
+
+
+async def test_stopping_is_bounded_though_a_process_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def hang() -> None:
+        await asyncio.get_running_loop().create_future()
+
+    monkeypatch.setattr("cluster.supervisor.STOP_S", 0.1)
+    spawner = FakeSpawner()
+    async with running(spawner) as supervisor:
+        await until(is_ready(supervisor))
+        monkeypatch.setattr(spawner.latest("decode-0"), "stop", hang)
+        monkeypatch.setattr(spawner.gateways[0], "stop", hang)
+        async with asyncio.timeout(1.0):
+            await supervisor.stop()
+        assert spawner.num_closes == 1, "what hangs is cleared away by name"
+
+
+# --- one life of a part, inside its actor ---------------------------------------------------------------------
+
+
+class FakePart:
+    def __init__(self, fault: Exception | None = None) -> None:
+        self.fault = fault
+        self.num_starts = 0
+        self.failing: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    async def start(self) -> str:
+        self.num_starts += 1
+        await asyncio.sleep(0)
+        if self.fault is not None:
+            raise self.fault
+        return "started"
+
+    async def failed(self) -> str:
+        return await self.failing
+
+    async def stop(self) -> None: ...
+
+
+async def test_a_part_starts_once_however_often_it_is_asked() -> None:
+    part = FakePart()
+    life = Incarnation(part, end_process=lambda code: None)
+    assert await asyncio.gather(life.start(), life.start()) == ["started", "started"]
+    assert part.num_starts == 1
+    await life.stop()
+
+
+async def test_a_fault_at_the_start_crosses_as_a_record() -> None:
+    assert await Incarnation(FakePart(ModelError("no file"))).start() == ErrorInfo("model_error", "no file")
+
+
+async def test_the_process_ends_after_its_part_failed_and_the_reason_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.incarnation.LAST_WORDS_S", 0.01)
+    part, codes = FakePart(), list[int]()
+    life = Incarnation(part, end_process=codes.append)
+    await life.start()
+    part.failing.set_result("the engine's process died")
+    assert await life.failed() == "the engine's process died"
+    await until(lambda: codes == [1])

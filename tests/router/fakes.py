@@ -1,0 +1,178 @@
+"""Small real stand-ins for the HTTP face's neighbours: a tokenizer of bytes, and a Generator that follows a script."""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+
+import httpx
+from fastapi import FastAPI
+
+from engine.errors import InvalidRequest
+from engine.types import FinishReason, Request, TokenOutput
+from router.api import HealthView, WorkerView
+from router.config import RouterConfig
+from router.gateway import create_app
+from router.text import TextModel
+
+MODEL = "tiny/bytes"
+MAX_CONTEXT = 256
+BOS, EOS, VOCAB = 256, 257, 258
+CREATED = 1_700_000_000
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+
+Script = Callable[[Request], AsyncIterator[TokenOutput]]
+
+
+class ByteTokenizer:
+    """A token is a byte; a message is its role in brackets and its content."""
+
+    vocab_size = VOCAB
+
+    def encode(self, text: str, add_special: bool) -> list[int]:
+        return [BOS] * add_special + list(text.encode())
+
+    def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        if any(message["content"] == "unspeakable" for message in messages):
+            raise InvalidRequest("the template refuses these messages", param="messages")
+        return "".join(f"[{m['role']}]{m['content']}" for m in messages) + "[assistant]" * add_generation_prompt
+
+
+class ByteDetokenizer:
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, ids: list[int]) -> str:
+        return self._decoder.decode(bytes(one for one in ids if one < 256))
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+def output(request: Request, first_index: int, ids: tuple[int, ...], finish: FinishReason | None = None) -> TokenOutput:
+    return TokenOutput(request.key, first_index, ids, finish, cached_tokens=3, stages=(("decode", 0.001),))
+
+
+async def echo(request: Request) -> AsyncIterator[TokenOutput]:
+    """The prompt's bytes again, one by one; then the end of sequence, unless max_tokens comes first."""
+    ids = [one for one in request.prompt_ids if one < 256] + [EOS]
+    limit = request.sampling.max_tokens
+    for index, one in enumerate(ids[:limit]):
+        await asyncio.sleep(0)
+        finish = FinishReason.STOP if one == EOS else FinishReason.LENGTH if index + 1 == limit else None
+        yield output(request, index, (one,), finish)
+
+
+def say(text: str, size: int = 1, finish: FinishReason = FinishReason.LENGTH) -> Script:
+    """Always this text, `size` tokens at a time."""
+
+    async def script(request: Request) -> AsyncIterator[TokenOutput]:
+        ids = tuple(text.encode())
+        for start in range(0, len(ids), size):
+            await asyncio.sleep(0)
+            last = start + size >= len(ids)
+            yield output(request, start, ids[start : start + size], finish if last else None)
+
+    return script
+
+
+def fail(error: Exception, after: int = 0) -> Script:
+    """Some tokens, then an error."""
+
+    async def script(request: Request) -> AsyncIterator[TokenOutput]:
+        for index in range(after):
+            await asyncio.sleep(0)
+            yield output(request, index, (ord("x"),))
+        raise error
+
+    return script
+
+
+def stall(after: int = 0) -> Script:
+    """Some tokens, then nothing ever."""
+
+    async def script(request: Request) -> AsyncIterator[TokenOutput]:
+        for index in range(after):
+            yield output(request, index, (ord("x"),))
+        await asyncio.Event().wait()
+
+    return script
+
+
+class FakeGenerator:
+    """`live` are the requests that were begun and not closed."""
+
+    def __init__(self, script: Script = echo) -> None:
+        self.script = script
+        self.requests: list[Request] = []
+        self.live: dict[str, Request] = {}
+        self.started = asyncio.Event()
+        self.closed = asyncio.Event()
+        self.view = healthy()
+        self._num_ids = 0
+
+    async def generate(self, request: Request) -> AsyncGenerator[TokenOutput, None]:
+        self.requests.append(request)
+        self.live[request.request_id] = request
+        self.started.set()
+        try:
+            async with aclosing(self.script(request)) as outputs:  # type: ignore[type-var]
+                async for one in outputs:
+                    yield one
+        finally:
+            del self.live[request.request_id]
+            self.closed.set()
+
+    def new_request_id(self) -> str:
+        self._num_ids += 1
+        return f"r{self._num_ids}"
+
+    def new_seed(self) -> int:
+        return 42
+
+    def health(self) -> HealthView:
+        return self.view
+
+
+def worker(worker_id: str = "p0", role: str = "prefill", num_leaked_blocks: int = 0) -> WorkerView:
+    return WorkerView(worker_id, "i1", role, "127.0.0.1:1", True, 2, 1, 100, 75, num_leaked_blocks)
+
+
+def healthy(*workers: WorkerView) -> HealthView:
+    return HealthView(True, "", 0.5, 7, workers or (worker(), worker("d0", "decode")), 0)
+
+
+def text_model() -> TextModel:
+    return TextModel(MODEL, MAX_CONTEXT, ByteTokenizer(), ByteDetokenizer)
+
+
+def make_app(generator: FakeGenerator, **settings: int) -> FastAPI:
+    config = RouterConfig.model_validate(settings)
+    return create_app(generator, text_model(), config, wall_clock=lambda: CREATED + 0.5, version="1.2.3")
+
+
+def make_client(generator: FakeGenerator, **settings: int) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(make_app(generator, **settings)), base_url="http://gateway")
+
+
+def chat(content: object = "hello", **fields: object) -> dict[str, object]:
+    return {"model": MODEL, "messages": [{"role": "user", "content": content}], **fields}
+
+
+def completion(prompt: object = "hello", **fields: object) -> dict[str, object]:
+    return {"model": MODEL, "prompt": prompt, **fields}
+
+
+def events(reply: httpx.Response) -> list[dict]:
+    """The JSON of a stream's events; checks the framing and that [DONE] comes last, if at all."""
+    lines = reply.text.split("\n\n")
+    assert lines.pop() == ""
+    assert all(line.startswith("data: ") for line in lines)
+    data = [line.removeprefix("data: ") for line in lines]
+    if data[-1] == "[DONE]":
+        data.pop()
+    return [json.loads(one) for one in data]

@@ -1,0 +1,93 @@
+"""What /metrics shows after requests of every fate."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from engine.errors import Overloaded, WorkerLost
+from tests.router.fakes import (
+    CHAT,
+    COMPLETIONS,
+    MODEL,
+    FakeGenerator,
+    completion,
+    fail,
+    healthy,
+    make_client,
+    worker,
+)
+
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+async def scrape(generator: FakeGenerator, *bodies: dict) -> Samples:
+    async with make_client(generator) as client:
+        for body in bodies:
+            await client.post(COMPLETIONS, json=body)
+        await client.post(CHAT, json={})
+        reply = await client.get("/metrics")
+    assert reply.headers["content-type"].startswith("text/plain; version=0.0.4")
+    families = text_string_to_metric_families(reply.text)
+    return {(one.name, tuple(sorted(one.labels.items()))): one.value for family in families for one in family.samples}
+
+
+def value(samples: Samples, name: str, **labels: str) -> float:
+    if name.startswith("vllm:"):
+        labels["model_name"] = MODEL
+    return samples[name, tuple(sorted(labels.items()))]
+
+
+async def test_finished_requests_are_counted_under_the_names_that_dashboards_know() -> None:
+    samples = await scrape(FakeGenerator(), completion("hello", max_tokens=3), completion("hello", stream=True))
+    assert value(samples, "vllm:request_success_total", finished_reason="length") == 1
+    assert value(samples, "vllm:request_success_total", finished_reason="stop") == 1
+    assert value(samples, "vllm:prompt_tokens_total") == 12
+    assert value(samples, "vllm:generation_tokens_total") == 3 + 6
+    assert value(samples, "vllm:prefix_cache_queries_total") == 12
+    assert value(samples, "vllm:prefix_cache_hits_total") == 6
+    assert value(samples, "vllm:time_to_first_token_seconds_count") == 2
+    assert value(samples, "vllm:inter_token_latency_seconds_count") == 2 + 5
+    assert value(samples, "vllm:e2e_request_latency_seconds_count") == 2
+    assert value(samples, "vllm:request_time_per_output_token_seconds_count") == 2
+    assert value(samples, "steelyard_handoff_gap_seconds_count", model_name=MODEL) == 2
+    for stage in ("prepare", "decode", "unattributed"):
+        assert value(samples, "steelyard_stage_seconds_count", stage=stage) == 2
+
+
+async def test_refused_requests_are_counted_by_code_only() -> None:
+    samples = await scrape(FakeGenerator(fail(Overloaded("full"))), completion(), completion(stream=True))
+    assert value(samples, "steelyard_requests_rejected_total", code="overloaded") == 2
+    assert value(samples, "steelyard_requests_rejected_total", code="invalid_request") == 1
+    assert not any(name == "vllm:request_success_total" for name, _ in samples)
+
+
+async def test_a_broken_stream_counts_as_an_error() -> None:
+    samples = await scrape(FakeGenerator(fail(WorkerLost("gone"), after=1)), completion(stream=True))
+    assert value(samples, "vllm:request_success_total", finished_reason="error") == 1
+
+
+async def test_workers_are_shown_as_they_are_at_the_scrape() -> None:
+    generator = FakeGenerator()
+    generator.view = healthy(worker("p0"), worker("d0", "decode", num_leaked_blocks=4))
+    samples = await scrape(generator)
+    assert value(samples, "vllm:num_requests_running", engine="p0", role="prefill") == 2
+    assert value(samples, "vllm:num_requests_waiting", engine="d0", role="decode") == 1
+    assert value(samples, "vllm:kv_cache_usage_perc", engine="d0", role="decode") == 0.25
+    assert value(samples, "steelyard_kv_leaked_blocks", model_name=MODEL, engine="d0", role="decode") == 4
+    assert value(samples, "steelyard_workers", role="prefill") == 1
+    assert value(samples, "steelyard_membership_version") == 7
+    assert value(samples, "steelyard_canary_age_seconds") == 0.5
+    assert value(samples, "steelyard_healthy") == 1
+    generator.view = replace(healthy(worker("p1")), canary_age_s=None)
+    samples = await scrape(generator)
+    assert ("steelyard_canary_age_seconds", ()) not in samples
+    assert not any(("engine", "p0") in labels for _, labels in samples)
+
+
+async def test_two_gateways_in_one_process_share_no_numbers() -> None:
+    first, second = await asyncio.gather(scrape(FakeGenerator(), completion()), scrape(FakeGenerator()))
+    assert value(first, "vllm:prompt_tokens_total") == 6
+    assert value(second, "vllm:prompt_tokens_total") == 0

@@ -1,0 +1,88 @@
+"""A body becomes a Request: prompt, limits, seed; long texts are tokenised off the loop."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+import pytest
+
+from engine.errors import InvalidRequest, ModelNotFound
+from engine.types import Request
+from router.schema import ChatBody, CompletionBody
+from router.text import DEFAULT_CHAT_TOKENS, DEFAULT_COMPLETION_TOKENS
+from tests.router.fakes import BOS, MAX_CONTEXT, ByteTokenizer, chat, completion, text_model
+
+
+class Witness(ByteTokenizer):
+    """Remembers in which thread it worked."""
+
+    def encode(self, text: str, add_special: bool) -> list[int]:
+        self.thread = threading.current_thread()
+        return super().encode(text, add_special)
+
+
+async def prepare(body: dict, max_context: int = MAX_CONTEXT) -> Request:
+    kind = ChatBody if "messages" in body else CompletionBody
+    model = replace(text_model(), max_context=max_context)
+    return await model.prepare(kind.model_validate(body), "r1", lambda: 7, timeout_s=60.0)
+
+
+async def test_chat_is_rendered_and_encoded_without_special_tokens() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    messages = [{"role": "developer", "content": "be"}, {"role": "user", "content": parts}]
+    request = await prepare(chat() | {"messages": messages})
+    assert bytes(request.prompt_ids) == b"[system]be[user]a\nb[assistant]"
+    assert (request.request_id, request.timeout_s, request.epoch) == ("r1", 60.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "ids"),
+    [("ab", (BOS, 97, 98)), (["ab"], (BOS, 97, 98)), ([97, 98], (97, 98)), ([[97, 98]], (97, 98)), ([0], (0,))],
+)
+async def test_a_prompt_is_text_or_token_ids(prompt: object, ids: tuple[int, ...]) -> None:
+    assert (await prepare(completion(prompt))).prompt_ids == ids
+
+
+async def test_max_tokens_defaults_to_what_is_left_or_less() -> None:
+    assert (await prepare(completion("ab"))).sampling.max_tokens == DEFAULT_COMPLETION_TOKENS
+    assert (await prepare(completion("ab"), max_context=10)).sampling.max_tokens == 7
+    assert (await prepare(chat(), max_context=10**6)).sampling.max_tokens == DEFAULT_CHAT_TOKENS
+    assert (await prepare(chat())).sampling.max_tokens == MAX_CONTEXT - len("[user]hello[assistant]")
+
+
+async def test_the_context_may_be_filled_to_its_last_token() -> None:
+    assert (await prepare(completion("a" * 5, max_tokens=4), max_context=10)).sampling.max_tokens == 4
+    with pytest.raises(InvalidRequest, match="leaves 4 of the context of 10") as caught:
+        await prepare(completion("a" * 5, max_tokens=5), max_context=10)
+    assert caught.value.param == "max_tokens"
+    assert (await prepare(completion("a" * 8), max_context=10)).sampling.max_tokens == 1
+    with pytest.raises(InvalidRequest, match="10 tokens; the context has 10"):
+        await prepare(completion("a" * 9), max_context=10)
+
+
+async def test_seeds_are_made_where_none_is_given_and_wrapped_where_negative() -> None:
+    assert (await prepare(chat())).sampling.seed == 7
+    assert (await prepare(chat(seed=0))).sampling.seed == 0
+    assert (await prepare(chat(seed=-2))).sampling.seed == 2**64 - 2
+    assert (await prepare(chat(seed=2**64 - 1))).sampling.seed == 2**64 - 1
+
+
+@pytest.mark.parametrize(("asked", "top_k"), [(None, 0), (-1, 0), (0, 0), (5, 5)])
+async def test_top_k_is_off_at_0_and_below(asked: int | None, top_k: int) -> None:
+    assert (await prepare(chat(top_k=asked))).sampling.top_k == top_k
+
+
+async def test_an_unknown_model_is_refused_before_anything_is_tokenised() -> None:
+    with pytest.raises(ModelNotFound, match="'other' is not served here"):
+        await prepare(completion("x" * 10_000) | {"model": "other"})
+
+
+async def test_only_long_texts_leave_the_loop() -> None:
+    witness = Witness()
+    model = replace(text_model(), tokenizer=witness, max_context=10**6)
+    for length, stays in ((100, True), (10_000, False)):
+        await model.prepare(CompletionBody.model_validate(completion("x" * length)), "r1", lambda: 7, timeout_s=60.0)
+        assert (witness.thread is threading.current_thread()) is stays
+        await model.prepare(ChatBody.model_validate(chat("x" * length)), "r1", lambda: 7, timeout_s=60.0)
+        assert (witness.thread is threading.current_thread()) is stays
