@@ -27,6 +27,7 @@ setup: $(INSTALLED) ## make .venv and install everything into it; does nothing w
 # torch comes first and alone, so that a CPU build that pip was pointed at is taken and kept.
 .venv/.installed: pyproject.toml
 	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name it: make setup BASE_PYTHON=python3.11")'
+	@echo "installing into .venv: a minute or two, 1.5 GB or more"
 	@test -x .venv/bin/python || $(BASE_PYTHON) -m venv .venv
 	@.venv/bin/python -c 'import pip, sys; sys.exit(int(pip.__version__.split(".")[0]) < 23)' || .venv/bin/python -m pip install -q --upgrade pip
 	.venv/bin/python -m pip install -q $(TORCH)

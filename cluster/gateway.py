@@ -12,6 +12,7 @@ import errno
 import secrets
 import socket
 import time
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -44,6 +45,14 @@ class SystemNames:
         return secrets.randbits(63)
 
 
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: signals belong to whoever runs us."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
 class Gateway:
     def __init__(self, config: ClusterConfig, secret: bytes, gateway_id: str) -> None:
         self._config = config
@@ -59,12 +68,11 @@ class Gateway:
         listener = _listen(router.host, router.port)
         self._dispatcher = Dispatcher(router, self._gateway_id, GrpcConnector(self._channels), SystemNames())
         app = create_app(self._dispatcher, model, router, wall_clock=time.time, version=our_version())
-        self._server = uvicorn.Server(
+        self._server = _Server(
             uvicorn.Config(
                 app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=int(STOP_TIMEOUT_S)
             )
         )
-        self._server.install_signal_handlers = lambda: None  # signals belong to whoever runs us
         self._serving = asyncio.create_task(self._serve(self._server, listener))
         self._dispatcher.canary.start()
         host, port = listener.getsockname()[:2]

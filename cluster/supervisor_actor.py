@@ -1,15 +1,19 @@
 """The supervisor as a Ray actor: named, detached, and restarted by Ray as often as it dies.
 
-Its constructor starts its life by calling itself, because nobody calls a restarted actor. When the cluster has
-stopped, it stays for a moment, so that its driver can hear why, and ends itself.
+1. The constructor has its life begun by a call of itself, because nobody calls a restarted actor. Such a call can
+   get lost while Ray still believes the actor to be restarting, so it is repeated until it has been answered.
+2. When the cluster has stopped, it stays for a moment, so that its driver can hear why, and ends itself.
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from typing import Any, cast
 
 import ray
+from ray.exceptions import RayError
 
 from cluster.config import ClusterConfig
 from cluster.ray_actors import Actor, kill
@@ -19,19 +23,19 @@ from cluster.supervisor import Supervisor
 from router.membership import Membership
 
 LINGER_S = 2.0
+RETRY_S = 0.2
 
 
 class SupervisorActor:
     def __init__(self, config: ClusterConfig, secret: bytes, parts: Parts, loopback: bool) -> None:
         self._supervisor = Supervisor(config, RaySpawner(config, secret, parts), loopback=loopback)
-        me = ray.get_runtime_context().current_actor
-        self._me = cast(Actor, me)
-        cast(Any, me).live.remote()
+        self._life: asyncio.Task[None] | None = None
+        self._me = cast(Actor, ray.get_runtime_context().current_actor)
+        threading.Thread(target=_begin, args=(self._me,), daemon=True).start()
 
-    async def live(self) -> None:
-        await self._supervisor.run()
-        await asyncio.sleep(LINGER_S)
-        await asyncio.to_thread(kill, self._me)
+    async def begin(self) -> None:
+        if self._life is None:
+            self._life = asyncio.create_task(self._live())
 
     async def follow(self, after: int, timeout_s: float) -> ClusterStatus:
         return await self._supervisor.follow(after, timeout_s)
@@ -45,3 +49,16 @@ class SupervisorActor:
     async def stop(self) -> ClusterStatus:
         await self._supervisor.stop()
         return self._supervisor.status()
+
+    async def _live(self) -> None:
+        await self._supervisor.run()
+        await asyncio.sleep(LINGER_S)
+        await asyncio.to_thread(kill, self._me)
+
+
+def _begin(actor: Actor) -> None:
+    while True:
+        try:
+            return ray.get(cast(Any, actor).begin.remote())
+        except RayError:
+            time.sleep(RETRY_S)

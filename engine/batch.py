@@ -90,13 +90,16 @@ def _group(items: list[Scheduled], block_size: int) -> list[list[Scheduled]]:
     """Single-token items whose contexts are within a factor of two share one attention call; chunks go alone."""
     groups: list[list[Scheduled]] = []
     for item in items:
-        head = groups[-1][0] if groups else None
-        fits = head and head.num_new == item.num_new == 1
-        if fits and _num_tiles(item, block_size) <= 2 * _num_tiles(head, block_size):
+        if groups and _fits(item, groups[-1][0], block_size):
             groups[-1].append(item)
         else:
             groups.append([item])
     return groups
+
+
+def _fits(item: Scheduled, head: Scheduled, block_size: int) -> bool:
+    single = head.num_new == item.num_new == 1
+    return single and _num_tiles(item, block_size) <= 2 * _num_tiles(head, block_size)
 
 
 def _segments_of(

@@ -7,6 +7,7 @@ an unknown optional one, so that a newer producer may add hints but never meanin
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import cast
 
 import msgpack
 
@@ -41,7 +42,7 @@ class HandOff:
             ["gateway_id", True, self.gateway_id],
             ["stages", False, [list(stage) for stage in self.stages]],
         ]
-        return msgpack.packb([HANDOFF_VERSION, parts])
+        return cast(bytes, msgpack.packb([HANDOFF_VERSION, parts]))
 
     @classmethod
     def decode(cls, data: bytes) -> HandOff:

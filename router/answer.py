@@ -41,7 +41,7 @@ class Generation:
 
     request_id: str
     num_prompt: int
-    outputs: AsyncGenerator[TokenOutput, None]
+    outputs: AsyncGenerator[TokenOutput]
     texts: TextStream
     ledger: Ledger
     num_cached: int = 0

@@ -53,6 +53,7 @@ class Dispatcher:
         self._links: dict[tuple[str, str], WorkerLink] = {}  # by worker id and incarnation
         self._live: dict[str, LiveRequest] = {}
         self._background: list[asyncio.Task[None]] = []
+        self._news = asyncio.Event()  # a worker has reported, or the membership has changed
         self.canary = Canary(self, config.canary_s)
 
     def new_request_id(self) -> str:
@@ -152,8 +153,9 @@ class Dispatcher:
         self._abandon(live.key, live.placement)
         pauses = max(live.num_refusals, live.num_failures)
         await asyncio.sleep(min(REFUSED_PAUSE_S * 2**pauses, LONGEST_PAUSE_S))
-        while choose(self.loads()) is None:
-            await asyncio.sleep(LONGEST_PAUSE_S)  # a worker is being replaced; the deadline bounds this
+        while choose(self.loads()) is None:  # a worker is being replaced; the deadline bounds this
+            self._news.clear()
+            await self._news.wait()
         await self._place(live)
 
     def _abandon(self, key: Key, placement: Placement | None) -> None:
@@ -174,6 +176,7 @@ class Dispatcher:
     # --- what workers say ----------------------------------------------------------------------------------
 
     def _on_batch(self, member: Member, batch: StreamBatch) -> None:
+        self._news.set()
         for output in batch.outputs:
             live = self._live.get(output.key.request_id)
             if live is not None:

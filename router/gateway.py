@@ -10,9 +10,8 @@ Knows nothing of workers, roles and placement: these are the Generator's.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import cast
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
@@ -21,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from engine.errors import ModelNotFound
-from engine.types import Request, TokenOutput
+from engine.types import Request
 from router.answer import Answer, Generation
 from router.api import Generator
 from router.body import read_body
@@ -86,8 +85,7 @@ class _Front:
         return Answer(generation, replies, self.metrics, stream=bool(body.stream), include_usage=body.includes_usage)
 
     def _generate(self, request: Request, body: ChatBody | CompletionBody, ledger: Ledger) -> Generation:
-        outputs = cast(AsyncGenerator[TokenOutput, None], self.generator.generate(request))  # it has aclose()
-        texts = self.model.open_stream(body.stop)
+        outputs, texts = self.generator.generate(request), self.model.open_stream(body.stop)
         return Generation(request.request_id, len(request.prompt_ids), outputs, texts, ledger)
 
 

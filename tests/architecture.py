@@ -203,7 +203,7 @@ def _refusal(layer: Layer, package: str, each: Import, heavy: set[str]) -> str |
 
 SIMULATED = (
     "engine/types.py", "engine/errors.py", "engine/planes.py", "engine/sequence.py", "engine/block_manager.py",
-    "engine/scheduler.py", "engine/engine.py", "engine/prefix*.py",
+    "engine/scheduler.py", "engine/engine.py", "engine/prefix*.py", "engine/streams.py", "cluster/sides.py",
     "kv_transfer/*", "prefill_worker/*", "decode_worker/*", "router/*", "cluster/simulator/*",
 )  # fmt: skip
 REAL = ("kv_transfer/carriers/grpc*.py", "kv_transfer/carriers/shm*.py")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.architecture import LAYERS, PACKAGES, RULES, check, is_simulated, read_sources, torch_modules
+from tests.architecture import OURS, PACKAGES, RULES, check, is_simulated, read_sources, torch_modules
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,7 +23,7 @@ def test_the_tree_keeps_the_rule(rule: str) -> None:
 def test_every_package_is_under_the_rules() -> None:
     sources = read_sources(ROOT)
     assert {source.package for source in sources.values()} >= set(PACKAGES)
-    assert {path.parent.name for path in ROOT.glob("*/__init__.py")} <= set(LAYERS)
+    assert {path.parent.name for path in ROOT.glob("*/__init__.py")} <= set(OURS)
 
 
 def test_modules_said_to_be_torch_free_load_without_torch() -> None:

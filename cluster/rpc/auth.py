@@ -32,8 +32,10 @@ class Gatekeeper(grpc.aio.ServerInterceptor):
         self._incarnation = incarnation
 
     async def intercept_service(
-        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]], handler_call_details: grpc.HandlerCallDetails
-    ) -> Handler:
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
         metadata = {key: str(value) for key, value in handler_call_details.invocation_metadata or ()}
         handler = await continuation(handler_call_details)
         if not hmac.compare_digest(metadata.get(SECRET_METADATA, "").encode(), self._token.encode()):

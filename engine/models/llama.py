@@ -116,7 +116,8 @@ def _layer(weights: Weights, index: int) -> LlamaLayer:
     def stack(*names: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Stacked weights and biases of projections that read the same input; frees the parts."""
         biases = [weights.pop(prefix + name + ".bias", None) for name in names]
-        stacked = torch.cat([take(name) for name in names]) if len(names) > 1 else take(names[0])
+        parts = [take(name) for name in names]
+        stacked = torch.cat(parts) if len(parts) > 1 else parts[0]
         present = [bias for bias in biases if bias is not None]
         return stacked, torch.cat(present) if present else None
 

@@ -160,7 +160,7 @@ def _dequantized(data: np.ndarray, tensor: GgufTensor, path: Path) -> torch.Tens
 
 
 def _restore_rope_order(name: str, value: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """Put the rows of q and k back: llama.cpp pairs the rotary dimensions (2i, 2i + 1), Hugging Face (i, i + head_dim/2)."""
+    """Undo the order of q and k rows: llama.cpp pairs dimensions (2i, 2i + 1), Hugging Face (i, i + head_dim / 2)."""
     if not name.endswith(("q_proj.weight", "q_proj.bias", "k_proj.weight", "k_proj.bias")):
         return value
     num_heads = config.num_heads if ".q_proj." in name else config.num_kv_heads

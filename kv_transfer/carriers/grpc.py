@@ -6,6 +6,7 @@ Messages are the bytes of kv_transfer.frames as they are; requests are small msg
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import cast
 
 import grpc
 import msgpack
@@ -109,7 +110,7 @@ def _transfer_error(error: grpc.aio.AioRpcError) -> TransferFailed:
 
 def _pack(leases: Sequence[Lease], first_frame: int) -> bytes:
     rows = [[*lease.key, lease.worker_id, lease.incarnation, lease.address, lease.cohort, lease.secret] for lease in leases]
-    return msgpack.packb([rows, first_frame])
+    return cast(bytes, msgpack.packb([rows, first_frame]))
 
 
 def _unpack(data: bytes) -> tuple[list[Lease], int]:

@@ -10,14 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 
 from cluster.guard import processes_of
-from cluster.ray_session import guarded_directory, local_ray_environment
+from cluster.ray_session import guarded_directory
 
 pytestmark = pytest.mark.ray
 
@@ -30,9 +29,9 @@ LEASE_S = 3.0
 class Command:
     """`steelyard serve` with fake parts, in a process group of its own as a shell would start it."""
 
-    def __init__(self, folder: Path, environment: dict[str, str], yaml: str = "") -> None:
+    def __init__(self, folder: Path, environment: dict[str, str], yaml: str = "", port: int = 0) -> None:
         config = folder / "cluster.yaml"
-        config.write_text(f"cluster: {{driver_lease_s: {LEASE_S}, start_timeout_s: 40.0}}\nrouter: {{port: 0}}\n{yaml}")
+        config.write_text(f"cluster: {{driver_lease_s: {LEASE_S}}}\nrouter: {{port: {port}}}\n{yaml}")
         self._output = folder / f"output-{time.monotonic_ns()}.txt"
         self._url = ""
         with self._output.open("w") as file:
@@ -44,6 +43,16 @@ class Command:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+    def __enter__(self) -> Command:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(10)
 
     @property
     def output(self) -> str:
@@ -124,29 +133,20 @@ def plain_environment() -> dict[str, str]:
 
 
 def test_whatever_dies_is_replaced_and_ctrl_c_leaves_nothing(tmp_path: Path, plain_environment: dict[str, str]) -> None:
-    environment = plain_environment | {"HOME": str(tmp_path)}
-    command = Command(tmp_path, environment)
-    try:
+    with Command(tmp_path, plain_environment | {"HOME": str(tmp_path)}) as command:
         command.wait_until_ready()
         directory = session_directory(command)
         before = command.members()
         assert sorted(before) == ["decode-0", "prefill-0"]
         assert all(member["address"].startswith("127.0.0.1:") for member in before.values())
-
         for worker_id in before:
             _kill_worker(command, worker_id)
-
-        old_gateway = command.health()["pid"]
-        os.kill(old_gateway, signal.SIGKILL)
-        until(lambda: len(command.members()) == 2 and command.health()["pid"] != old_gateway, 15, command.describe)
-
+        _kill_gateway(command)
         _kill_supervisor(command, directory)
         assert command.interrupt() == 0, command.output
         assert_nothing_left(directory)
         assert "Traceback" not in command.output
         assert not (tmp_path / ".ray").exists(), "Ray wrote a token into the user's home"
-    finally:
-        command.process.kill()
 
 
 def _kill_worker(command: Command, worker_id: str) -> None:
@@ -157,54 +157,154 @@ def _kill_worker(command: Command, worker_id: str) -> None:
         now = command.members().get(worker_id)
         return now is not None and now["incarnation"] != before["incarnation"]
 
-    until(is_replaced, 15, command.describe)
+    until(is_replaced, 20, command.describe)
     versions = command.health()["versions"]
     assert versions == sorted(set(versions))
     assert versions[-1] == last_version + 2, "one version without the worker, one with it again"
 
 
+def _kill_gateway(command: Command) -> None:
+    """The next one listens on the same port, which the test goes on asking."""
+    old = command.health()["pid"]
+    os.kill(old, signal.SIGKILL)
+    until(lambda: len(command.members()) == 2 and command.health()["pid"] != old, 20, command.describe)
+
+
 def _kill_supervisor(command: Command, directory: str) -> None:
     """Its successor adopts the living workers and goes above the gateway's version."""
-    before, last_version, old = command.members(), command.health()["versions"][-1], actor_pid(directory, "SupervisorActor")
-    os.kill(old, signal.SIGKILL)
+    before, last_version = command.members(), command.health()["versions"][-1]
+    os.kill(actor_pid(directory, "SupervisorActor"), signal.SIGKILL)
     until(lambda: command.health()["versions"][-1] > last_version, 20, command.describe)
     assert command.members() == before
     assert command.process.poll() is None
 
 
 def test_a_killed_command_takes_its_ray_with_it(tmp_path: Path, plain_environment: dict[str, str]) -> None:
-    command = Command(tmp_path, plain_environment)
-    try:
+    with Command(tmp_path, plain_environment) as command:
         command.wait_until_ready()
         directory = session_directory(command)
         assert len(set(processes_of(directory))) > 5
-    finally:
-        command.process.kill()
-    assert_nothing_left(directory, limit_s=10.0)
+        command.kill()
+        assert_nothing_left(directory)
+
+
+def test_an_interrupted_start_leaves_nothing(tmp_path: Path, plain_environment: dict[str, str]) -> None:
+    with Command(tmp_path, plain_environment) as command:
+        until(lambda: bool(children_of(command.process.pid)), READY_S)
+        directory = session_directory(command)
+        time.sleep(1.0)  # somewhere in the middle of ray.init
+        assert command.interrupt() == 130, command.output
+        assert_nothing_left(directory)
+        assert "Traceback" not in command.output
 
 
 def test_a_worker_that_cannot_start_ends_the_command_with_its_reason(
     tmp_path: Path, plain_environment: dict[str, str]
 ) -> None:
-    command = Command(tmp_path, plain_environment, yaml="model: {name: broken-weights}\n")
-    try:
+    with Command(tmp_path, plain_environment, yaml="model: {name: broken-weights}\n") as command:
         assert command.process.wait(READY_S) == 1
         assert "error: layer 3 of model.safetensors is missing" in command.output
         assert "Traceback" not in command.output
-    finally:
-        command.process.kill()
 
 
-def test_a_port_in_use_is_named(tmp_path: Path, plain_environment: dict[str, str]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        command = Command(tmp_path, plain_environment)
-        command.process.kill()
-        config = tmp_path / "taken.yaml"
-        config.write_text(f"router: {{port: {port}}}\n")
+# --- a Ray that is there already -----------------------------------------------------------------------------
+
+
+class Head:
+    """`ray start --head`, with a directory and ports of its own."""
+
+    def __init__(self, directory: Path, environment: dict[str, str]) -> None:
+        gcs_port, dashboard_port, agent_port = free_ports(3)
+        self._log = directory / "head.txt"
+        address = {"RAY_ADDRESS": f"127.0.0.1:{gcs_port}", "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard_port}"}
+        self.environment = environment | address | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        self.api = address["RAY_API_SERVER_ADDRESS"]
+        command = ["ray", "start", "--head", "--block", "--num-cpus=3", "--object-store-memory=100000000"]
+        command += ["--node-ip-address=127.0.0.1", f"--port={gcs_port}", f"--temp-dir={directory}", "--disable-usage-stats"]
+        command += [f"--dashboard-port={dashboard_port}", f"--dashboard-agent-listen-port={agent_port}"]
+        unaddressed = {name: value for name, value in self.environment.items() if name not in address}
+        with self._log.open("w") as file:
+            self._process = subprocess.Popen(command, env=unaddressed, stdout=file, stderr=subprocess.STDOUT)
+        until(lambda: "Ray runtime started" in self._log.read_text(), READY_S, self._log.read_text)
+
+    def ray(self, *arguments: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "tests.cluster.fakes", str(config)],
-            **{"cwd": ROOT, "env": plain_environment, "capture_output": True, "text": True, "timeout": READY_S},
+            ["ray", *arguments], cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=60, check=False
         )
-    assert done.returncode == 2
-    assert f"error: router.port: {port} is in use" in done.stderr
+        return done.stdout + done.stderr
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait(20)
+
+
+def free_ports(number: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@pytest.fixture(scope="module", params=["token", "disabled"])
+def head(request: pytest.FixtureRequest) -> Iterator[Head]:
+    chosen = {"token": {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}, "disabled": {"RAY_AUTH_MODE": "disabled"}}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "STEELYARD_"))}
+    with guarded_directory() as directory:
+        started = Head(directory, environment | chosen[request.param] | {"HOME": str(directory)})
+        yield started
+        started.stop()
+
+
+def test_a_cluster_ends_when_its_killed_drivers_lease_does_and_its_name_is_free_again(head: Head, tmp_path: Path) -> None:
+    with Command(tmp_path, head.environment) as command:
+        command.wait_until_ready()
+        pids = [member["cohort"] for member in command.members().values()] + [command.health()["pid"]]
+        assert all(map(is_alive, pids))
+        with Command(tmp_path, head.environment) as second:
+            assert second.process.wait(READY_S) == 2
+            assert "'steelyard' already runs on this Ray" in second.output
+        command.kill()
+        until(lambda: not any(map(is_alive, pids)), LEASE_S + 10)
+    with Command(tmp_path, head.environment) as again:
+        again.wait_until_ready()
+        pids = [member["cohort"] for member in again.members().values()]
+        again.process.terminate()
+        assert again.process.wait(20) == 0, again.output
+        assert not any(map(is_alive, pids))
+
+
+def test_a_ray_job_serves_and_ray_job_stop_ends_it(head: Head) -> None:
+    """The form of the README: the working directory is uploaded, the job attaches to the Ray that runs it."""
+    entry = ["--", "python", "-m", "tests.cluster.fakes", "tests/cluster/fakes.yaml"]
+    head.ray("job", "submit", "--no-wait", "--submission-id", "serving", "--working-dir", ".", *entry)
+    until(lambda: "Ready after" in head.ray("job", "logs", "serving"), READY_S, lambda: head.ray("job", "logs", "serving"))
+    logs = head.ray("job", "logs", "serving")
+    url = re.search(r"URL +(http://\S+)/v1", logs)
+    assert url, logs
+    assert "Stop  ray job stop serving" in logs
+    health = httpx.get(f"{url.group(1)}/health", trust_env=False).json()
+    pids = [member["cohort"] for member in health["members"]] + [health["pid"]]
+    assert all(map(is_alive, pids))
+    assert "was stopped" in head.ray("job", "stop", "serving")
+    until(lambda: not any(map(is_alive, pids)), 10)
+
+
+def test_a_detached_cluster_outlives_its_command_until_it_is_stopped(head: Head, tmp_path: Path) -> None:
+    config = tmp_path / "detached.yaml"
+    config.write_text("cluster: {name: long, lifetime: detached}\nrouter: {port: 0}\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.cluster.fakes", str(config)],
+        **{"cwd": ROOT, "env": head.environment, "capture_output": True, "text": True, "timeout": READY_S},
+    )
+    url = re.search(r"URL +(http://\S+)/v1", done.stdout)
+    assert url, done.stdout + done.stderr
+    members = httpx.get(f"{url.group(1)}/health", trust_env=False).json()["members"]
+    assert all(is_alive(member["cohort"]) for member in members)
+    stop = [sys.executable, "-m", "cluster", "stop", str(config)]
+    first = subprocess.run(stop, cwd=ROOT, env=head.environment, capture_output=True, text=True, timeout=READY_S)
+    assert first.returncode == 0, first.stderr
+    assert not any(is_alive(member["cohort"]) for member in members)
+    second = subprocess.run(stop, cwd=ROOT, env=head.environment, capture_output=True, text=True, timeout=READY_S)
+    assert second.returncode == 1
+    assert second.stderr == "error: no cluster named 'long' runs on this Ray\n"

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.models.store import ModelFiles, resolve
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 _SIGMA = 0.15  # of random parameters, norms and biases too: ones and zeros would hide faults
 
@@ -26,6 +28,7 @@ def smollm2_files() -> ModelFiles:
 @pytest.fixture
 def tiny_llama(tmp_path: Path) -> Callable[..., tuple[LlamaForCausalLM, Path]]:
     """Make a random Llama and save it: (model, folder). Keyword arguments override its LlamaConfig."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # seconds to import, which most tests do not need
 
     def make(
         max_shard_size: str = "1GB", dtype: torch.dtype = torch.float32, **overrides: Any
