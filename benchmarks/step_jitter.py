@@ -32,6 +32,7 @@ from cluster.spec import WorkerSpec
 from cluster.worker import Worker
 from engine.planes import CacheLayout, attention_layout
 from engine.pool import SharedPool
+from engine.setup import EngineSetup
 from engine.step_runner import StepRunner
 from engine.types import Add, Command, Endpoint, Key, Request, Role, SamplingParams, StepOutputs
 from kv_transfer.carriers.grpc import GrpcCarrier
@@ -80,6 +81,15 @@ class ObservedRunner:
             await asyncio.sleep(0.05)
 
 
+class ObservedWorker(Worker):
+    """A Worker whose engine is observed."""
+
+    async def _start_engine(self, setup: EngineSetup) -> tuple[StepRunner, SharedPool | None]:
+        runner, pool = await super()._start_engine(setup)
+        self.observed = ObservedRunner(runner)
+        return self.observed, pool
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="shorter phases: under a minute")
@@ -115,11 +125,9 @@ async def measure(runner: str, steps: int, phases: int) -> tuple[ObservedRunner,
     """Alternating phases of `steps` steps each; also how many pulls were made."""
     config = load_config("configs/local.yaml", {"engine.runner": runner, "engine.prefix_cache": False})
     secret = secrets.token_bytes(32)
-    worker = Worker(WorkerSpec("bench", "bench", Role.DECODE, "127.0.0.1"), config, secret)
+    worker = ObservedWorker(WorkerSpec("bench", "bench", Role.DECODE, "127.0.0.1"), config, secret)
     member = await worker.start()
-    observed = ObservedRunner(worker._runner)
-    worker._runner = observed
-    num_pulls = 0
+    observed, num_pulls = worker.observed, 0
     try:
         for submission in range(NUM_STREAMS):
             start_sequence(worker, submission)
@@ -133,11 +141,11 @@ async def measure(runner: str, steps: int, phases: int) -> tuple[ObservedRunner,
     return observed, num_pulls
 
 
-def start_sequence(worker: Worker, index: int) -> None:
+def start_sequence(worker: ObservedWorker, index: int) -> None:
     params = SamplingParams(max_tokens=4000, temperature=0.0, ignore_eos=True)
     request = Request(f"s{index}", tuple(range(index + 1, index + 17)), params)
     worker._sides.streams.register(request.key, GATEWAY_ID)
-    worker._runner.send(Add(request))
+    worker.observed.send(Add(request))
 
 
 async def loaded_phase(observed: ObservedRunner, steps: int, secret: bytes, member: Member) -> int:
@@ -188,9 +196,9 @@ async def run_peer(secret: str, worker_id: str, incarnation: str, address: str) 
     request = Request("pull", (1,) * num_tokens, SamplingParams(), generated_ids=(1,))
     blocks = tuple(range(PULL_BLOCKS))
     outbox.commit(lease.key, num_tokens, blocks, HandOff(request, num_tokens, 0, GATEWAY_ID).encode())
-    server = WorkerServer(None, outbox, bytes.fromhex(secret), PEER.incarnation)  # type: ignore[arg-type]  # KV only
+    server = WorkerServer(bytes.fromhex(secret), PEER.incarnation)
     print(server.bind("127.0.0.1"), lease.secret, xxhash.xxh3_64_hexdigest(pool.memory), flush=True)
-    await server.start()
+    await server.start(None, outbox)  # type: ignore[arg-type]  # KV only
     channels = Channels(bytes.fromhex(secret))
     reading = asyncio.create_task(read_streams(worker_id, incarnation, address, channels))
     await asyncio.to_thread(sys.stdin.read)

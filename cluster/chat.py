@@ -21,7 +21,7 @@ class Conversation:
         self._history = [Message("system", system)] if system else []
 
     def ask(self, text: str) -> None:
-        """Print the answer as it comes. Raises ApiError; the question is then forgotten, so that it can be asked again."""
+        """Print the answer as it comes. Raises ApiError, with the question forgotten."""
         self._history.append(Message("user", text))
         pieces: list[str] = []
         try:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 FAILED = 1
 WRONG_INPUT = 2
+TABLE_WIDTH = 110  # a row of `status`; on a narrower terminal it wraps, and loses nothing
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 app = typer.Typer(name="steelyard", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -110,7 +111,7 @@ def status(url: UrlOption = DEFAULT_URL) -> None:
 
 @app.command()
 def chat(
-    text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="one question; without it, a conversation")] = None,
+    text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="one question; else a conversation")] = None,
     url: UrlOption = DEFAULT_URL,
     model: Annotated[str | None, typer.Option(help="the served one, if not given")] = None,
     system: Annotated[str | None, typer.Option(help="a system prompt")] = None,
@@ -212,12 +213,15 @@ def _told_plainly() -> Iterator[None]:
 def _print_health(health: HealthView) -> None:
     from rich.table import Table
 
-    console = _console()
+    console = Console(file=sys.stdout, width=max(TABLE_WIDTH, _console().width))
     age = "never" if health.canary_age_s is None else f"{health.canary_age_s:.1f} s ago"
-    word = Text("healthy", "bold green") if health.healthy else Text.assemble(("unhealthy: ", "bold red"), health.reason)
+    word = Text("healthy", "bold green")
+    if not health.healthy:
+        word = Text.assemble(("unhealthy: ", "bold red"), health.reason)
     counts = f" · last canary {age} · membership {health.membership_version} · {health.num_live_requests} live requests"
     console.print(word.append(counts, "default"), soft_wrap=True)
-    table = Table("pool", "worker", "incarnation", "address", "", "running", "waiting", "blocks used", box=None, pad_edge=False)
+    columns = ("pool", "worker", "incarnation", "address", "", "running", "waiting", "blocks used")
+    table = Table(*columns, box=None, pad_edge=False)
     for worker in sorted(health.workers, key=lambda worker: (worker.role != "prefill", worker.worker_id)):
         used = f"{worker.num_blocks - worker.num_free_blocks} of {worker.num_blocks}"
         leaked = f", {worker.num_leaked_blocks} leaked" if worker.num_leaked_blocks else ""

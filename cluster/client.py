@@ -6,7 +6,7 @@ Every fault is an ApiError whose message can be shown as it is.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -74,7 +74,7 @@ class ApiClient:
             response = self._http.get("/health", timeout=CONNECT_S)
             return TypeAdapter(HealthView).validate_json(response.content)
 
-    def stream_chat(self, messages: list[Message], options: ChatOptions) -> Iterator[str]:
+    def stream_chat(self, messages: list[Message], options: ChatOptions) -> Generator[str, None, None]:
         """The answer's pieces of text as they come. Closing the iterator cancels the request."""
         body: dict[str, object] = {
             "model": options.model,

@@ -62,6 +62,10 @@ def ray_session(config: ClusterConfig, *, verbose: bool = False) -> Iterator[Ray
             "cluster.lifetime: detached needs a Ray that outlives this command; set ray.address, or RAY_ADDRESS, "
             "or use `ray job submit`"
         )
+    if address is not None and address.startswith("ray://"):
+        raise ConfigError(
+            f"ray.address: {address} is for Ray Client; give the head's host:port, or use `ray job submit`"
+        )
     with _local_ray(config, verbose) if address is None else _attached_ray(config, address, verbose) as session:
         yield session
 
@@ -74,21 +78,20 @@ def _attached_ray(config: ClusterConfig, address: str, verbose: bool) -> Iterato
     try:
         ray.init(address=address, namespace=config.cluster.name, log_to_driver=verbose, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
-        raise Unavailable(f"cannot reach Ray at {address}: {_first_line(error)}{_auth_hint(error)}") from error
+        raise Unavailable(_unreachable(address, error)) from error
     try:
         yield RaySession(local=False, address=address)
     finally:
         ray.shutdown()
 
 
-def _auth_hint(error: BaseException) -> str:
-    if "auth" not in f"{type(error).__name__} {error}".lower():
-        return ""
-    return " (set RAY_AUTH_MODE, and RAY_AUTH_TOKEN with mode token, to what that Ray was started with)"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _unreachable(address: str, error: BaseException) -> str:
+    """Ray says neither of these two things: a refused token looks to it like a head that is not there."""
+    if address == "auto":
+        return "no Ray runs on this machine; set ray.address or RAY_ADDRESS for one that runs elsewhere"
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    advice = "is it up, and are RAY_AUTH_MODE and RAY_AUTH_TOKEN as they were when it was started?"
+    return f"cannot reach Ray at {address}: {reason}; {advice}"
 
 
 # --- a local Ray ----------------------------------------------------------------------------------------------
@@ -100,16 +103,13 @@ def _local_ray(config: ClusterConfig, verbose: bool) -> Iterator[RaySession]:
         os.environ.update(local_ray_environment(os.environ))
         import ray
 
-        pools = (config.pools.prefill, config.pools.decode)
-        custom: dict[str, float] = {}
-        for pool in pools:
-            for key, amount in pool.resources.items():
-                custom[key] = custom.get(key, 0.0) + amount * pool.workers * pool.tensor_parallel
+        asked = _resources_of(config)
+        custom = {key: amount for key, amount in asked.items() if key not in ("CPU", "GPU")}
         try:
             ray.init(
                 address="local",
                 namespace=config.cluster.name,
-                num_cpus=1 + math.ceil(sum(pool.num_cpus * pool.workers * pool.tensor_parallel for pool in pools)),
+                num_cpus=1 + math.ceil(asked["CPU"]),
                 resources=custom,
                 object_store_memory=config.ray.object_store_memory_mb * 2**20,
                 include_dashboard=config.ray.include_dashboard,
@@ -117,9 +117,26 @@ def _local_ray(config: ClusterConfig, verbose: bool) -> Iterator[RaySession]:
                 logging_level=logging.ERROR,
                 _temp_dir=str(directory),
             )
+            _require_gpus(config, ray.cluster_resources().get("GPU", 0.0))
             yield RaySession(local=True, address="local")
         finally:
             ray.shutdown()
+
+
+def _resources_of(config: ClusterConfig) -> dict[str, float]:
+    """What all workers together ask of Ray."""
+    asked: dict[str, float] = {}
+    for pool in (config.pools.prefill, config.pools.decode):
+        for key, amount in {"CPU": pool.num_cpus, "GPU": pool.num_gpus, **pool.resources}.items():
+            asked[key] = asked.get(key, 0.0) + amount * pool.workers * pool.tensor_parallel
+    return asked
+
+
+def _require_gpus(config: ClusterConfig, found: float) -> None:
+    """CPUs and custom resources of a local Ray are as many as are asked for; GPUs are those that there are."""
+    asked = _resources_of(config)["GPU"]
+    if asked > found:
+        raise ConfigError(f"pools: the workers ask for {asked:g} GPUs, this machine has {found:g}")
 
 
 @contextmanager

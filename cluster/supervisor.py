@@ -19,9 +19,9 @@ import logging
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from cluster.config import ClusterConfig, PoolConfig
+from cluster.spawner import GatewayProcess, Process, Spawner
 from cluster.spec import ClusterStatus, Phase, UnitState, UnitStatus, WorkerSpec
 from engine.errors import ConfigError, DeadlineExceeded, ModelError, SteelyardError
 from engine.types import ErrorInfo, Role
@@ -39,55 +39,6 @@ APPLY_S = 10.0  # a gateway that has not taken a membership by then is replaced
 UNLIST_S = 1.0  # deadlines of the steps of stop()
 STOP_S = 3.0
 CLOSE_S = 5.0
-
-
-class Process(Protocol):
-    """One incarnation of a worker or of the gateway, somewhere else."""
-
-    @property
-    def incarnation(self) -> str: ...
-
-    async def failed(self) -> str:
-        """Return why the incarnation is over, once it is."""
-        ...
-
-    async def stop(self) -> None:
-        """End it: politely, then by force. Ending it twice is no error."""
-        ...
-
-
-class WorkerProcess(Process, Protocol):
-    async def start(self) -> Member:
-        """Raises SteelyardError when the worker could not start."""
-        ...
-
-
-class GatewayProcess(Process, Protocol):
-    async def start(self) -> str:
-        """Return the base URL. Raises SteelyardError when the gateway could not start."""
-        ...
-
-    async def version(self) -> int:
-        """The membership version that it holds, 0 for none."""
-        ...
-
-    async def apply(self, membership: Membership) -> None: ...
-
-    async def ready(self) -> None:
-        """Return when a canary went through prefill, wire and decode."""
-        ...
-
-
-class Spawner(Protocol):
-    """Makes processes, or finds the living ones of the same name."""
-
-    async def worker(self, spec: WorkerSpec, pool: PoolConfig) -> WorkerProcess: ...
-
-    async def gateway(self, incarnation: str, port: int) -> GatewayProcess: ...
-
-    async def close(self) -> None:
-        """Kill and remove everything that carries the cluster's names."""
-        ...
 
 
 @dataclass(slots=True)
@@ -161,7 +112,7 @@ class Supervisor:
         await self._stopped.wait()
 
     async def follow(self, after: int, timeout_s: float) -> ClusterStatus:
-        """The driver's heartbeat: renews its lease. Returns when the status is newer than `after`, or after timeout_s."""
+        """The driver's heartbeat: renews its lease. Returns at a status newer than `after`, or after timeout_s."""
         self._heard.set()
         self._heard_at = asyncio.get_running_loop().time()
         try:

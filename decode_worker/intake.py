@@ -4,18 +4,20 @@ An offer's way:
 1. `reserve` asks the engine for blocks, for the prompt and the growth expected; no room is a refusal at once;
 2. a task pulls the blocks under the lease, while the producer still computes later ones;
 3. a verified COMMIT: the engine adopts the sequence, the producer may release;
-4. a lost lease: the reservation is given back, its producer tells the gateway; any other failure: we tell it.
+4. a failure: the reservation is given back and the gateway told. Of a lost lease its producer knows more, so we wait a
+   moment before we tell: the gateway has then heard of it already, unless the producer is cut off or gone.
 Heartbeats keep every open lease alive meanwhile.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from decode_worker.config import DecodeConfig
-from engine.errors import InvalidRequest, LeaseLost, Overloaded, SteelyardError, TransferFailed
+from engine.errors import LeaseLost, Overloaded, SteelyardError, TransferFailed
 from engine.planes import CacheLayout
 from engine.pool import BlockBytes
 from engine.streams import TokenStreams
@@ -39,8 +41,11 @@ from kv_transfer.config import TransferConfig
 from kv_transfer.lease import Lease, Offer
 from kv_transfer.pull import Pulled, Puller
 
-RESERVE_TIMEOUT_S = 5.0
+RESERVE_TIMEOUT_S = 4.0  # less than the producer's patience with us, so that it hears why
 RELEASE_TIMEOUT_S = 2.0
+LOST_LEASE_GRACE_S = 1.0
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -88,12 +93,14 @@ class Intake:
 
     async def reserve(self, offer: Offer) -> None:
         """Take an offer: returns when blocks are reserved and the pull has begun. Raises Overloaded if there is no
-        room now, InvalidRequest if the producer is of another cohort."""
+        room now, TransferFailed if the producer is of another cohort or offers the same again."""
         if offer.lease.cohort != self._me.cohort:
-            raise InvalidRequest(f"cohort {offer.lease.cohort} cannot be paired with {self._me.cohort}", param="cohort")
+            raise TransferFailed(f"cohort {offer.lease.cohort} cannot be paired with {self._me.cohort}")
+        key = offer.lease.key
+        if key in self._arrivals:
+            raise TransferFailed(f"{key} has been offered before")
         if self.num_pulls >= self._config.max_pulls:
             raise Overloaded(f"{self.num_pulls} pulls are under way already", retry_after_s=1)
-        key = offer.lease.key
         arrival = self._arrivals[key] = _Arrival(offer, self._now())
         try:
             reserved = await self._ask_engine(offer)
@@ -130,16 +137,12 @@ class Intake:
 
     async def beat(self) -> None:
         """One round of heartbeats for all open leases, grouped by producer."""
-        by_address: dict[str, list[Lease]] = {}
+        by_producer: dict[tuple[str, str], list[Lease]] = {}
         for arrival in self._arrivals.values():
+            lease = arrival.offer.lease
             if arrival.committed is None:
-                by_address.setdefault(arrival.offer.lease.address, []).append(arrival.offer.lease)
-        for leases in by_address.values():
-            try:
-                async with asyncio.timeout(self._transfer.heartbeat_s):
-                    await self._carriers.carrier(leases[0]).renew(leases)
-            except (SteelyardError, TimeoutError):
-                continue  # the next beat tries again; a producer that is gone ends the pull by itself
+                by_producer.setdefault((lease.address, lease.incarnation), []).append(lease)
+        await asyncio.gather(*map(self._renew, by_producer.values()))  # one that is silent delays no other
 
     # --- parts ---------------------------------------------------------------------------------------------
 
@@ -155,6 +158,13 @@ class Intake:
         finally:
             self._answers.pop(key, None)
 
+    async def _renew(self, leases: list[Lease]) -> None:
+        try:
+            async with asyncio.timeout(self._transfer.heartbeat_s):
+                await self._carriers.carrier(leases[0]).renew(leases)
+        except (SteelyardError, TimeoutError):
+            return  # the next beat tries again; a producer that is gone ends the pull by itself
+
     async def _pull(self, arrival: _Arrival, block_ids: tuple[int, ...]) -> None:
         lease = arrival.offer.lease
         try:
@@ -164,11 +174,17 @@ class Intake:
         except asyncio.CancelledError:
             self._give_back(lease.key)
             raise
-        except LeaseLost:
+        except LeaseLost as error:
             self._give_back(lease.key)
+            await asyncio.sleep(LOST_LEASE_GRACE_S)
+            self._tell_gateway(lease.key, error)
         except TransferFailed as error:
             self._give_back(lease.key)
             self._tell_gateway(lease.key, error)
+        except Exception as error:  # whatever it was, the blocks go back and the request hears of it
+            log.exception("the pull of %s failed", lease.key)
+            self._give_back(lease.key)
+            self._tell_gateway(lease.key, TransferFailed(f"the pull failed: {error!r}"))
         else:
             self._adopt(arrival, pulled)
         await self._release(lease)

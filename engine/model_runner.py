@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from engine.batch import build_input
+from engine.errors import ModelError
 from engine.kv_cache import KVCache
 from engine.models.config import ModelConfig
 from engine.models.llama import Llama, Weights, probe_weights
@@ -41,8 +42,13 @@ class TorchRunner:
 
 
 def build_model(config: ModelConfig, weights: Weights, block_size: int, batch_invariant: bool) -> Llama:
-    """A Llama whose row counts keep results independent of the batch, if wanted. Empties `weights`."""
+    """A Llama whose row counts keep results independent of the batch, if wanted. Empties `weights`.
+
+    Raises ModelError if this machine cannot keep them so for weights of these shapes."""
     model = Llama(config, weights, FREE)
     if batch_invariant:
-        model.ladder = measure_ladder(probe_weights(model), config.head_dim, tile_tokens(block_size))
+        try:
+            model.ladder = measure_ladder(probe_weights(model), config.head_dim, tile_tokens(block_size))
+        except ArithmeticError as error:
+            raise ModelError(f"batch_invariant cannot be had for this model: {error}") from error
     return model

@@ -25,6 +25,7 @@ from typing import Protocol
 from engine.engine import Engine, ModelRunner
 from engine.errors import ModelError, WorkerLost, error_from_code
 from engine.pool import SharedPool
+from engine.scheduler import Batch
 from engine.setup import EngineSetup
 from engine.types import Command, ErrorInfo, StepOutputs
 
@@ -56,16 +57,22 @@ def drive(engine: Engine, model: ModelRunner, inbox: Inbox, emit: Callable[[Step
     """Run turns until the inbox says that it is over."""
     idle = True
     while (commands := inbox.take(block=idle)) is not None:
-        for command in commands:
-            engine.handle(command)
-        batch = engine.begin()
-        if commands or engine.has_outputs:
-            emit(engine.take_outputs())
+        batch = begin_turn(engine, commands, emit)
         idle = batch is None  # what waits now can only go on after a command
         if batch is not None:
             begun = time.perf_counter()
             engine.finish(batch, model.execute(batch))
             emit(replace(engine.take_outputs(), step_s=time.perf_counter() - begun))
+
+
+def begin_turn(engine: Engine, commands: list[Command], emit: Callable[[StepOutputs], None]) -> Batch | None:
+    """A turn up to its step: what has come is handled, and the news of that goes out before the step is computed."""
+    for command in commands:
+        engine.handle(command)
+    batch = engine.begin()
+    if commands or engine.has_outputs:
+        emit(engine.take_outputs())
+    return batch
 
 
 class ThreadStepRunner:

@@ -3,7 +3,7 @@
 1. `register` says which gateway owns a key;
 2. `publish` sorts a step's outputs by owner; each subscriber wakes once per step, however many tokens there are;
 3. a subscriber that hears nothing new gets an empty batch every `keepalive_s`, so that silence means death;
-4. when a gateway's stream ends, its sequences go on for `orphan_s`, then they are aborted.
+4. while a gateway has no stream (it ended, or never came) its sequences go on for `orphan_s`, then they are aborted.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class TokenStreams:
 
     def register(self, key: Key, gateway_id: str) -> None:
         self._owners[key] = gateway_id
+        self._channel(gateway_id)
 
     def forget(self, key: Key) -> None:
         self._owners.pop(key, None)
@@ -81,7 +82,7 @@ class TokenStreams:
                     yield self._take(channel)
         finally:
             if channel.generation == generation:
-                asyncio.get_running_loop().call_later(self._orphan_s, self._orphan, gateway_id, generation)
+                self._expect_reader(gateway_id, channel)
 
     async def _wait(self, news: asyncio.Event) -> None:
         try:
@@ -96,11 +97,20 @@ class TokenStreams:
         return StreamBatch(outputs, self._stats)
 
     def _channel(self, gateway_id: str) -> _Channel:
-        return self._channels.setdefault(gateway_id, _Channel())
+        channel = self._channels.get(gateway_id)
+        if channel is None:
+            channel = self._channels[gateway_id] = _Channel()
+            self._expect_reader(gateway_id, channel)
+        return channel
 
-    def _orphan(self, gateway_id: str, generation: int) -> None:
-        """Nobody came back for this gateway's sequences."""
-        if self._channel(gateway_id).generation != generation:
+    def _expect_reader(self, gateway_id: str, channel: _Channel) -> None:
+        """Somebody must subscribe within `orphan_s`."""
+        loop = asyncio.get_running_loop()
+        loop.call_later(self._orphan_s, self._orphan, gateway_id, channel, channel.generation)
+
+    def _orphan(self, gateway_id: str, channel: _Channel, generation: int) -> None:
+        """Nobody came for this gateway's sequences, unless there is a newer subscription."""
+        if channel.generation != generation or self._channels.get(gateway_id) is not channel:
             return
         for key in [key for key, owner in self._owners.items() if owner == gateway_id]:
             self._abort(key)

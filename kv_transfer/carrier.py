@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
+from engine.errors import LeaseLost, SteelyardError, TransferFailed
 from kv_transfer.frames import Message
 from kv_transfer.lease import Lease
 
@@ -41,3 +42,12 @@ class CarrierPool(Protocol):
     """Opens and reuses carriers by producer address."""
 
     def carrier(self, lease: Lease) -> Carrier: ...
+
+
+def as_transfer_error(error: SteelyardError) -> TransferFailed:
+    """What an error of the link or of the producer means for a transfer."""
+    if isinstance(error, TransferFailed):
+        return error
+    if error.status == 409:  # the producer's life that granted the lease is over
+        return LeaseLost(error.message)
+    return TransferFailed(error.message)

@@ -1,8 +1,9 @@
 """Frames: how blocks are cut for the wire, and how the target knows that it got all of them, unhurt.
 
 A transfer is frames 0, 1, 2, ... and one COMMIT. A frame holds the records of one plane for a range of layers and
-a range of the request's blocks (counted in the request, not in any pool), with its xxh3. The COMMIT carries the
-number of frames, a digest over their digests, and the HandOff. No block is usable before it.
+a range of the request's blocks (counted in the request, not in any pool), with an xxh3 over its payload and what it says
+of itself. The COMMIT carries the number of frames, a digest over their digests, and the HandOff. No block is usable
+before it.
 
 Wire form, little-endian: a 40-byte header, then the payload (frames) or the encoded HandOff (commit).
 """
@@ -19,6 +20,7 @@ from engine.planes import CacheLayout
 
 _HEADER = struct.Struct("<4sBxHHHIIIQQ")  # magic, kind, plane, layers[2], blocks[2], index, digest, length
 HEADER_BYTES = _HEADER.size
+_PLACE = struct.Struct("<IHHHII")  # index, plane, layers[2], blocks[2]
 _MAGIC = b"SYF1"
 _KIND_FRAME, _KIND_COMMIT = 1, 2
 
@@ -34,7 +36,7 @@ class FrameSpec:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One frame on its way; `digest` is the xxh3-64 of the payload."""
+    """One frame on its way; `digest` is its frame_digest."""
 
     index: int
     spec: FrameSpec
@@ -42,8 +44,8 @@ class Frame:
     digest: int
 
     def verify(self) -> None:
-        if xxhash.xxh3_64_intdigest(self.payload) != self.digest:
-            raise FrameCorrupt(f"frame {self.index}: the payload does not match its digest")
+        if frame_digest(self.index, self.spec, self.payload) != self.digest:
+            raise FrameCorrupt(f"frame {self.index} does not match its digest")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,12 @@ class Commit:
 
 
 Message = Frame | Commit
+
+
+def frame_digest(index: int, spec: FrameSpec, payload: bytes | memoryview) -> int:
+    """xxh3-64 of the payload, seeded by the number of the frame and the records it is for."""
+    place = _PLACE.pack(index, spec.plane, spec.layers.start, spec.layers.stop, spec.blocks.start, spec.blocks.stop)
+    return xxhash.xxh3_64_intdigest(payload, seed=xxhash.xxh3_64_intdigest(place))
 
 
 def commit_digest(frame_digests: list[int], handoff: bytes) -> int:

@@ -6,13 +6,14 @@ an unknown optional one, so that a newer producer may add hints but never meanin
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import cast
 
 import msgpack
+from pydantic import TypeAdapter
 
 from engine.errors import TransferFailed
-from engine.types import Key, Request, SamplingParams
+from engine.types import Request, SamplingParams
 
 HANDOFF_VERSION = 1
 
@@ -54,7 +55,7 @@ class HandOff:
             return _from_parts(_known_parts(parts))
         except TransferFailed:
             raise
-        except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, msgpack.UnpackException) as error:
             raise TransferFailed(f"malformed hand-off record: {error}") from error
 
 
@@ -62,6 +63,9 @@ _PARTS = {
     "request_id", "epoch", "prompt_ids", "generated_ids", "sampling", "namespace", "timeout_s", "computed", "usage",
     "gateway_id", "stages",
 }  # fmt: skip
+_REQUEST_PARTS = ("request_id", "epoch", "prompt_ids", "generated_ids", "sampling", "namespace", "timeout_s")
+_SAMPLING_FIELDS = {field.name for field in fields(SamplingParams)}
+_TYPED = TypeAdapter(HandOff)  # so that nothing of a wrong type gets past here
 
 
 def _known_parts(parts: list[list[object]]) -> dict[str, object]:
@@ -75,11 +79,15 @@ def _known_parts(parts: list[list[object]]) -> dict[str, object]:
 
 
 def _from_parts(known: dict) -> HandOff:
-    sampling = known["sampling"] | {"stop_token_ids": tuple(known["sampling"]["stop_token_ids"])}
-    key = Key(known["request_id"], known["epoch"])
-    request = Request(
-        key.request_id, tuple(known["prompt_ids"]), SamplingParams(**sampling), key.epoch,
-        tuple(known["generated_ids"]), known["namespace"], known["timeout_s"],
+    if unknown := sorted(known["sampling"].keys() - _SAMPLING_FIELDS):
+        raise TransferFailed(f"hand-off sampling parameters {unknown} are not known here")
+    request = {name: known[name] for name in _REQUEST_PARTS}
+    handoff = _TYPED.validate_python(
+        {
+            "request": request, "computed": known["computed"], "cached_tokens": known["usage"]["cached_tokens"],
+            "gateway_id": known["gateway_id"], "stages": known.get("stages", ()),
+        }
     )  # fmt: skip
-    stages = tuple((name, seconds) for name, seconds in known.get("stages", ()))
-    return HandOff(request, known["computed"], known["usage"]["cached_tokens"], known["gateway_id"], stages)
+    if not 0 <= handoff.computed < handoff.request.num_tokens:
+        raise TransferFailed(f"{handoff.computed} positions cannot be computed of {handoff.request.num_tokens} tokens")
+    return handoff

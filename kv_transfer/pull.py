@@ -1,7 +1,8 @@
 """The consumer's half of a transfer: pull frames, verify, write them into reserved blocks, take the COMMIT.
 
 1. open the stream at the first frame that is missing;
-2. each frame: right index, known plane, inside the reservation, right length, right digest; only then written;
+2. each frame: right index, known plane, inside the reservation, nothing twice, right length, right digest; only then
+   written;
 3. a broken link or a bad frame reopens the stream there, at most MAX_RESUMES times in all;
 4. the COMMIT must count all frames, match the digest over theirs, and cover every byte; then the HandOff is returned.
 """
@@ -13,11 +14,13 @@ from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
+import numpy as np
+
 from engine.errors import FrameCorrupt, LeaseLost, TransferFailed
 from engine.planes import CacheLayout
 from engine.pool import BlockBytes
 from kv_transfer.carrier import Carrier
-from kv_transfer.frames import Commit, Frame, Message, commit_digest, payload_bytes
+from kv_transfer.frames import Commit, Frame, FrameSpec, commit_digest, payload_bytes
 from kv_transfer.handoff import HandOff
 from kv_transfer.lease import Lease
 
@@ -49,6 +52,8 @@ class Puller:
         self._verify_digests = verify_digests
         self._digests: list[int] = []
         self._size_bytes = 0
+        # Of each plane, which records have come: [num_layers, num_blocks]
+        self._came = [np.zeros((len(plane.layer_ids), len(block_ids)), dtype=bool) for plane in layout.planes]
 
     async def run(self, timeout_s: float) -> Pulled:
         """Raises TransferFailed (or its kinds) when the blocks could not be had, whole and verified. A stream on
@@ -87,6 +92,7 @@ class Puller:
         self._pool.write(frame.spec.plane, frame.spec.layers, block_ids, memoryview(frame.payload))
         self._digests.append(frame.digest)
         self._size_bytes += len(frame.payload)
+        self._records(frame.spec)[:] = True
 
     def _check_bounds(self, frame: Frame) -> None:
         spec = frame.spec
@@ -97,14 +103,20 @@ class Puller:
         inside = inside and 0 <= spec.blocks.start < spec.blocks.stop <= len(self._block_ids)
         if not inside or len(frame.payload) != payload_bytes(self._layout, spec):
             raise FrameCorrupt(f"frame {frame.index} does not fit the reservation: {spec}, {len(frame.payload)} bytes")
+        if self._records(spec).any():
+            raise FrameCorrupt(f"frame {frame.index} has records that have come before: {spec}")
+
+    def _records(self, spec: FrameSpec) -> np.ndarray:
+        return self._came[spec.plane][spec.layers.start : spec.layers.stop, spec.blocks.start : spec.blocks.stop]
 
     def _check_commit(self, commit: Commit) -> HandOff:
         if commit.num_frames != len(self._digests) or commit.digest != commit_digest(self._digests, commit.handoff):
             raise FrameCorrupt(f"COMMIT of {commit.num_frames} frames does not match the {len(self._digests)} that came")
         handoff = HandOff.decode(commit.handoff)
         covered = -(-handoff.computed // self._layout.block_size)
-        if self._size_bytes != covered * self._layout.bytes_per_block or covered > len(self._block_ids):
-            raise FrameCorrupt(f"{self._size_bytes} bytes do not make {covered} blocks")
+        whole = covered <= len(self._block_ids) and all(came[:, :covered].all() for came in self._came)
+        if not whole or self._size_bytes != covered * self._layout.bytes_per_block:
+            raise FrameCorrupt(f"the {self._size_bytes} bytes that came do not make {covered} blocks")
         if handoff.request.key != self._lease.key:
             raise FrameCorrupt(f"COMMIT is for {handoff.request.key}, the lease for {self._lease.key}")
         return handoff

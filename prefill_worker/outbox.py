@@ -4,8 +4,8 @@ An entry's life:
 1. `grant` makes the lease; nothing can be read yet;
 2. `progress` cuts frames for the blocks that are full by now; readers wake;
 3. `commit` cuts the rest and adds the HandOff: readers get the COMMIT;
-4. `release` by the owner, `close` by the producer, or `expire` after `ttl_s` without a heartbeat: the entry is gone,
-   readers get LeaseLost, and `on_end` is told once.
+4. `release` by the owner, `close` by the producer, or `expire` after `ttl_s` without a heartbeat: the entry is gone and
+   readers get LeaseLost. `on_end` is told once, unless it was the producer itself.
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
-import xxhash
-
-from engine.errors import LeaseLost
+from engine.errors import FrameCorrupt, LeaseLost
 from engine.planes import CacheLayout
 from engine.pool import BlockBytes
 from engine.types import Endpoint, Key
-from kv_transfer.frames import Commit, Frame, FrameSpec, Message, commit_digest, cut_frames
+from kv_transfer.frames import Commit, Frame, FrameSpec, Message, commit_digest, cut_frames, frame_digest
 from kv_transfer.lease import Lease
 
 
@@ -101,6 +99,8 @@ class Outbox:
 
     async def messages(self, lease: Lease, first_frame: int) -> AsyncGenerator[Message]:
         entry = self._find(lease)
+        if first_frame > len(entry.digests):
+            raise FrameCorrupt(f"frame {first_frame} is wanted, and only {len(entry.digests)} were ever sent")
         index = first_frame
         while True:
             news = entry.news
@@ -144,7 +144,7 @@ class Outbox:
         spec = entry.frames[index]
         payload = self._pool.read(spec.plane, spec.layers, entry.block_ids[spec.blocks.start : spec.blocks.stop])
         if index == len(entry.digests):
-            entry.digests.append(xxhash.xxh3_64_intdigest(payload))
+            entry.digests.append(frame_digest(index, spec, payload))
         return Frame(index, spec, payload, entry.digests[index])
 
     def _commit_message(self, entry: _Entry, handoff: bytes) -> Commit:

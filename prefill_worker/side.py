@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from engine.errors import SteelyardError
+from engine.errors import LeaseLost, SteelyardError
 from engine.streams import TokenStreams
 from engine.types import (
     Abort,
@@ -113,12 +113,13 @@ class PrefillSide:
 
     def on_lease_end(self, key: Key) -> None:
         """The outbox let a lease go: its blocks are free to leave, whether computed or still being computed."""
-        live = self._live.pop(key, None)
-        if live is None or live.committed:
-            self._streams.forget(key)
-            self._send(Release(key))
-        else:
-            self._send(Abort(key))  # the gateway hears of it by the engine's last output
+        live = self._live.get(key)
+        if live is not None and not live.committed:
+            self._fail(key, ErrorInfo(LeaseLost.code, "the decode worker let the lease go before all was computed"))
+            return
+        self._live.pop(key, None)
+        self._streams.forget(key)
+        self._send(Release(key))
 
     # --- parts, in order of a request's way ----------------------------------------------------------------
 

@@ -33,9 +33,10 @@ class Canary:
     def start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._run())
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
         if self._task is not None:
             self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
 
     async def first_proof(self) -> None:
         """Returns when a request has come through for the first time. The caller bounds the wait."""

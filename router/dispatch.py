@@ -53,6 +53,7 @@ class Dispatcher:
         self._links: dict[tuple[str, str], WorkerLink] = {}  # by worker id and incarnation
         self._live: dict[str, LiveRequest] = {}
         self._background: list[asyncio.Task[None]] = []
+        self._closed = False
         self._news = asyncio.Event()  # a worker has reported, or the membership has changed
         self.canary = Canary(self, config.canary_s)
 
@@ -66,7 +67,7 @@ class Dispatcher:
 
     def apply(self, membership: Membership) -> None:
         """Take a newer membership: connect to who is new, let go of who has left."""
-        if membership.version <= self._membership.version:
+        if self._closed or membership.version <= self._membership.version:
             return
         self._membership = membership
         wanted = {(member.worker_id, member.incarnation): member for member in membership.members}
@@ -80,13 +81,16 @@ class Dispatcher:
                 self._links[name] = WorkerLink(member, client, self._gateway_id, self._on_batch, self._on_down)
 
     async def close(self) -> None:
-        """Let go of all workers; live requests end with an error."""
-        self.canary.stop()
+        """Let go of all workers; live requests end with an error, here and on the workers."""
+        self._closed = True
+        await self.canary.stop()
         for live in self._live.values():
             live.fail(Unavailable("the gateway is shutting down"))
+            self._abandon(live.key, live.placement)
+        await asyncio.gather(*self._background, return_exceptions=True)
         closing = [link.close() for link in self._links.values()]
         self._links = {}
-        await asyncio.gather(*closing, *self._background, return_exceptions=True)
+        await asyncio.gather(*closing, return_exceptions=True)
 
     # --- requests ------------------------------------------------------------------------------------------
 
@@ -106,6 +110,8 @@ class Dispatcher:
             self._abandon(live.key, live.placement)
 
     def _admit(self, request: Request) -> LiveRequest:
+        if self._closed:
+            raise Unavailable("the gateway is shutting down")
         if len(self._live) >= self._config.max_live_requests:
             raise Overloaded(f"{len(self._live)} requests are being served", retry_after_s=1)
         if request.request_id in self._live:
@@ -144,7 +150,7 @@ class Dispatcher:
 
     async def _place_again(self, live: LiveRequest, error: SteelyardError) -> None:
         """Raises `error` if it is the request's own fault or was met too often."""
-        if isinstance(error, InvalidRequest):
+        if isinstance(error, InvalidRequest) or self._closed:
             raise error
         live.num_refusals, live.num_failures = _count(error, live.num_refusals, live.num_failures)
         if live.num_failures >= self._config.max_attempts:
@@ -180,8 +186,8 @@ class Dispatcher:
         for output in batch.outputs:
             live = self._live.get(output.key.request_id)
             if live is not None:
-                live.take(output, member.worker_id)
-                if live.handed_off:
+                moved_on = live.take(output, member.worker_id)
+                if moved_on and live.handed_off:
                     self.canary.prove()
 
     def _on_down(self, member: Member, reason: str) -> None:
@@ -198,7 +204,7 @@ class Dispatcher:
     def _load(self, link: WorkerLink) -> WorkerLoad:
         name = (link.member.worker_id, link.member.incarnation)
         here = [live for live in self._live.values() if live.involves(*name)]
-        waiting = [live for live in here if live.waits_on(*name)]
+        waiting = [live for live in here if live.is_prefilling and live.waits_on(*name)]
         prompt_tokens = sum(live.request.num_tokens for live in waiting)
         return WorkerLoad(link.member, link.connected, len(here), prompt_tokens, link.stats)
 

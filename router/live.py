@@ -1,7 +1,7 @@
 """A live request: its token log, its placement, and what has come from workers. Owned by exactly one gateway.
 
-Outputs are taken only in order: of the present epoch, at index = next. One gap is held back, because the second
-token may overtake the first (they come from different workers). Whatever is older or doubled is dropped.
+Outputs are taken only in order: of the present epoch, at index = next. What follows one gap is held back, because the
+second token and more may overtake the first (it comes from another worker). Whatever is older or doubled is dropped.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ class LiveRequest:
     cached_tokens: int | None = None  # of the first placement: what usage reports
     num_refusals: int = 0  # placements that found no room
     num_failures: int = 0  # placements that failed otherwise
+    _first_index: int = 0  # of the first token of this placement
     _next_index: int = 0  # of the next token to be queued for the client
-    _held: TokenOutput | None = None
+    _held: list[TokenOutput] = field(default_factory=list)  # what follows a gap, itself without one
     _events: asyncio.Queue[TokenOutput | SteelyardError] = field(default_factory=asyncio.Queue)
 
     @property
@@ -39,8 +40,8 @@ class LiveRequest:
             self.epoch += 1
         self.placement = placement
         self.handed_off = False
-        self._held = None
-        self._next_index = len(self.tokens)
+        self._held = []
+        self._first_index = self._next_index = len(self.tokens)
         self._events = asyncio.Queue()
 
     def placed_request(self, now: float) -> Request:
@@ -64,18 +65,25 @@ class LiveRequest:
         first = self.placement.first
         return (first.worker_id, first.incarnation) == (worker_id, incarnation)
 
-    def take(self, output: TokenOutput, worker_id: str) -> None:
-        """An output from a worker's stream."""
+    @property
+    def is_prefilling(self) -> bool:
+        """Has this placement not yet given a token?"""
+        return self._next_index == self._first_index
+
+    def take(self, output: TokenOutput, worker_id: str) -> bool:
+        """An output from a worker's stream. Did it move the request on?"""
         if output.key != self.key:
-            return
+            return False
         if output.error is not None:
             self.fail(error_from_code(output.error.code, output.error.message))
         elif output.finish is FinishReason.ABORT:
             self.fail(WorkerLost(f"worker {worker_id} let the request go"))
         elif output.first_index == self._next_index:
             self._deliver(output, worker_id)
+            return True
         elif output.first_index > self._next_index:
-            self._held = self._held or output
+            self._hold(output)
+        return False
 
     def fail(self, error: SteelyardError) -> None:
         """The placement has failed."""
@@ -95,6 +103,11 @@ class LiveRequest:
         self.handed_off = self.handed_off or (decode is not None and decode.worker_id == worker_id)
         self._next_index += len(output.token_ids)
         self._events.put_nowait(replace(output, cached_tokens=self.cached_tokens))
-        held, self._held = self._held, None
-        if held is not None:
-            self.take(held, decode.worker_id if decode else worker_id)
+        held, self._held = self._held, []
+        for following in held:
+            self.take(following, decode.worker_id if decode else worker_id)
+
+    def _hold(self, output: TokenOutput) -> None:
+        last = self._held[-1] if self._held else None
+        if last is None or output.first_index == last.first_index + len(last.token_ids):
+            self._held.append(output)

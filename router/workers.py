@@ -88,6 +88,9 @@ class WorkerLink:
             return f"it was silent for {SILENCE_S:g} s"
         except SteelyardError as error:
             return error.message
+        except Exception as error:  # a link that died in silence would look like a worker that never answers
+            log.exception("reading the tokens of worker %s failed", self.member.worker_id)
+            return repr(error)
 
     def _set_down(self, reason: str) -> None:
         if self.connected:

@@ -10,7 +10,7 @@ from cluster.rpc import control_pb2, control_pb2_grpc, convert, request_pb2, req
 from cluster.rpc.channels import Channels
 from engine.streams import StreamBatch
 from engine.types import Endpoint, Key, Submission
-from kv_transfer.carriers.status import error_from_rpc
+from kv_transfer.carriers.status import typed_errors
 from kv_transfer.lease import Offer
 from router.membership import Member
 
@@ -21,34 +21,33 @@ class GrpcWorkerClient:
     def __init__(self, member: Member, channels: Channels) -> None:
         self._member = member
         self._channels = channels
-        channel = channels(member.address, member.incarnation)
-        self._requests = request_pb2_grpc.RequestsStub(channel)
-        self._tokens = token_pb2_grpc.TokensStub(channel)
 
     async def submit(self, submission: Submission, role_epoch: int, timeout_s: float) -> None:
-        try:
-            await self._requests.Submit(convert.submission_to(submission, role_epoch), timeout=timeout_s)
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from None
+        with typed_errors():
+            await self._requests().Submit(convert.submission_to(submission, role_epoch), timeout=timeout_s)
 
     async def abort(self, key: Key, timeout_s: float) -> None:
-        try:
-            await self._requests.Abort(request_pb2.AbortRequest(key=convert.key_to(key)), timeout=timeout_s)
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from None
+        with typed_errors():
+            await self._requests().Abort(request_pb2.AbortRequest(key=convert.key_to(key)), timeout=timeout_s)
 
     async def tokens(self, gateway_id: str) -> AsyncGenerator[StreamBatch]:
-        call = self._tokens.Subscribe(token_pb2.TokensRequest(gateway_id=gateway_id))
-        try:
-            async for message in call:
-                yield convert.batch_from(message)
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from None
-        finally:
-            call.cancel()
+        with typed_errors():
+            call = token_pb2_grpc.TokensStub(self._channel()).Subscribe(token_pb2.TokensRequest(gateway_id=gateway_id))
+            try:
+                async for message in call:
+                    yield convert.batch_from(message)
+            finally:
+                call.cancel()
 
     async def close(self) -> None:
         await self._channels.forget(self._member.address, self._member.incarnation)
+
+    def _requests(self) -> request_pb2_grpc.RequestsStub:
+        return request_pb2_grpc.RequestsStub(self._channel())
+
+    def _channel(self) -> grpc.aio.Channel:
+        """Asked for at each call: whoever left the membership and came back has a new one."""
+        return self._channels(self._member.address, self._member.incarnation)
 
 
 class GrpcConnector:
@@ -69,16 +68,12 @@ class GrpcPeers:
 
     async def offer(self, target: Endpoint, offer: Offer, timeout_s: float) -> None:
         stub = request_pb2_grpc.RequestsStub(self._channels(target.address, target.incarnation))
-        try:
+        with typed_errors():
             await stub.Offer(convert.offer_to(offer), timeout=timeout_s)
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from None
 
 
 async def worker_status(channels: Channels, address: str, incarnation: str, timeout_s: float) -> control_pb2.WorkerStatus:
     """One worker's own account of itself."""
     stub = control_pb2_grpc.ControlStub(channels(address, incarnation))
-    try:
+    with typed_errors():
         return await stub.Status(control_pb2.StatusRequest(), timeout=timeout_s)
-    except grpc.aio.AioRpcError as error:
-        raise error_from_rpc(error) from None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from cluster.rpc import request_pb2, token_pb2
+from cluster.rpc import control_pb2, request_pb2, token_pb2
+from cluster.sides import WorkerStatus
 from engine.streams import StreamBatch
 from engine.types import (
-    EngineStats,
     Endpoint,
+    EngineStats,
     ErrorInfo,
     FinishReason,
     Key,
@@ -92,6 +93,17 @@ def stats_to(stats: EngineStats) -> token_pb2.Stats:
 
 def stats_from(message: token_pb2.Stats) -> EngineStats:
     return EngineStats(**{field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields})
+
+
+def status_to(status: WorkerStatus) -> control_pb2.WorkerStatus:
+    totals = status.transfers
+    return control_pb2.WorkerStatus(
+        endpoint=endpoint_to(status.endpoint), role=status.role, role_epoch=status.role_epoch,
+        stats=stats_to(status.stats), num_queued=status.num_queued, num_leases=status.num_leases,
+        num_pulls=status.num_pulls, num_streams=status.num_streams, transfers=totals.num_pulls,
+        transfers_failed=totals.num_failed, transfer_bytes=totals.size_bytes, transfer_seconds=totals.duration_s,
+        last_step_seconds=status.last_step_s,
+    )  # fmt: skip
 
 
 def batch_to(batch: StreamBatch) -> token_pb2.TokenBatch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Protocol
 
 import grpc
@@ -10,6 +11,7 @@ import grpc
 from cluster.rpc import control_pb2, control_pb2_grpc, convert, request_pb2, request_pb2_grpc, token_pb2, token_pb2_grpc
 from cluster.rpc.auth import Gatekeeper
 from cluster.rpc.channels import OPTIONS
+from cluster.sides import WorkerStatus
 from engine.errors import SteelyardError
 from engine.streams import StreamBatch
 from engine.types import Key, Submission
@@ -20,7 +22,7 @@ from kv_transfer.lease import Offer
 
 
 class WorkerCalls(Protocol):
-    """What a worker answers (cluster/worker.py)."""
+    """What a worker answers (cluster/sides.py)."""
 
     def submit(self, submission: Submission, role_epoch: int) -> None: ...
 
@@ -30,7 +32,7 @@ class WorkerCalls(Protocol):
 
     def subscribe(self, gateway_id: str) -> AsyncGenerator[StreamBatch]: ...
 
-    def status_message(self) -> control_pb2.WorkerStatus: ...
+    def status(self) -> WorkerStatus: ...
 
 
 class _Requests(request_pb2_grpc.RequestsServicer):
@@ -63,8 +65,9 @@ class _Tokens(token_pb2_grpc.TokensServicer):
     async def Subscribe(
         self, request: token_pb2.TokensRequest, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[token_pb2.TokenBatch]:
-        async for batch in self._worker.subscribe(request.gateway_id):
-            yield convert.batch_to(batch)
+        async with aclosing(self._worker.subscribe(request.gateway_id)) as batches:
+            async for batch in batches:
+                yield convert.batch_to(batch)
 
 
 class _Control(control_pb2_grpc.ControlServicer):
@@ -74,25 +77,26 @@ class _Control(control_pb2_grpc.ControlServicer):
     async def Status(
         self, request: control_pb2.StatusRequest, context: grpc.aio.ServicerContext
     ) -> control_pb2.WorkerStatus:
-        return self._worker.status_message()
+        return convert.status_to(self._worker.status())
 
 
 class WorkerServer:
     """One worker's gRPC server, on a port that the system chooses."""
 
-    def __init__(self, worker: WorkerCalls, producer: Producer, secret: bytes, incarnation: str) -> None:
+    def __init__(self, secret: bytes, incarnation: str) -> None:
         self._server = grpc.aio.server(interceptors=[Gatekeeper(secret, incarnation)], options=OPTIONS)
-        request_pb2_grpc.add_RequestsServicer_to_server(_Requests(worker), self._server)
-        token_pb2_grpc.add_TokensServicer_to_server(_Tokens(worker), self._server)
-        control_pb2_grpc.add_ControlServicer_to_server(_Control(worker), self._server)
-        self._server.add_generic_rpc_handlers((kv_handler(producer),))
 
     def bind(self, host: str) -> str:
         """Take a port; returns host:port."""
         port = self._server.add_insecure_port(f"{host}:0")
         return f"{host}:{port}"
 
-    async def start(self) -> None:
+    async def start(self, worker: WorkerCalls, producer: Producer) -> None:
+        """Begin to answer."""
+        request_pb2_grpc.add_RequestsServicer_to_server(_Requests(worker), self._server)
+        token_pb2_grpc.add_TokensServicer_to_server(_Tokens(worker), self._server)
+        control_pb2_grpc.add_ControlServicer_to_server(_Control(worker), self._server)
+        self._server.add_generic_rpc_handlers((kv_handler(producer),))
         await self._server.start()
 
     async def stop(self) -> None:

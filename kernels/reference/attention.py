@@ -24,6 +24,7 @@ class Segment:
     blocks: [num_seqs, num_blocks] int64, padded with any valid id to whole tiles
     mask: [num_seqs, 1, padded_rows, num_keys] True where a query must not look; rows are (token, group) pairs
     stale_from: first key position that is unused in any sequence; stale: [num_seqs, 1, num_keys - stale_from, 1]
+    row_tile: most rows of one product, where the machine needs a fixed count (RowLadder.tile)
     """
 
     num_seqs: int
@@ -33,6 +34,7 @@ class Segment:
     mask: torch.Tensor
     stale_from: int
     stale: torch.Tensor
+    row_tile: int | None
 
 
 def tile_tokens(block_size: int) -> int:
@@ -55,7 +57,7 @@ def make_segment(
     stale_from = min(num_tokens)
     lengths = torch.tensor(num_tokens, device=positions.device)
     stale = keys[stale_from:] >= lengths[:, None]
-    return Segment(num_seqs, num_new, rows, blocks, padded[:, None], stale_from, stale[:, None, :, None])
+    return Segment(num_seqs, num_new, rows, blocks, padded[:, None], stale_from, stale[:, None, :, None], ladder.tile)
 
 
 def paged_attention(
@@ -73,10 +75,10 @@ def paged_attention(
     values = _gather(v_cache, segment.blocks)
     stale = values.view(segment.num_seqs, num_kv_heads, -1, head_dim)[:, :, segment.stale_from :]
     stale.masked_fill_(segment.stale, 0)  # 0 * NaN would be NaN
-    scores = torch.bmm(queries, keys.transpose(1, 2)).float()
+    scores = _multiply(queries, keys.transpose(1, 2), segment.row_tile).float()
     scores.view(segment.num_seqs, num_kv_heads, *scores.shape[1:]).masked_fill_(segment.mask, float("-inf"))
     weights = scores.sub_(scores.amax(dim=-1, keepdim=True)).exp_()
-    out = _weigh_by_tiles(weights, values, tile_tokens(k_cache.shape[2]))
+    out = _weigh_by_tiles(weights, values, tile_tokens(k_cache.shape[2]), segment.row_tile)
     rows = segment.num_new * (num_heads // num_kv_heads)
     out = out[:, :rows].reshape(segment.num_seqs, num_kv_heads, segment.num_new, -1, head_dim)
     assert out.shape[0] * out.shape[1] == batch
@@ -101,13 +103,20 @@ def _gather(cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     return gathered.view(blocks.shape[0] * num_heads, -1, head_dim)
 
 
-def _weigh_by_tiles(weights: torch.Tensor, values: torch.Tensor, tile: int) -> torch.Tensor:
+def _weigh_by_tiles(weights: torch.Tensor, values: torch.Tensor, tile: int, row_tile: int | None) -> torch.Tensor:
     """Softmax-weighted sum, tile by tile in order of position. weights: [batch, rows, keys], unnormalised, float32."""
     batch, rows, num_keys = weights.shape
     # cumsum adds in order, so trailing tiles of zeros change nothing
     total = weights.view(batch, rows, num_keys // tile, tile).sum(-1).cumsum(-1)[..., -1:]
-    out = torch.bmm(weights[..., :tile].to(values.dtype), values[:, :tile]).float()
+    out = _multiply(weights[..., :tile].to(values.dtype), values[:, :tile], row_tile).float()
     for start in range(tile, num_keys, tile):
         part = slice(start, start + tile)
-        out += torch.bmm(weights[..., part].to(values.dtype), values[:, part]).float()
+        out += _multiply(weights[..., part].to(values.dtype), values[:, part], row_tile).float()
     return out / total
+
+
+def _multiply(a: torch.Tensor, b: torch.Tensor, row_tile: int | None) -> torch.Tensor:
+    """[batch, rows, inner] @ [batch, inner, outer], at most `row_tile` rows at a time."""
+    if row_tile is None or a.shape[1] <= row_tile:
+        return torch.bmm(a, b)
+    return torch.cat([torch.bmm(part, b) for part in a.split(row_tile, dim=1)], dim=1)

@@ -6,15 +6,16 @@ Messages are the bytes of kv_transfer.frames as they are; requests are small msg
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from typing import cast
 
 import grpc
 import msgpack
 
-from engine.errors import InvalidRequest, LeaseLost, SteelyardError, TransferFailed
+from engine.errors import InvalidRequest, SteelyardError
 from engine.types import Key
-from kv_transfer.carrier import Producer
-from kv_transfer.carriers.status import abort_with, error_from_rpc
+from kv_transfer.carrier import Producer, as_transfer_error
+from kv_transfer.carriers.status import abort_with, typed_errors
 from kv_transfer.frames import Message, decode, encode
 from kv_transfer.lease import Lease
 
@@ -30,8 +31,9 @@ def kv_handler(producer: Producer) -> grpc.GenericRpcHandler:
     async def pull(data: bytes, context: grpc.aio.ServicerContext) -> AsyncGenerator[bytes]:
         try:
             leases, first_frame = _unpack(data)
-            async for message in producer.messages(leases[0], first_frame):
-                yield encode(message)
+            async with aclosing(producer.messages(leases[0], first_frame)) as messages:
+                async for message in messages:
+                    yield encode(message)
         except SteelyardError as error:
             await abort_with(context, error)
 
@@ -67,14 +69,16 @@ class GrpcCarrier:
         self._renew = channel.unary_unary(f"/{SERVICE}/Renew")
 
     async def pull(self, lease: Lease, first_frame: int) -> AsyncGenerator[Message]:
-        call = self._pull(_pack((lease,), first_frame))
         try:
-            async for data in call:
-                yield decode(data)
-        except grpc.aio.AioRpcError as error:
-            raise _transfer_error(error) from None
-        finally:
-            call.cancel()
+            with typed_errors():
+                call = self._pull(_pack((lease,), first_frame))
+                try:
+                    async for data in call:
+                        yield decode(data)
+                finally:
+                    call.cancel()
+        except SteelyardError as error:
+            raise as_transfer_error(error) from None
 
     async def release(self, lease: Lease) -> None:
         await self._small_call(self._release, (lease,))
@@ -84,9 +88,10 @@ class GrpcCarrier:
 
     async def _small_call(self, method: grpc.aio.UnaryUnaryMultiCallable, leases: Sequence[Lease]) -> None:
         try:
-            await method(_pack(leases, 0), timeout=CALL_TIMEOUT_S)
-        except grpc.aio.AioRpcError as error:
-            raise _transfer_error(error) from None
+            with typed_errors():
+                await method(_pack(leases, 0), timeout=CALL_TIMEOUT_S)
+        except SteelyardError as error:
+            raise as_transfer_error(error) from None
 
 
 class GrpcCarriers:
@@ -97,15 +102,6 @@ class GrpcCarriers:
 
     def carrier(self, lease: Lease) -> GrpcCarrier:
         return GrpcCarrier(self._channels(lease.address, lease.incarnation))
-
-
-def _transfer_error(error: grpc.aio.AioRpcError) -> TransferFailed:
-    typed = error_from_rpc(error)
-    if isinstance(typed, TransferFailed):
-        return typed
-    if typed.status == 409:  # the producer's life that granted the lease is over
-        return LeaseLost(typed.message)
-    return TransferFailed(typed.message)
 
 
 def _pack(leases: Sequence[Lease], first_frame: int) -> bytes:
@@ -121,5 +117,5 @@ def _unpack(data: bytes) -> tuple[list[Lease], int]:
         if not leases or int(first_frame) < 0:
             raise ValueError("no lease, or a negative frame")
         return leases, int(first_frame)
-    except (ValueError, TypeError, IndexError, msgpack.UnpackException) as error:
+    except (ValueError, TypeError, LookupError, OverflowError, msgpack.UnpackException) as error:
         raise InvalidRequest(f"malformed lease record: {error}", param="lease") from None

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import grpc
 
-from engine.errors import ERRORS, DeadlineExceeded, SteelyardError, Unavailable, error_from_code
+from engine.errors import ERRORS, DeadlineExceeded, SteelyardError, Unavailable, WorkerLost, error_from_code
 
 CODE_METADATA = "x-steelyard-code"
 INCARNATION_METADATA = "x-steelyard-incarnation"  # of the worker that a call is meant for
@@ -36,3 +40,22 @@ def error_from_rpc(error: grpc.aio.AioRpcError) -> SteelyardError:
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded(f"a peer did not answer in time: {message}")
     return Unavailable(f"a peer could not be reached: {message}")
+
+
+@contextmanager
+def typed_errors() -> Iterator[None]:
+    """What a call in here raises is a SteelyardError.
+
+    A channel that is closed ends its calls with CancelledError, although nobody has cancelled the task that waits; and
+    a call on it later is refused with UsageError."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        raise error_from_rpc(error) from None
+    except grpc.aio.UsageError as error:
+        raise WorkerLost(f"the channel to a peer was closed: {error}") from None
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise WorkerLost("the channel to a peer was closed") from None

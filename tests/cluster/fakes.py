@@ -117,11 +117,10 @@ class FakeGateway:
 
 
 if __name__ == "__main__":
-    import typer
+    from functools import partial
 
-    import cluster.launch
-    from cluster import cli
+    from cluster import cli, launch
 
-    real_serve = cluster.launch.serve
-    cluster.launch.serve = lambda config, console, verbose: real_serve(config, console, parts=PARTS, verbose=verbose)
-    typer.main.get_command(cli.app)(["serve", *sys.argv[1:]])
+    setattr(launch, "serve", partial(launch.serve, parts=PARTS))  # noqa: B010 (a type checker knows it as a function)
+    sys.argv.insert(1, "serve")
+    cli.main()

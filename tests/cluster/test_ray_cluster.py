@@ -102,13 +102,16 @@ def children_of(pid: int) -> list[int]:
 
 
 def session_directory(command: Command) -> str:
-    """Where a command's local Ray lives: it names it to all its children."""
-    for child in children_of(command.process.pid):
-        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        for variable in environment:
-            if variable.startswith(b"STEELYARD_RAY_DIR="):
-                return variable.partition(b"=")[2].decode()
-    raise AssertionError("no child of the command belongs to a local Ray")
+    """Where a command's local Ray lives: its guard is told."""
+    found: list[str] = []
+
+    def is_guarded() -> bool:
+        lines = [Path(f"/proc/{child}/cmdline").read_text().split("\0") for child in children_of(command.process.pid)]
+        found.extend(line[4] for line in lines if line[3:] and line[3].endswith("guard.py"))
+        return bool(found)
+
+    until(is_guarded, READY_S, command.describe)
+    return found[0]
 
 
 def actor_pid(directory: str, kind: str) -> int:
@@ -190,9 +193,8 @@ def test_a_killed_command_takes_its_ray_with_it(tmp_path: Path, plain_environmen
 
 def test_an_interrupted_start_leaves_nothing(tmp_path: Path, plain_environment: dict[str, str]) -> None:
     with Command(tmp_path, plain_environment) as command:
-        until(lambda: bool(children_of(command.process.pid)), READY_S)
         directory = session_directory(command)
-        time.sleep(1.0)  # somewhere in the middle of ray.init
+        until(lambda: len(children_of(command.process.pid)) > 2, READY_S, command.describe)  # in the midst of ray.init
         assert command.interrupt() == 130, command.output
         assert_nothing_left(directory)
         assert "Traceback" not in command.output
@@ -216,15 +218,15 @@ class Head:
     def __init__(self, directory: Path, environment: dict[str, str]) -> None:
         gcs_port, dashboard_port, agent_port = free_ports(3)
         self._log = directory / "head.txt"
-        address = {"RAY_ADDRESS": f"127.0.0.1:{gcs_port}", "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard_port}"}
-        self.environment = environment | address | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        self.api = address["RAY_API_SERVER_ADDRESS"]
         command = ["ray", "start", "--head", "--block", "--num-cpus=3", "--object-store-memory=100000000"]
-        command += ["--node-ip-address=127.0.0.1", f"--port={gcs_port}", f"--temp-dir={directory}", "--disable-usage-stats"]
-        command += [f"--dashboard-port={dashboard_port}", f"--dashboard-agent-listen-port={agent_port}"]
-        unaddressed = {name: value for name, value in self.environment.items() if name not in address}
+        command += ["--node-ip-address=127.0.0.1", f"--temp-dir={directory}", "--disable-usage-stats"]
+        command += [f"--port={gcs_port}", f"--dashboard-port={dashboard_port}"]
+        command += [f"--dashboard-agent-listen-port={agent_port}"]
+        environment = environment | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         with self._log.open("w") as file:
-            self._process = subprocess.Popen(command, env=unaddressed, stdout=file, stderr=subprocess.STDOUT)
+            self._process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        jobs = {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard_port}"}
+        self.environment = environment | jobs | {"RAY_ADDRESS": f"127.0.0.1:{gcs_port}"}
         until(lambda: "Ray runtime started" in self._log.read_text(), READY_S, self._log.read_text)
 
     def ray(self, *arguments: str) -> str:
@@ -256,7 +258,7 @@ def head(request: pytest.FixtureRequest) -> Iterator[Head]:
         started.stop()
 
 
-def test_a_cluster_ends_when_its_killed_drivers_lease_does_and_its_name_is_free_again(head: Head, tmp_path: Path) -> None:
+def test_a_killed_drivers_cluster_ends_with_its_lease_and_frees_its_name(head: Head, tmp_path: Path) -> None:
     with Command(tmp_path, head.environment) as command:
         command.wait_until_ready()
         pids = [member["cohort"] for member in command.members().values()] + [command.health()["pid"]]
@@ -278,8 +280,8 @@ def test_a_ray_job_serves_and_ray_job_stop_ends_it(head: Head) -> None:
     """The form of the README: the working directory is uploaded, the job attaches to the Ray that runs it."""
     entry = ["--", "python", "-m", "tests.cluster.fakes", "tests/cluster/fakes.yaml"]
     head.ray("job", "submit", "--no-wait", "--submission-id", "serving", "--working-dir", ".", *entry)
-    until(lambda: "Ready after" in head.ray("job", "logs", "serving"), READY_S, lambda: head.ray("job", "logs", "serving"))
-    logs = head.ray("job", "logs", "serving")
+    until(lambda: "Ready after" in _logs(head), READY_S, lambda: _logs(head))
+    logs = _logs(head)
     url = re.search(r"URL +(http://\S+)/v1", logs)
     assert url, logs
     assert "Stop  ray job stop serving" in logs
@@ -288,6 +290,10 @@ def test_a_ray_job_serves_and_ray_job_stop_ends_it(head: Head) -> None:
     assert all(map(is_alive, pids))
     assert "was stopped" in head.ray("job", "stop", "serving")
     until(lambda: not any(map(is_alive, pids)), 10)
+
+
+def _logs(head: Head) -> str:
+    return head.ray("job", "logs", "serving")
 
 
 def test_a_detached_cluster_outlives_its_command_until_it_is_stopped(head: Head, tmp_path: Path) -> None:

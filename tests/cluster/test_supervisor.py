@@ -130,7 +130,7 @@ async def running(spawner: FakeSpawner, **cluster: object) -> AsyncIterator[Supe
 
 async def until(condition: Callable[[], bool], limit_s: float = 5.0) -> None:
     async with asyncio.timeout(limit_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 (it looks from outside, where no event is set)
             await asyncio.sleep(0.005)
 
 

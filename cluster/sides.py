@@ -1,0 +1,154 @@
+"""The sides of a worker: prefill, decode, and the token streams of both, over one engine.
+
+1. calls: `submit`, `take_offer`, `abort`, `subscribe`; those who pull from here read `outbox`;
+2. `serve` gives each turn of the engine to both sides and then its tokens to the gateways, and sends heartbeats;
+3. it returns when the engine is gone: this life of the worker is then over.
+
+It knows no network, no process and no tensors. Links and engine are handed in, so the simulator's workers are these.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass, replace
+
+from cluster.config import ClusterConfig
+from decode_worker.intake import Intake, TransferTotals
+from engine.errors import StaleEpoch, WorkerLost
+from engine.planes import CacheLayout
+from engine.pool import BlockBytes
+from engine.streams import StreamBatch, TokenStreams
+from engine.types import Command, Endpoint, EngineStats, Key, Role, StepOutputs, Submission
+from kv_transfer.carrier import CarrierPool
+from kv_transfer.lease import Offer
+from prefill_worker.outbox import Outbox
+from prefill_worker.queue import PrefillQueue
+from prefill_worker.side import DecodePeers, PrefillSide
+from router.membership import Member
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Links:
+    """How a worker reaches others."""
+
+    peers: DecodePeers
+    carriers: CarrierPool
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """The engine's KV pool, as transfers see it."""
+
+    layout: CacheLayout
+    num_blocks: int
+    pool: BlockBytes
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """A worker's own account of itself."""
+
+    endpoint: Endpoint
+    role: Role
+    role_epoch: int
+    stats: EngineStats
+    num_queued: int
+    num_leases: int
+    num_pulls: int
+    num_streams: int
+    transfers: TransferTotals
+    last_step_s: float
+
+
+class WorkerSides:
+    def __init__(
+        self, me: Endpoint, role: Role, cache: Cache, links: Links, send: Callable[[Command], None],
+        config: ClusterConfig, new_secret: Callable[[], str],
+    ) -> None:  # fmt: skip
+        transfer = config.kv_transfer
+        self._me = me
+        self._role = role
+        self._role_epoch = 0
+        self._heartbeat_s = transfer.heartbeat_s
+        self._stats = EngineStats(num_blocks=cache.num_blocks)
+        self._last_step_s = 0.0
+        self._aborting: list[asyncio.Task[None]] = []
+        self.streams = TokenStreams(config.decode.orphan_s, self._abort_soon)
+        self.outbox = Outbox(
+            cache.layout, cache.pool, transfer.frame_bytes, transfer.lease_ttl_s, new_secret, self._lease_ended
+        )
+        queue = PrefillQueue(config.prefill.max_queue, config.prefill.outbox_fraction)
+        self._prefill = PrefillSide(me, queue, self.outbox, self.streams, links.peers, send)
+        self._intake = Intake(me, cache.layout, cache.pool, links.carriers, self.streams, send, config.decode, transfer)
+
+    @property
+    def member(self) -> Member:
+        me = self._me
+        return Member(me.worker_id, me.incarnation, self._role, self._role_epoch, me.address, me.cohort)
+
+    # --- calls ---------------------------------------------------------------------------------------------
+
+    def submit(self, submission: Submission, role_epoch: int) -> None:
+        if role_epoch < self._role_epoch:
+            raise StaleEpoch(f"role epoch {role_epoch} is older than {self._role_epoch}")
+        self._prefill.submit(submission)
+
+    async def abort(self, key: Key) -> None:
+        self._prefill.abort(key)
+        await self._intake.abort(key)
+
+    async def take_offer(self, offer: Offer) -> None:
+        await self._intake.reserve(offer)
+
+    def subscribe(self, gateway_id: str) -> AsyncGenerator[StreamBatch]:
+        return self.streams.subscribe(gateway_id)
+
+    def status(self) -> WorkerStatus:
+        return WorkerStatus(
+            self._me, self._role, self._role_epoch, self._stats, self._prefill.num_queued, self.outbox.num_leases,
+            self._intake.num_pulls, self.streams.num_keys, self._intake.totals, self._last_step_s,
+        )  # fmt: skip
+
+    # --- life ----------------------------------------------------------------------------------------------
+
+    async def serve(self, next_outputs: Callable[[], Awaitable[StepOutputs]]) -> str:
+        """Serve until `next_outputs` raises WorkerLost; returns why. Cancelled, it leaves no task behind."""
+        reason = ""
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._tick())
+                while True:
+                    self._distribute(await next_outputs())
+        except* WorkerLost as lost:
+            reason = str(lost.exceptions[0])
+        finally:
+            for task in self._aborting:
+                task.cancel()
+            await asyncio.gather(*self._aborting, return_exceptions=True)
+        return reason
+
+    def _distribute(self, outputs: StepOutputs) -> None:
+        """Give a turn's outputs to both sides, then to the gateways."""
+        self._stats = outputs.stats
+        self._last_step_s = outputs.step_s or self._last_step_s
+        tokens = self._intake.on_outputs(replace(outputs, tokens=self._prefill.on_outputs(outputs)))
+        self.streams.publish(tokens, outputs.stats)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(self._heartbeat_s)
+            self.outbox.expire()
+            await self._intake.beat()
+
+    def _lease_ended(self, key: Key) -> None:
+        self._prefill.on_lease_end(key)
+
+    def _abort_soon(self, key: Key) -> None:
+        """Its gateway has been gone for too long."""
+        log.warning("%s has no reader any more and is aborted", key)
+        self._aborting = [task for task in self._aborting if not task.done()]
+        self._aborting.append(asyncio.get_running_loop().create_task(self.abort(key)))

@@ -1,0 +1,180 @@
+"""The modelled network: calls and streams between simulated processes, with latency, bandwidth and faults.
+
+1. a process attaches under an address; a new life under the same address replaces the old one;
+2. a call or a stream takes the latency to get there, is refused if it was meant for another incarnation, runs the
+   real worker's method, and its answer takes the latency back. A caller who leaves is noticed there a latency later;
+3. what a process sends goes out one after another at its bandwidth, so frames of several pulls share it;
+4. `kill` resets every connection of a process, `silence` loses all that it sends and is sent.
+
+It knows no worker: `work` and `items` below say what to do there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from cluster.simulator.log import EventLog
+from engine.errors import DeadlineExceeded, StaleIncarnation, SteelyardError, Unavailable
+
+CALL_BYTES = 256  # of a small message with its headers
+
+Served = TypeVar("Served")
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, slots=True)
+class LinkTimes:
+    """Of every link. The defaults are of the order of a 25 Gbit/s network inside one building."""
+
+    latency_s: float = 2e-4
+    bytes_per_s: float = 3e9
+
+
+@dataclass(slots=True, eq=False)
+class Port(Generic[Served]):
+    """One process on the network. `served` is what others call there, None for a gateway."""
+
+    name: str
+    incarnation: str
+    served: Served | None
+    extra_s: float = 0.0  # added to the latency of all that it sends
+    dead: bool = False
+    silent: bool = False
+    free_at: float = 0.0  # when its last byte so far has left
+    talks: dict[_Talk, None] = field(default_factory=dict)  # in order of their begin
+
+
+class _Talk:
+    """A call or stream under way, as both ends see it. Arrivals are (time, item), an error, or None at the end."""
+
+    def __init__(self, caller: Port[Any], what: str) -> None:
+        self.caller = caller
+        self.what = what
+        self.target: Port[Any] | None = None
+        self.server: asyncio.Task[None] | None = None
+        self.arrivals: asyncio.Queue[tuple[float, Any]] = asyncio.Queue()
+
+
+class Network(Generic[Served]):
+    def __init__(self, times: LinkTimes, log: EventLog) -> None:
+        self._times = times
+        self._log = log
+        self._ports: dict[str, Port[Served]] = {}
+
+    def attach(self, address: str, name: str, incarnation: str, served: Served | None) -> Port[Served]:
+        port = self._ports[address] = Port(name, incarnation, served)
+        return port
+
+    def kill(self, port: Port[Served]) -> None:
+        """The process is gone: what it served stops, whoever talked with it sees the connection break."""
+        port.dead = True
+        for talk in list(port.talks):
+            self._close(talk)
+            if talk.server is not None and talk.target is port:
+                talk.server.cancel()
+            self._arrive(talk, Unavailable(f"the connection with {port.name} broke"), self._times.latency_s)
+
+    # --- what links do -------------------------------------------------------------------------------------
+
+    async def call(
+        self, caller: Port[Served], address: str, incarnation: str, what: str,
+        work: Callable[[Served], Coroutine[Any, Any, None]], timeout_s: float, size_bytes: int = CALL_BYTES,
+    ) -> None:  # fmt: skip
+        """Run `work` there; returns when its answer is back. Raises what it raised, Unavailable or DeadlineExceeded."""
+
+        async def items(served: Served) -> AsyncGenerator[None]:
+            await work(served)
+            yield
+
+        try:
+            async with (
+                asyncio.timeout(timeout_s),
+                aclosing(
+                    self.stream(caller, address, incarnation, what, items, lambda _: CALL_BYTES, size_bytes)
+                ) as answers,
+            ):
+                async for _ in answers:
+                    return
+        except TimeoutError:
+            raise DeadlineExceeded(f"a peer did not answer in time: {what} at {address}") from None
+
+    async def stream(
+        self, caller: Port[Served], address: str, incarnation: str, what: str,
+        items: Callable[[Served], AsyncGenerator[Item]], size_of: Callable[[Item], int], size_bytes: int = CALL_BYTES,
+    ) -> AsyncGenerator[Item]:  # fmt: skip
+        """What `items` yields there, in order. Raises what it raised, or Unavailable when the connection breaks."""
+        if caller.dead:
+            raise Unavailable(f"{caller.name} is dead")
+        loop = asyncio.get_running_loop()
+        talk = _Talk(caller, what)
+        caller.talks[talk] = None
+        talk.server = loop.create_task(self._serve(talk, address, incarnation, items, size_of, size_bytes), name=what)
+        try:
+            while True:
+                at, item = await talk.arrivals.get()
+                await asyncio.sleep(max(0.0, at - loop.time()))
+                if item is None:
+                    return
+                if isinstance(item, Exception):
+                    raise item
+                yield item[0]
+        finally:
+            self._close(talk)
+            loop.call_later(self._latency_s(caller), talk.server.cancel)
+
+    # --- the other end -------------------------------------------------------------------------------------
+
+    async def _serve(
+        self, talk: _Talk, address: str, incarnation: str,
+        items: Callable[[Served], AsyncGenerator[Item]], size_of: Callable[[Item], int], size_bytes: int,
+    ) -> None:  # fmt: skip
+        await self._send(talk.caller, size_bytes)
+        await asyncio.sleep(self._latency_s(talk.caller))
+        port = self._ports.get(address)
+        if port is None or port.dead:
+            self._arrive(talk, Unavailable(f"a peer could not be reached: {address}"), self._times.latency_s)
+            return
+        if port.silent or talk.caller.silent:
+            return
+        self._log.add(port.name, talk.what, caller=talk.caller.name)
+        talk.target = port
+        port.talks[talk] = None
+        try:
+            async with aclosing(items(self._admit(port, incarnation))) as source:
+                async for item in source:
+                    await self._send(port, size_of(item))
+                    self._arrive(talk, (item,), self._latency_s(port))
+            self._arrive(talk, None, self._latency_s(port))
+        except SteelyardError as error:
+            self._arrive(talk, error, self._latency_s(port))
+        except Exception as error:  # a bug, which the caller shall see as it is
+            self._arrive(talk, error, 0.0)
+
+    def _admit(self, port: Port[Served], incarnation: str) -> Served:
+        if incarnation != port.incarnation:
+            raise StaleIncarnation(f"this worker is now incarnation {port.incarnation}")
+        assert port.served is not None, f"{port.name} serves nothing"
+        return port.served
+
+    async def _send(self, port: Port[Served], size_bytes: int) -> None:
+        """Returns when the last byte has left."""
+        now = asyncio.get_running_loop().time()
+        port.free_at = max(now, port.free_at) + size_bytes / self._times.bytes_per_s
+        await asyncio.sleep(port.free_at - now)
+
+    def _arrive(self, talk: _Talk, item: object, after_s: float) -> None:
+        lost = talk.caller.silent or (talk.target is not None and talk.target.silent)
+        if not lost:
+            talk.arrivals.put_nowait((asyncio.get_running_loop().time() + after_s, item))
+
+    def _latency_s(self, sender: Port[Served]) -> float:
+        return self._times.latency_s + sender.extra_s
+
+    def _close(self, talk: _Talk) -> None:
+        talk.caller.talks.pop(talk, None)
+        if talk.target is not None:
+            talk.target.talks.pop(talk, None)

@@ -1,0 +1,163 @@
+"""Modelled steps: how long a step takes, which tokens it gives, and a step runner whose steps are delays.
+
+The tokens come out of KV, as a real model's do: the state of a position is a digest of its token, of the state before
+and of one earlier state that the one before chooses, all read from the pool's blocks. By induction it is a pure
+function of the tokens so far; but a block that was lost, mixed up or never moved gives other tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable
+from collections.abc import Sequence as TokenIds
+from dataclasses import dataclass, replace
+
+from cluster.simulator.log import EventLog
+from cluster.simulator.pool import STATE_BYTES, StatePool
+from engine.engine import Engine, ModelRunner
+from engine.errors import WorkerLost
+from engine.scheduler import Batch, Scheduled
+from engine.step_runner import begin_turn
+from engine.types import Command, Request, StepOutputs
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """A step's duration: overhead + max(memory, compute), a pure function of its batch. The defaults are round
+    numbers of the order of an 8-billion-parameter model in bfloat16 on one large GPU."""
+
+    overhead_s: float = 1e-3
+    weights_s: float = 5e-3  # to read all weights once
+    context_token_s: float = 4e-8  # to read one stored position
+    prefill_token_s: float = 5e-5  # to compute one position of a prompt
+    decode_sequence_s: float = 5e-5  # to compute one pending token
+
+    def duration_s(self, batch: Batch) -> float:
+        num_decoding = sum(item.sequence.is_decoding for item in batch.scheduled)
+        num_prompt_tokens = batch.num_tokens - num_decoding
+        num_context_tokens = sum(item.start + item.num_new for item in batch.scheduled)
+        memory_s = self.weights_s + self.context_token_s * num_context_tokens
+        compute_s = self.prefill_token_s * num_prompt_tokens + self.decode_sequence_s * num_decoding
+        return self.overhead_s + max(memory_s, compute_s)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelledWeights:
+    """The model that all workers serve, as pure functions. `eos_every`: about one token in so many ends the sequence
+    (0: none does)."""
+
+    seed: int
+    vocab_size: int
+    eos_token_ids: frozenset[int] = frozenset()
+    eos_every: int = 0
+
+    def next_state(self, position: int, token_id: int, state_of: Callable[[int], bytes]) -> bytes:
+        """The state of a position, from those before it."""
+        before = state_of(position - 1) if position else bytes(STATE_BYTES)
+        earlier = state_of(int.from_bytes(before[:8], "little") % position) if position else b""
+        data = before + earlier + token_id.to_bytes(4, "little")
+        return hashlib.blake2b(data, digest_size=STATE_BYTES, salt=(self.seed % 2**64).to_bytes(8, "little")).digest()
+
+    def next_token(self, state: bytes, sampling_seed: int) -> int:
+        """The token after the position of this state."""
+        drawn = hashlib.blake2b(state, digest_size=16, salt=sampling_seed.to_bytes(8, "little")).digest()
+        token_id = int.from_bytes(drawn[:8], "little") % self.vocab_size
+        if self.eos_every and int.from_bytes(drawn[8:], "little") % self.eos_every == 0:
+            return min(self.eos_token_ids)
+        while token_id in self.eos_token_ids:
+            token_id = (token_id + 1) % self.vocab_size
+        return token_id
+
+    def continuation(self, request: Request) -> tuple[int, ...]:
+        """The tokens of a request that nothing but its length or an end-of-sequence token ends, without any engine."""
+        tokens, states = list(request.prompt_ids), list[bytes]()
+        num_prompt, sampling = len(tokens), request.sampling
+        while len(tokens) - num_prompt < sampling.max_tokens:
+            for position in range(len(states), len(tokens)):
+                states.append(self.next_state(position, tokens[position], states.__getitem__))
+            tokens.append(self.next_token(states[-1], sampling.seed))
+            if tokens[-1] in self.eos_token_ids and not sampling.ignore_eos:
+                break
+        return tuple(tokens[num_prompt:])
+
+
+class ModelledRunner:
+    """Implements engine.engine.ModelRunner over a pool of states."""
+
+    def __init__(self, weights: ModelledWeights, pool: StatePool) -> None:
+        self._weights = weights
+        self._pool = pool
+
+    def execute(self, batch: Batch) -> list[tuple[int, ...]]:
+        for source, target in batch.copies:
+            self._pool.copy(source, target)
+        return [self._compute(item) for item in batch.scheduled]
+
+    def _compute(self, item: Scheduled) -> tuple[int, ...]:
+        tokens: TokenIds[int] = item.sequence.tokens
+        block_ids = item.sequence.block_ids
+        state = b""
+        for position in range(item.start, item.start + item.num_new):
+            state = self._weights.next_state(position, tokens[position], lambda at: self._pool.state(block_ids, at))
+            self._pool.store(block_ids, position, state)
+        return (self._weights.next_token(state, item.sequence.request.sampling.seed),) if item.samples else ()
+
+
+class ModelledStepRunner:
+    """Turns in the order of engine.step_runner.drive, on the running loop. Implements engine.step_runner.StepRunner."""
+
+    def __init__(self, name: str, engine: Engine, model: ModelRunner, times: StepTimes, log: EventLog) -> None:
+        self._name = name
+        self._engine = engine
+        self._model = model
+        self._times = times
+        self._log = log
+        self._commands: asyncio.Queue[Command] = asyncio.Queue()
+        self._outputs: asyncio.Queue[StepOutputs | Exception] = asyncio.Queue()
+        self._task = asyncio.get_running_loop().create_task(self._run(), name=f"engine of {name}")
+
+    def send(self, command: Command) -> None:
+        self._commands.put_nowait(command)
+
+    async def outputs(self) -> StepOutputs:
+        item = await self._outputs.get()
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    async def stop(self) -> None:
+        self.crash()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    def crash(self) -> None:
+        """The engine is gone at once, in the middle of its step."""
+        self._task.cancel()
+        self._outputs.put_nowait(WorkerLost("the engine ended"))
+
+    async def _run(self) -> None:
+        """A fault of the engine is a bug to be seen, not a crash to recover from: its reader gets it as it is."""
+        try:
+            await self._drive()
+        except Exception as error:
+            self._outputs.put_nowait(error)
+
+    async def _drive(self) -> None:
+        idle = True
+        while True:
+            batch = begin_turn(self._engine, await self._take(block=idle), self._outputs.put_nowait)
+            idle = batch is None
+            if batch is not None:
+                step_s = self._times.duration_s(batch)
+                self._log.add(
+                    self._name, "step", sequences=len(batch.scheduled), tokens=batch.num_tokens, step_s=step_s
+                )
+                await asyncio.sleep(step_s)
+                self._engine.finish(batch, self._model.execute(batch))
+                self._outputs.put_nowait(replace(self._engine.take_outputs(), step_s=step_s))
+
+    async def _take(self, block: bool) -> list[Command]:
+        taken = [await self._commands.get()] if block else []
+        while not self._commands.empty():
+            taken.append(self._commands.get_nowait())
+        return taken

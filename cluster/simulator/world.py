@@ -1,0 +1,209 @@
+"""A simulated cluster: real sides, schedulers and dispatcher over modelled engines and links.
+
+1. `start` makes the workers of both pools, links a dispatcher to them and waits until it hears from all;
+2. `generate` is what a client sees of one request, noted in the event log;
+3. `add_worker`, `kill`, `unlist` and `network` change the cluster under way;
+4. `close` lets go of everything and raises what failed in a worker, if anything did.
+
+All that is random comes from the spec's seed. Made and used inside of one virtual loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from cluster.config import ClusterConfig
+from cluster.sides import Cache, Links, WorkerSides
+from cluster.simulator.chance import Chance, SeededNames
+from cluster.simulator.links import SimulatedCarriers, SimulatedConnector, SimulatedPeers, WorkerNetwork, WorkerPort
+from cluster.simulator.log import EventLog
+from cluster.simulator.network import LinkTimes, Network
+from cluster.simulator.pool import StatePool, state_layout
+from cluster.simulator.steps import ModelledRunner, ModelledStepRunner, ModelledWeights, StepTimes
+from engine.engine import Engine, EngineSpec
+from engine.errors import SteelyardError
+from engine.planes import layout_hash
+from engine.scheduler import SchedulerLimits
+from engine.types import Endpoint, Request, Role, TokenOutput
+from router.dispatch import Dispatcher
+from router.membership import Membership
+
+GATEWAY = "gateway-0"
+
+
+@dataclass(frozen=True, slots=True)
+class WorldSpec:
+    """What is simulated. Pools, engine, transfer and router are as `config` says; of its model only `max_context`
+    counts. `kv_token_bytes`: KV of one token of the modelled model, which sets how long a transfer takes (the default
+    is Llama 3.1 8B in bfloat16: 32 layers x 2 planes x 8 heads x 128 x 2 bytes)."""
+
+    seed: int
+    config: ClusterConfig = field(default_factory=ClusterConfig)
+    steps: StepTimes = field(default_factory=StepTimes)
+    links: LinkTimes = field(default_factory=LinkTimes)
+    vocab_size: int = 32000
+    eos_token_ids: frozenset[int] = frozenset((2,))
+    eos_every: int = 0
+    max_context: int = 8192
+    kv_token_bytes: int = 2**17
+
+    @property
+    def weights(self) -> ModelledWeights:
+        return ModelledWeights(self.seed, self.vocab_size, self.eos_token_ids, self.eos_every)
+
+    def engine_spec(self) -> EngineSpec:
+        config = self.config.engine
+        limits = SchedulerLimits(
+            config.block_size, config.max_batch_tokens, config.max_batch_seqs, config.prefill_chunk, config.prefix_cache
+        )
+        max_context = self.config.model.max_context or self.max_context
+        return EngineSpec(
+            limits, config.num_blocks, max_context, self.vocab_size, self.eos_token_ids, hash_key=b"simulated"
+        )
+
+
+@dataclass(slots=True, eq=False)
+class SimulatedWorker:
+    """One life of one worker."""
+
+    sides: WorkerSides
+    engine: Engine
+    runner: ModelledStepRunner
+    port: WorkerPort
+    serving: asyncio.Task[str] = field(repr=False)
+
+    def is_quiet(self) -> bool:
+        """Does it hold nothing for anybody? Looked up in the tables themselves."""
+        status, engine = self.sides.status(), self.engine
+        held = engine.blocks.num_blocks - engine.blocks.num_available
+        open_now = status.num_queued + status.num_leases + status.num_pulls + status.num_streams
+        return not (engine.has_work or engine.has_outputs or held or open_now)
+
+    async def stop(self) -> None:
+        """Raises what failed here."""
+        self.serving.cancel()
+        await self.runner.stop()
+        await asyncio.gather(self.serving, return_exceptions=True)
+        if not self.serving.cancelled():
+            self.serving.result()
+
+
+class World:
+    def __init__(self, spec: WorldSpec, log: EventLog) -> None:
+        self.spec = spec
+        self.log = log
+        self.workers: dict[str, SimulatedWorker] = {}  # those that live, by worker id
+        self.network: WorkerNetwork = Network(spec.links, log)
+        self._dead: list[SimulatedWorker] = []
+        self._chance = Chance(spec.seed)
+        self._membership = Membership()
+        self._num_lives: dict[str, int] = {}
+        self._layout = state_layout(spec.config.engine.block_size)
+        self._bytes_scale = spec.kv_token_bytes * spec.config.engine.block_size / self._layout.bytes_per_block
+        self._config = _with_scaled_frames(spec.config, self._bytes_scale)
+        self._cohort = layout_hash(self._layout, "simulated", str(spec.seed))
+        gateway = self.network.attach(GATEWAY, GATEWAY, "1", None)
+        names = SeededNames(self._chance.fork("names"))
+        self.dispatcher = Dispatcher(spec.config.router, GATEWAY, SimulatedConnector(self.network, gateway), names)
+
+    # --- life ----------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        pools = self.spec.config.pools
+        for role, size in ((Role.PREFILL, pools.prefill.workers), (Role.DECODE, pools.decode.workers)):
+            for index in range(size):
+                self.add_worker(role, index)
+        while not all(worker.connected for worker in self.dispatcher.health().workers):
+            await asyncio.sleep(self.spec.links.latency_s)  # noqa: ASYNC110 - which costs nothing in virtual time
+
+    async def close(self) -> None:
+        await self.dispatcher.close()
+        for worker in (*self.workers.values(), *self._dead):
+            await worker.stop()
+
+    # --- requests ------------------------------------------------------------------------------------------
+
+    async def generate(self, request: Request) -> AsyncGenerator[TokenOutput]:
+        """The dispatcher's stream; what came and how it ended is noted."""
+        name = request.request_id
+        self.log.add(GATEWAY, "request", id=name, prompt=len(request.prompt_ids))
+        try:
+            async with aclosing(self.dispatcher.generate(request)) as outputs:
+                async for output in outputs:
+                    ids = ",".join(map(str, output.token_ids))
+                    self.log.add(
+                        GATEWAY, "tokens", id=name, epoch=output.key.epoch, first=output.first_index, ids=ids,
+                        finish=output.finish,
+                    )  # fmt: skip
+                    yield output
+        except SteelyardError as error:
+            self.log.add(GATEWAY, "error", id=name, code=error.code, message=error.message)
+            raise
+        finally:
+            self.log.add(GATEWAY, "end", id=name)
+
+    async def tokens_of(self, request: Request) -> tuple[int, ...]:
+        """All tokens of a request. Raises what ended it early."""
+        tokens: list[int] = []
+        async with aclosing(self.generate(request)) as outputs:
+            async for output in outputs:
+                assert output.first_index == len(tokens), f"token {output.first_index} came where {len(tokens)} was due"
+                tokens.extend(output.token_ids)
+        return tuple(tokens)
+
+    # --- the cluster under way -----------------------------------------------------------------------------
+
+    def add_worker(self, role: Role, index: int = 0) -> SimulatedWorker:
+        """A new worker, or a new life of one that is dead, at its old address; it is listed at once."""
+        worker_id = f"{role}-{index}"
+        assert worker_id not in self.workers, f"{worker_id} lives"
+        life = self._num_lives[worker_id] = self._num_lives.get(worker_id, 0) + 1
+        worker = self.workers[worker_id] = self._make_worker(worker_id, f"{worker_id}.{life}", role)
+        self._list(worker_id, listed=True)
+        return worker
+
+    def kill(self, worker_id: str) -> None:
+        """Its process ends at once, in the middle of whatever it does. It stays listed."""
+        worker = self.workers.pop(worker_id)
+        self.log.add(worker_id, "killed")
+        self.network.kill(worker.port)
+        worker.runner.crash()
+        self._dead.append(worker)
+
+    def unlist(self, worker_id: str) -> None:
+        """The membership goes on without it."""
+        self._list(worker_id, listed=False)
+
+    # --- parts ---------------------------------------------------------------------------------------------
+
+    def _list(self, worker_id: str, listed: bool) -> None:
+        members = [member for member in self._membership.members if member.worker_id != worker_id]
+        if listed:
+            members.append(self.workers[worker_id].sides.member)
+        self._membership = Membership(self._membership.version + 1, tuple(members))
+        self.dispatcher.apply(self._membership)
+
+    def _make_worker(self, worker_id: str, incarnation: str, role: Role) -> SimulatedWorker:
+        spec, config = self.spec, self._config
+        engine = Engine(spec.engine_spec())
+        pool = StatePool(config.engine.block_size, config.engine.num_blocks)
+        runner = ModelledStepRunner(worker_id, engine, ModelledRunner(spec.weights, pool), spec.steps, self.log)
+        me = Endpoint(worker_id, incarnation, f"{worker_id}:1", self._cohort)
+        port: WorkerPort = self.network.attach(me.address, worker_id, incarnation, None)
+        links = Links(SimulatedPeers(self.network, port), SimulatedCarriers(self.network, port, self._bytes_scale))
+        cache = Cache(self._layout, config.engine.num_blocks, pool)
+        secrets = self._chance.fork(incarnation)
+        sides = WorkerSides(me, role, cache, links, runner.send, config, new_secret=lambda: secrets.hex(16))
+        port.served = sides
+        serving = asyncio.get_running_loop().create_task(sides.serve(runner.outputs), name=f"sides of {incarnation}")
+        return SimulatedWorker(sides, engine, runner, port, serving)
+
+
+def _with_scaled_frames(config: ClusterConfig, bytes_scale: float) -> ClusterConfig:
+    """Frames are cut by modelled bytes, of which there are `bytes_scale` for each that really moves."""
+    frame_bytes = max(1, round(config.kv_transfer.frame_bytes / bytes_scale))
+    transfer = config.kv_transfer.model_copy(update={"frame_bytes": frame_bytes})
+    return config.model_copy(update={"kv_transfer": transfer})

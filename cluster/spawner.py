@@ -1,0 +1,58 @@
+"""The seam between the supervisor and whatever makes processes: Ray actors (ray_spawner.py), or a test's objects."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from cluster.config import PoolConfig
+from cluster.spec import WorkerSpec
+from router.membership import Member, Membership
+
+
+class Process(Protocol):
+    """One incarnation of a worker or of the gateway, somewhere else."""
+
+    @property
+    def incarnation(self) -> str: ...
+
+    async def failed(self) -> str:
+        """Return why the incarnation is over, once it is."""
+        ...
+
+    async def stop(self) -> None:
+        """End it: politely, then by force. Ending it twice is no error."""
+        ...
+
+
+class WorkerProcess(Process, Protocol):
+    async def start(self) -> Member:
+        """Raises SteelyardError when the worker could not start."""
+        ...
+
+
+class GatewayProcess(Process, Protocol):
+    async def start(self) -> str:
+        """Return the base URL. Raises SteelyardError when the gateway could not start."""
+        ...
+
+    async def version(self) -> int:
+        """The membership version that it holds, 0 for none."""
+        ...
+
+    async def apply(self, membership: Membership) -> None: ...
+
+    async def ready(self) -> None:
+        """Return when a canary went through prefill, wire and decode."""
+        ...
+
+
+class Spawner(Protocol):
+    """Makes processes, or finds the living ones of the same name."""
+
+    async def worker(self, spec: WorkerSpec, pool: PoolConfig) -> WorkerProcess: ...
+
+    async def gateway(self, incarnation: str, port: int) -> GatewayProcess: ...
+
+    async def close(self) -> None:
+        """Kill and remove everything that carries the cluster's names."""
+        ...

@@ -1,0 +1,140 @@
+"""The Llama model: equal to transformers at every position, and independent of how a step was put together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.build import BuiltEngine
+from engine.models.config import ModelConfig, RopeScaling
+from engine.models.llama import Weights
+from engine.types import Key, Request
+from tests.engine.tiny import LogitRecorder, hf_model, random_prompt, random_weights, request, run, tiny_config, tiny_engine
+
+LLAMA3 = RopeScaling("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_context=32)
+CONFIGS = {
+    "one head per KV head": tiny_config(num_kv_heads=4),
+    "three heads per KV head, biases": tiny_config(
+        hidden_size=48, num_heads=6, num_kv_heads=2, attention_bias=True, mlp_bias=True
+    ),
+    "four heads per KV head, tied, llama3": tiny_config(
+        num_heads=8, num_kv_heads=2, head_dim=16, tie_embeddings=True, rope_scaling=LLAMA3
+    ),
+    "linear scaling, odd sizes": tiny_config(
+        vocab_size=101, hidden_size=36, num_heads=3, num_kv_heads=1, head_dim=12, intermediate_size=50, num_layers=3,
+        rope_theta=500.0, rope_scaling=RopeScaling("linear", 2.5),
+    ),
+}  # fmt: skip
+LENGTHS = (1, 3, 16, 17, 37, 140)  # one token, on and beside block borders, and past the first key tile
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module", params=CONFIGS, ids=str)
+def oracle(request: pytest.FixtureRequest) -> Oracle:
+    return Oracle(CONFIGS[request.param])
+
+
+class Oracle:
+    """One model, in ours and in transformers' form, with prompts for it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self.weights = random_weights(config, seed=3)
+        self.model = hf_model(config, self.weights)
+        self.prompts = [random_prompt(config, length, seed) for seed, length in enumerate(LENGTHS)]
+
+    @torch.inference_mode()
+    def logits(self, token_ids: list[int]) -> torch.Tensor:
+        return self.model(torch.tensor([token_ids])).logits[0]
+
+    def check(self, built: BuiltEngine, prompts: list[tuple[int, ...]]) -> None:
+        """Generate after all prompts at once; each logit row equals the oracle's for the same tokens."""
+        recorder = LogitRecorder(built.runner)
+        asked = [request(str(index), prompt, max_tokens=6) for index, prompt in enumerate(prompts)]
+        tokens = run(built.engine, recorder, asked)
+        for item in asked:
+            ours = recorder.of(item.key)
+            theirs = self.logits([*item.prompt_ids, *tokens[item.key]])[: len(ours)]
+            assert len(ours) == len(item.prompt_ids) + 5
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("chunk", "block_size"), [(256, 4), (1, 16), (7, 4), (7, 16)])
+def test_logits_equal_those_of_transformers_at_every_position(oracle: Oracle, chunk: int, block_size: int) -> None:
+    built = tiny_engine(
+        oracle.config, oracle.weights, block_size=block_size, num_blocks=400 // block_size, prefill_chunk=chunk,
+        prefix_cache=False, shuffle_seed=chunk,
+    )  # fmt: skip
+    oracle.check(built, oracle.prompts)
+
+
+def test_logits_equal_those_of_transformers_without_batch_invariance(oracle: Oracle) -> None:
+    built = tiny_engine(
+        oracle.config, oracle.weights, num_blocks=100, prefix_cache=False, batch_invariant=False, shuffle_seed=5
+    )
+    oracle.check(built, oracle.prompts)
+
+
+def test_a_chunk_longer_than_one_attention_call_equals_transformers() -> None:
+    oracle = Oracle(CONFIGS["three heads per KV head, biases"])
+    built = tiny_engine(oracle.config, oracle.weights, num_blocks=32, block_size=16, prefill_chunk=512, shuffle_seed=1)
+    oracle.check(built, [random_prompt(oracle.config, 400, seed=9)])
+
+
+# --- batch invariance, bit for bit ----------------------------------------------------------------------------
+
+INVARIANT = {
+    "grouped": tiny_config(num_heads=6, num_kv_heads=2, head_dim=16, hidden_size=96, attention_bias=True),
+    "odd sizes": tiny_config(vocab_size=101, hidden_size=36, num_heads=3, num_kv_heads=1, head_dim=12, intermediate_size=50),
+}  # fmt: skip
+BATCH_LENGTHS = (5, 60, 129, 2, 31, 1, 300, 17, 64, 65, 8, 127, 128, 3, 90, 200)
+
+
+class Invariance:
+    """Sixteen requests of one model, and the logits of each alone, its prompt in one piece."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        self.config = config
+        self.weights: Weights = random_weights(config, seed=11, dtype=dtype)
+        prompts = [random_prompt(config, length, seed) for seed, length in enumerate(BATCH_LENGTHS)]
+        self.requests = [request(str(index), prompt, max_tokens=4) for index, prompt in enumerate(prompts)]
+        self.alone: dict[Key, torch.Tensor] = {}
+        for item in self.requests:
+            self.alone |= self.compute([item], prefill_chunk=512, prefix_cache=False)
+
+    def compute(self, requests: list[Request], **limits) -> dict[Key, torch.Tensor]:
+        built = tiny_engine(self.config, self.weights, **({"num_blocks": 120, "block_size": 16} | limits))
+        recorder = LogitRecorder(built.runner)
+        tokens = run(built.engine, recorder, requests)
+        assert all(len(tokens[item.key]) == 4 for item in requests)
+        return {item.key: recorder.of(item.key) for item in requests}
+
+    def check(self, requests: list[Request], **limits) -> None:
+        for key, logits in self.compute(requests, **limits).items():
+            assert logits.isfinite().all()
+            assert torch.equal(logits, self.alone[key]), f"{key}: {(logits - self.alone[key]).abs().max()}"
+
+
+@pytest.fixture(scope="module", params=[(name, dtype) for name in INVARIANT for dtype in ("float32", "bfloat16")], ids=str)
+def invariance(request: pytest.FixtureRequest) -> Invariance:
+    name, dtype = request.param
+    return Invariance(INVARIANT[name], getattr(torch, dtype))
+
+
+@pytest.mark.parametrize("num_seqs", [2, 3, 7, 16])
+def test_a_batch_changes_no_bit(invariance: Invariance, num_seqs: int) -> None:
+    invariance.check(invariance.requests[:num_seqs], prefix_cache=False)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_a_chunk_size_changes_no_bit(invariance: Invariance, chunk: int) -> None:
+    invariance.check(invariance.requests, prefill_chunk=chunk, max_batch_tokens=96, prefix_cache=False)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_placement_of_blocks_changes_no_bit(invariance: Invariance, seed: int) -> None:
+    invariance.check(invariance.requests, shuffle_seed=seed, prefix_cache=False)
+
+
+def test_the_block_size_changes_no_bit(invariance: Invariance) -> None:
+    invariance.check(invariance.requests, block_size=4, num_blocks=450, prefill_chunk=48, max_batch_tokens=100)
