@@ -116,7 +116,7 @@ def chat(
     model: Annotated[str | None, typer.Option(help="the served one, if not given")] = None,
     system: Annotated[str | None, typer.Option(help="a system prompt")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="longest answer")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0: the likeliest token each time")] = None,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token each time")] = 0.3,
     seed: Annotated[int | None, typer.Option(help="for an answer that can be repeated")] = None,
 ) -> None:
     """Talk to the model."""

@@ -60,8 +60,8 @@ class Steps:
 
 def show_ready(console: Console, *, url: str, model: str, workers: str, total_s: float, how_to_stop: str) -> None:
     """The block that ends the start. Its curl line stands alone and is never wrapped, so that it can be pasted."""
-    message = {"role": "user", "content": "What is a steelyard?"}
-    body = json.dumps({"model": model, "messages": [message], "max_tokens": 64})
+    message = {"role": "user", "content": "Why is the sky blue?"}
+    body = json.dumps({"model": model, "messages": [message], "max_tokens": 64, "temperature": 0})
     curl = f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}"
     lines = [
         "",

@@ -148,22 +148,24 @@ class Engine:
         problem = self._problem_with(request)
         if problem:
             self._fail(request.key, problem)
-        elif self.scheduler.find(request.key) is None:
+        elif self.scheduler.find(request.key) is None and Holder(HolderKind.HANDOFF, request.key) not in self._held:
             self.scheduler.add(Sequence.from_request(request, command.handoff))
 
     def _reserve(self, command: Reserve) -> None:
         holder = Holder(HolderKind.RESERVATION, command.key)
-        needed = -(-command.num_tokens // self.spec.limits.block_size)
-        growth = -(-command.num_growth // self.spec.limits.block_size)
+        needed = self._num_blocks_for(command.num_tokens + 1)
+        growth = self._num_blocks_for(command.num_growth)
+        free = self.blocks.num_available - self.scheduler.num_blocks_wanted
         if holder in self._held:
             block_ids: list[int] | None = list(self._held[holder])
-        elif needed + growth > self.blocks.num_available:
+        elif self.scheduler.lacks_seats or needed + growth > free:  # what waits here must not be overtaken for ever
             block_ids = None
         else:
             block_ids = self.blocks.allocate(holder, needed)
         if block_ids is None:
-            free = self.blocks.num_available
-            self._reserved.append(Reserved(command.key, None, f"{needed}+{growth} blocks wanted, {free} available"))
+            blocks = f"{needed}+{growth} blocks wanted, {max(free, 0)} available"
+            reason = "sequences wait for a seat" if self.scheduler.lacks_seats else blocks
+            self._reserved.append(Reserved(command.key, None, reason))
             return
         self._held[holder] = tuple(block_ids)
         self._reserved.append(Reserved(command.key, tuple(block_ids)))
@@ -172,10 +174,13 @@ class Engine:
         request = command.request
         holder = Holder(HolderKind.RESERVATION, request.key)
         block_ids = self._held.pop(holder, None)
-        problem = self._problem_with(request)
+        if self.scheduler.find(request.key) is not None:  # the command came twice
+            self.blocks.free(holder, block_ids or ())
+            return
         if block_ids is None:
             self._fail(request.key, ErrorInfo("transfer_failed", "no blocks are reserved for this request"))
             return
+        problem = self._problem_with(request) or self._problem_with_blocks(command, block_ids)
         if problem:
             self.blocks.free(holder, block_ids)
             self._fail(request.key, problem)
@@ -248,7 +253,7 @@ class Engine:
 
     def _problem_with(self, request: Request) -> ErrorInfo | None:
         """Why this engine can never compute the request, or None."""
-        longest = min(request.num_tokens + request.sampling.max_tokens, self.spec.max_context)
+        longest = min(len(request.prompt_ids) + request.sampling.max_tokens, self.spec.max_context)
         capacity = self.spec.num_blocks * self.spec.limits.block_size
         if not request.prompt_ids:
             return ErrorInfo("invalid_request", "the prompt is empty")
@@ -259,6 +264,18 @@ class Engine:
         if not all(0 <= token_id < self.spec.vocab_size for token_id in (*request.prompt_ids, *request.generated_ids)):
             return ErrorInfo("invalid_request", f"a token id is outside the vocabulary of {self.spec.vocab_size}")
         return None
+
+    def _problem_with_blocks(self, command: Adopt, block_ids: TokenIds[int]) -> ErrorInfo | None:
+        """Why these reserved blocks cannot be what the command says, or None."""
+        num_tokens = command.request.num_tokens
+        if len(block_ids) < self._num_blocks_for(num_tokens):
+            return ErrorInfo("transfer_failed", f"{len(block_ids)} blocks do not hold {num_tokens} tokens")
+        if not 0 <= command.computed < num_tokens:
+            return ErrorInfo("transfer_failed", f"{command.computed} of {num_tokens} tokens cannot be computed already")
+        return None
+
+    def _num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.spec.limits.block_size)
 
     def _live_tables(self) -> dict[Holder, TokenIds[int]]:
         """Whose blocks are whose, from the live sequences, hand-offs and reservations."""

@@ -2,7 +2,7 @@
 
 A step, under a token budget:
 1. sequences that decode (one pending token each), oldest first; a sequence short of blocks preempts the youngest,
-   which gives up its blocks and is computed again later; the oldest always goes on;
+   which gives up its blocks and is computed again later; the oldest always goes on, also while it is in its prompt;
 2. sequences in the middle of their prompt, oldest first, a chunk each;
 3. waiting ones, first come first served, when all blocks of their known tokens fit. So a prefill never stalls
    half way, and nobody overtakes for ever.
@@ -45,7 +45,8 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """Units are tokens and sequences; `lookahead` is the most draft tokens verified beside one pending token."""
+    """Units are tokens and sequences; `lookahead` is the most draft tokens verified beside one pending token: as many
+    of them as the sequence's blocks have room for."""
 
     block_size: int
     max_batch_tokens: int
@@ -56,7 +57,7 @@ class SchedulerLimits:
 
 
 class Scheduler:
-    """Owns the waiting and running sequences and their blocks."""
+    """Owns the waiting and running sequences and their blocks. One that waits holds no blocks."""
 
     def __init__(self, limits: SchedulerLimits, blocks: BlockManager, hash_key: bytes) -> None:
         self.limits = limits
@@ -74,11 +75,9 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def adopt(self, sequence: Sequence) -> None:
-        """Take in a sequence that holds computed blocks: at once if a place is free, else as the next."""
-        if len(self.running) < self.limits.max_batch_seqs:
-            self.running.append(sequence)
-        else:
-            self.waiting.appendleft(sequence)
+        """Take in a sequence that holds computed blocks. It is the youngest: without a seat in the batch it waits
+        for one in `running`, where others can preempt it."""
+        self.running.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence; its blocks stay with the caller."""
@@ -93,23 +92,37 @@ class Scheduler:
         sequence.block_ids.clear()
         sequence.num_named = 0
 
+    @property
+    def num_blocks_wanted(self) -> int:
+        """Blocks that the waiting sequences will need to start, cached ones included."""
+        return sum(self._num_blocks_for(len(sequence.tokens)) for sequence in self.waiting)
+
+    @property
+    def lacks_seats(self) -> bool:
+        """Does somebody wait although there may be blocks for it?"""
+        return bool(self.waiting) and len(self.running) >= self.limits.max_batch_seqs
+
     def find(self, key: Key) -> Sequence | None:
         return next((seq for seq in (*self.running, *self.waiting) if seq.key == key), None)
 
     def schedule(self) -> Batch | None:
         """The next step's work, with its blocks allocated; None if there is none."""
-        budget = self.limits.max_batch_tokens
+        max_tokens, max_seqs = self.limits.max_batch_tokens, self.limits.max_batch_seqs
         picked: list[Scheduled] = []
+        oldest_in_prompt = bool(self.running) and not self.running[0].is_decoding
+        max_decodes = min(max_tokens, max_seqs) - oldest_in_prompt  # else these could shut it out for ever
         for sequence in [seq for seq in self.running if seq.is_decoding]:
-            if budget and sequence in self.running and self._grow(sequence):
+            if len(picked) < max_decodes and sequence in self.running and self._grow(sequence):
                 picked.append(Scheduled(sequence, sequence.computed, 1, samples=True))
-                budget -= 1
+        budget = max_tokens - len(picked)
         for sequence in [seq for seq in self.running if not seq.is_decoding]:
-            budget -= self._pick_chunk(sequence, budget, picked)
-        while budget and self.waiting and len(self.running) < self.limits.max_batch_seqs and self._admit(self.waiting[0]):
+            if len(picked) < max_seqs:
+                budget -= self._pick_chunk(sequence, budget, picked)
+        while budget and self.waiting and len(self.running) < max_seqs and self._admit(self.waiting[0]):
             sequence = self.waiting.popleft()
             self.running.append(sequence)
             budget -= self._pick_chunk(sequence, budget, picked)
+        self._make_room_for_drafts(picked)
         copies, self._copies = tuple(self._copies), []
         return Batch(tuple(picked), copies) if picked else None
 
@@ -130,8 +143,6 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence) -> bool:
         """Find cached blocks and allocate the rest for all known tokens; False (nothing held) if they do not fit."""
-        if sequence.block_ids:  # adopted: its blocks came with it
-            return True
         self._update_hashes(sequence)
         cached = self.blocks.match(sequence.hashes) if self.limits.prefix_cache else []
         fresh_needed = self._num_blocks_for(len(sequence.tokens)) - len(cached)
@@ -159,18 +170,27 @@ class Scheduler:
             self.prefix_hits += sequence.computed
 
     def _grow(self, sequence: Sequence) -> bool:
-        """Blocks for the pending token and its drafts, preempting the youngest if need be; False if it was itself."""
-        missing = self._num_blocks_for(sequence.computed + 1 + self.limits.lookahead) - len(sequence.block_ids)
-        while missing > 0:
-            fresh = self.blocks.allocate(holder_of(sequence), missing)
-            if fresh is not None:
-                sequence.block_ids.extend(fresh)
-                return True
+        """Blocks for the pending token, preempting the youngest if need be; False if it was itself."""
+        while not self._extend(sequence, sequence.computed + 1):
             victim = next((seq for seq in reversed(self.running) if not seq.handoff), sequence)
             self._preempt(victim)
             if victim is sequence:
                 return False
         return True
+
+    def _extend(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Blocks for this many positions in all, or none if there are not enough."""
+        missing = self._num_blocks_for(num_tokens) - len(sequence.block_ids)
+        fresh = self.blocks.allocate(holder_of(sequence), max(missing, 0))
+        sequence.block_ids.extend(fresh or ())
+        return fresh is not None
+
+    def _make_room_for_drafts(self, picked: list[Scheduled]) -> None:
+        """With blocks that nobody needs for more; a hand-off leaves with its next token and needs none."""
+        if self.limits.lookahead:
+            for sequence in [item.sequence for item in picked if item.sequence.is_decoding]:
+                if not sequence.handoff:
+                    self._extend(sequence, sequence.computed + 1 + self.limits.lookahead)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
@@ -180,9 +200,9 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _shrink(self, sequence: Sequence) -> None:
-        keep = self._num_blocks_for(max(sequence.computed, len(sequence.tokens) - 1))
+        keep = self._num_blocks_for(len(sequence.tokens))
         surplus = sequence.block_ids[keep:]
-        if surplus and self.limits.lookahead:
+        if surplus:
             del sequence.block_ids[keep:]
             self.blocks.free(holder_of(sequence), surplus)
 

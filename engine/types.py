@@ -125,7 +125,8 @@ class Add:
 
 @dataclass(frozen=True, slots=True)
 class Reserve:
-    """Take blocks for `num_tokens` positions, to be written from outside, if `num_growth` more are likely to fit."""
+    """Take blocks for `num_tokens` positions, to be written from outside, and for the token that comes with them, if
+    `num_growth` more are likely to fit."""
 
     key: Key
     num_tokens: int

@@ -92,7 +92,9 @@ def payload_bytes(layout: CacheLayout, spec: FrameSpec) -> int:
 
 def encode(message: Message) -> bytes:
     if isinstance(message, Commit):
-        header = _HEADER.pack(_MAGIC, _KIND_COMMIT, 0, 0, 0, 0, 0, message.num_frames, message.digest, len(message.handoff))
+        header = _HEADER.pack(
+            _MAGIC, _KIND_COMMIT, 0, 0, 0, 0, 0, message.num_frames, message.digest, len(message.handoff)
+        )
         return header + message.handoff
     spec = message.spec
     header = _HEADER.pack(

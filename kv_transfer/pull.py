@@ -72,7 +72,10 @@ class Puller:
     async def _pull_once(self, timeout_s: float) -> HandOff:
         loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(timeout_s) as patience, aclosing(self._carrier.pull(self._lease, len(self._digests))) as stream:
+            async with (
+                asyncio.timeout(timeout_s) as patience,
+                aclosing(self._carrier.pull(self._lease, len(self._digests))) as stream,
+            ):
                 async for message in stream:
                     patience.reschedule(loop.time() + timeout_s)
                     if isinstance(message, Commit):
@@ -111,7 +114,9 @@ class Puller:
 
     def _check_commit(self, commit: Commit) -> HandOff:
         if commit.num_frames != len(self._digests) or commit.digest != commit_digest(self._digests, commit.handoff):
-            raise FrameCorrupt(f"COMMIT of {commit.num_frames} frames does not match the {len(self._digests)} that came")
+            raise FrameCorrupt(
+                f"COMMIT of {commit.num_frames} frames does not match the {len(self._digests)} that came"
+            )
         handoff = HandOff.decode(commit.handoff)
         covered = -(-handoff.computed // self._layout.block_size)
         whole = covered <= len(self._block_ids) and all(came[:, :covered].all() for came in self._came)

@@ -61,7 +61,9 @@ class Outbox:
     # --- the producer's side -------------------------------------------------------------------------------
 
     def grant(self, key: Key, producer: Endpoint) -> Lease:
-        lease = Lease(key, producer.worker_id, producer.incarnation, producer.address, producer.cohort, self._new_secret())
+        lease = Lease(
+            key, producer.worker_id, producer.incarnation, producer.address, producer.cohort, self._new_secret()
+        )
         self._entries[key] = _Entry(lease, self._now() + self._ttl_s)
         return lease
 

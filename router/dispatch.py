@@ -53,7 +53,7 @@ class Dispatcher:
         self._links: dict[tuple[str, str], WorkerLink] = {}  # by worker id and incarnation
         self._live: dict[str, LiveRequest] = {}
         self._background: list[asyncio.Task[None]] = []
-        self._closed = False
+        self._closed = asyncio.Event()
         self._news = asyncio.Event()  # a worker has reported, or the membership has changed
         self.canary = Canary(self, config.canary_s)
 
@@ -67,7 +67,7 @@ class Dispatcher:
 
     def apply(self, membership: Membership) -> None:
         """Take a newer membership: connect to who is new, let go of who has left."""
-        if self._closed or membership.version <= self._membership.version:
+        if self._closed.is_set() or membership.version <= self._membership.version:
             return
         self._membership = membership
         wanted = {(member.worker_id, member.incarnation): member for member in membership.members}
@@ -82,7 +82,8 @@ class Dispatcher:
 
     async def close(self) -> None:
         """Let go of all workers; live requests end with an error, here and on the workers."""
-        self._closed = True
+        self._closed.set()
+        self._news.set()
         await self.canary.stop()
         for live in self._live.values():
             live.fail(Unavailable("the gateway is shutting down"))
@@ -110,7 +111,7 @@ class Dispatcher:
             self._abandon(live.key, live.placement)
 
     def _admit(self, request: Request) -> LiveRequest:
-        if self._closed:
+        if self._closed.is_set():
             raise Unavailable("the gateway is shutting down")
         if len(self._live) >= self._config.max_live_requests:
             raise Overloaded(f"{len(self._live)} requests are being served", retry_after_s=1)
@@ -150,7 +151,7 @@ class Dispatcher:
 
     async def _place_again(self, live: LiveRequest, error: SteelyardError) -> None:
         """Raises `error` if it is the request's own fault or was met too often."""
-        if isinstance(error, InvalidRequest) or self._closed:
+        if isinstance(error, InvalidRequest) or self._closed.is_set():
             raise error
         live.num_refusals, live.num_failures = _count(error, live.num_refusals, live.num_failures)
         if live.num_failures >= self._config.max_attempts:
@@ -158,11 +159,22 @@ class Dispatcher:
         log.info("request %s is placed again after: %s", live.request.request_id, error.message)
         self._abandon(live.key, live.placement)
         pauses = max(live.num_refusals, live.num_failures)
-        await asyncio.sleep(min(REFUSED_PAUSE_S * 2**pauses, LONGEST_PAUSE_S))
+        await self._pause(min(REFUSED_PAUSE_S * 2**pauses, LONGEST_PAUSE_S))
         while choose(self.loads()) is None:  # a worker is being replaced; the deadline bounds this
             self._news.clear()
             await self._news.wait()
+            if self._closed.is_set():
+                raise error
         await self._place(live)
+
+    async def _pause(self, pause_s: float) -> None:
+        """Wait; raises Unavailable when the gateway is closed meanwhile."""
+        try:
+            async with asyncio.timeout(pause_s):
+                await self._closed.wait()
+        except TimeoutError:
+            return
+        raise Unavailable("the gateway is shutting down")
 
     def _abandon(self, key: Key, placement: Placement | None) -> None:
         """Abort a placement on its workers, without waiting."""

@@ -72,7 +72,9 @@ class GrpcPeers:
             await stub.Offer(convert.offer_to(offer), timeout=timeout_s)
 
 
-async def worker_status(channels: Channels, address: str, incarnation: str, timeout_s: float) -> control_pb2.WorkerStatus:
+async def worker_status(
+    channels: Channels, address: str, incarnation: str, timeout_s: float
+) -> control_pb2.WorkerStatus:
     """One worker's own account of itself."""
     stub = control_pb2_grpc.ControlStub(channels(address, incarnation))
     with typed_errors():

@@ -4,7 +4,8 @@
 2. a call or a stream takes the latency to get there, is refused if it was meant for another incarnation, runs the
    real worker's method, and its answer takes the latency back. A caller who leaves is noticed there a latency later;
 3. what a process sends goes out one after another at its bandwidth, so frames of several pulls share it;
-4. `kill` resets every connection of a process, `silence` loses all that it sends and is sent.
+4. `kill` resets every connection of a process; between `silence` and `restore` nothing gets to it or from it, and what
+   was sent meanwhile comes late, in order, as TCP has it.
 
 It knows no worker: `work` and `items` below say what to do there.
 """
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from cluster.simulator.log import EventLog
-from engine.errors import DeadlineExceeded, StaleIncarnation, SteelyardError, Unavailable
+from engine.errors import DeadlineExceeded, StaleIncarnation, Unavailable
 
 CALL_BYTES = 256  # of a small message with its headers
 
@@ -43,9 +44,12 @@ class Port(Generic[Served]):
     served: Served | None
     extra_s: float = 0.0  # added to the latency of all that it sends
     dead: bool = False
-    silent: bool = False
     free_at: float = 0.0  # when its last byte so far has left
     talks: dict[_Talk, None] = field(default_factory=dict)  # in order of their begin
+    reachable: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.reachable.set()
 
 
 class _Talk:
@@ -77,6 +81,14 @@ class Network(Generic[Served]):
             if talk.server is not None and talk.target is port:
                 talk.server.cancel()
             self._arrive(talk, Unavailable(f"the connection with {port.name} broke"), self._times.latency_s)
+
+    def silence(self, port: Port[Served]) -> None:
+        self._log.add(port.name, "silenced")
+        port.reachable.clear()
+
+    def restore(self, port: Port[Served]) -> None:
+        self._log.add(port.name, "restored")
+        port.reachable.set()
 
     # --- what links do -------------------------------------------------------------------------------------
 
@@ -135,10 +147,11 @@ class Network(Generic[Served]):
         await self._send(talk.caller, size_bytes)
         await asyncio.sleep(self._latency_s(talk.caller))
         port = self._ports.get(address)
+        await talk.caller.reachable.wait()
+        if port is not None:
+            await port.reachable.wait()
         if port is None or port.dead:
             self._arrive(talk, Unavailable(f"a peer could not be reached: {address}"), self._times.latency_s)
-            return
-        if port.silent or talk.caller.silent:
             return
         self._log.add(port.name, talk.what, caller=talk.caller.name)
         talk.target = port
@@ -146,13 +159,17 @@ class Network(Generic[Served]):
         try:
             async with aclosing(items(self._admit(port, incarnation))) as source:
                 async for item in source:
-                    await self._send(port, size_of(item))
-                    self._arrive(talk, (item,), self._latency_s(port))
-            self._arrive(talk, None, self._latency_s(port))
-        except SteelyardError as error:
-            self._arrive(talk, error, self._latency_s(port))
-        except Exception as error:  # a bug, which the caller shall see as it is
-            self._arrive(talk, error, 0.0)
+                    await self._answer(talk, port, (item,), size_of(item))
+            last: Exception | None = None
+        except Exception as error:  # an answer of the worker's, or a bug that the caller shall see as it is
+            last = error
+        await self._answer(talk, port, last, CALL_BYTES if last else 0)
+
+    async def _answer(self, talk: _Talk, port: Port[Served], item: object, size_bytes: int) -> None:
+        await self._send(port, size_bytes)
+        await talk.caller.reachable.wait()
+        await port.reachable.wait()
+        self._arrive(talk, item, self._latency_s(port))
 
     def _admit(self, port: Port[Served], incarnation: str) -> Served:
         if incarnation != port.incarnation:
@@ -167,9 +184,7 @@ class Network(Generic[Served]):
         await asyncio.sleep(port.free_at - now)
 
     def _arrive(self, talk: _Talk, item: object, after_s: float) -> None:
-        lost = talk.caller.silent or (talk.target is not None and talk.target.silent)
-        if not lost:
-            talk.arrivals.put_nowait((asyncio.get_running_loop().time() + after_s, item))
+        talk.arrivals.put_nowait((asyncio.get_running_loop().time() + after_s, item))
 
     def _latency_s(self, sender: Port[Served]) -> float:
         return self._times.latency_s + sender.extra_s

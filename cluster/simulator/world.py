@@ -117,7 +117,7 @@ class World:
             for index in range(size):
                 self.add_worker(role, index)
         while not all(worker.connected for worker in self.dispatcher.health().workers):
-            await asyncio.sleep(self.spec.links.latency_s)  # noqa: ASYNC110 - which costs nothing in virtual time
+            await asyncio.sleep(self.spec.links.latency_s)
 
     async def close(self) -> None:
         await self.dispatcher.close()

@@ -105,7 +105,9 @@ class GrpcCarriers:
 
 
 def _pack(leases: Sequence[Lease], first_frame: int) -> bytes:
-    rows = [[*lease.key, lease.worker_id, lease.incarnation, lease.address, lease.cohort, lease.secret] for lease in leases]
+    rows = [
+        [*lease.key, lease.worker_id, lease.incarnation, lease.address, lease.cohort, lease.secret] for lease in leases
+    ]
     return cast(bytes, msgpack.packb([rows, first_frame]))
 
 

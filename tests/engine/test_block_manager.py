@@ -253,11 +253,11 @@ def test_a_refused_allocation_evicts_nothing() -> None:
     assert blocks.match(chain("a", 2)) == block_ids
 
 
-def test_a_chain_matches_only_from_its_start() -> None:
+def test_an_unknown_name_ends_a_match() -> None:
     blocks = BlockManager(4)
     block_ids = fill(blocks, "a", 3)
-    assert blocks.match(chain("a", 3)[1:]) == block_ids[1:]  # a hash names a block whatever comes before it ...
-    assert blocks.match([b"unknown", *chain("a", 3)]) == []  # ... and an unknown one ends the run
+    assert blocks.match(chain("a", 3)[1:]) == block_ids[1:]
+    assert blocks.match([b"unknown", *chain("a", 3)]) == []
 
 
 # --- names ----------------------------------------------------------------------------------------------------

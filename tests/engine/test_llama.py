@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -138,3 +140,67 @@ def test_the_placement_of_blocks_changes_no_bit(invariance: Invariance, seed: in
 
 def test_the_block_size_changes_no_bit(invariance: Invariance) -> None:
     invariance.check(invariance.requests, block_size=4, num_blocks=450, prefill_chunk=48, max_batch_tokens=100)
+
+
+def test_a_prefix_found_in_the_cache_changes_no_bit(invariance: Invariance) -> None:
+    built = tiny_engine(invariance.config, invariance.weights, block_size=16, num_blocks=160, shuffle_seed=4)
+    recorder = LogitRecorder(built.runner)
+    run(built.engine, recorder, invariance.requests)
+    again = [replace(item, epoch=1) for item in invariance.requests]
+    run(built.engine, recorder, again)
+    assert built.engine.stats().prefix_hits > 0.8 * sum(BATCH_LENGTHS)
+    for item in again:
+        found = recorder.logits[item.key]
+        assert len(found) < len(item.prompt_ids) + 4 or len(item.prompt_ids) < 16
+        for position, logits in found.items():
+            assert torch.equal(logits, invariance.alone[invariance.requests[int(item.request_id)].key][position])
+
+
+def test_preemption_changes_no_bit(invariance: Invariance) -> None:
+    """Sequences that lose their blocks are computed again, prompt and tokens in one."""
+    requests = [replace(item, sampling=replace(item.sampling, max_tokens=24)) for item in invariance.requests[1:5]]
+    roomy = tiny_engine(invariance.config, invariance.weights, num_blocks=120, prefix_cache=False)
+    wanted = LogitRecorder(roomy.runner)
+    tokens = run(roomy.engine, wanted, requests)
+    tight = tiny_engine(invariance.config, invariance.weights, num_blocks=62, prefix_cache=False, max_batch_tokens=300)
+    recorder = LogitRecorder(tight.runner)
+    assert run(tight.engine, recorder, requests) == tokens
+    assert tight.engine.stats().num_preemptions > 0
+    assert all(torch.equal(recorder.of(item.key), wanted.of(item.key)) for item in requests)
+
+
+def test_a_seeded_stream_is_the_same_alone_and_in_a_batch(invariance: Invariance) -> None:
+    prompts = [(name, item.prompt_ids) for name, item in zip("abcdefgh", invariance.requests, strict=False)]
+    requests = [
+        request(name, prompt, max_tokens=12, temperature=1.2, top_k=40, top_p=0.95, seed=seed)
+        for seed, (name, prompt) in enumerate(prompts)
+    ]
+    together = tiny_engine(invariance.config, invariance.weights, num_blocks=400, prefill_chunk=20, shuffle_seed=2)
+    tokens = run(together.engine, together.runner, requests)
+    for item in requests:
+        alone = tiny_engine(invariance.config, invariance.weights, num_blocks=120)
+        assert run(alone.engine, alone.runner, [item])[item.key] == tokens[item.key]
+
+
+def test_logits_of_sampled_rows_equal_those_of_all_rows(invariance: Invariance) -> None:
+    """What the recorder of these tests sees is what the runner samples from."""
+    built = tiny_engine(invariance.config, invariance.weights, block_size=16, num_blocks=120, prefix_cache=False)
+    for item in invariance.requests[:6]:
+        built.engine.handle(Add(item))
+    batch = built.engine.begin()
+    assert batch is not None
+    with torch.inference_mode():
+        logits = built.runner.logits(batch)
+    sampling = [item for item in batch.scheduled if item.samples]
+    assert len(logits) == len(sampling) >= 5
+    for row, item in zip(logits, sampling, strict=True):
+        assert torch.equal(row, invariance.alone[item.sequence.key][item.start + item.num_new - 1])
+
+
+def test_a_machine_that_cannot_keep_rows_apart_is_an_error_that_says_so() -> None:
+    """build_model turns the ladder's refusal into a ModelError; which shapes are refused differs by machine."""
+    config = tiny_config()
+    broken = {name: tensor.as_subclass(PlaceDependent) for name, tensor in random_weights(config, seed=0).items()}
+    with pytest.raises(ModelError, match="batch_invariant cannot be had"):
+        build_model(config, broken, block_size=4, batch_invariant=True)
+    assert build_model(config, random_weights(config, seed=0), block_size=4, batch_invariant=True).ladder.rungs

@@ -138,7 +138,12 @@ def test_the_digest_of_a_frame_depends_on_the_records_that_it_is_for() -> None:
 
 
 def test_the_digest_of_a_commit_depends_on_the_order_of_frames_and_on_the_hand_off() -> None:
-    digests = {commit_digest([1, 2], b"a"), commit_digest([2, 1], b"a"), commit_digest([1, 2], b"b"), commit_digest([], b"")}
+    digests = {
+        commit_digest([1, 2], b"a"),
+        commit_digest([2, 1], b"a"),
+        commit_digest([1, 2], b"b"),
+        commit_digest([], b""),
+    }
     assert len(digests) == 4
     assert commit_digest([], b"a") == xxhash.xxh3_64_intdigest(b"a")
 

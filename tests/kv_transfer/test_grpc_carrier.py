@@ -136,7 +136,15 @@ async def test_a_wrong_lease_secret_gets_nothing(case: Transfer) -> None:
 
 
 def row(**changes: object) -> list[object]:
-    fields = {"id": "r", "epoch": 0, "worker": "p0", "incarnation": "i1", "address": "a:1", "cohort": "c", "secret": "s"}
+    fields = {
+        "id": "r",
+        "epoch": 0,
+        "worker": "p0",
+        "incarnation": "i1",
+        "address": "a:1",
+        "cohort": "c",
+        "secret": "s",
+    }
     return list((fields | changes).values())
 
 

@@ -13,7 +13,14 @@ from tests.kv_transfer.fakes import handoff_of
 IDS = st.lists(st.integers(0, 2**32 - 1), max_size=20).map(tuple)
 FLOATS = st.floats(allow_nan=False)
 PARAMS = st.builds(
-    SamplingParams, st.integers(1, 2**31), FLOATS, st.integers(0, 2**31), FLOATS, st.integers(0, 2**64 - 1), st.booleans(), IDS
+    SamplingParams,
+    st.integers(1, 2**31),
+    FLOATS,
+    st.integers(0, 2**31),
+    FLOATS,
+    st.integers(0, 2**64 - 1),
+    st.booleans(),
+    IDS,
 )
 REQUESTS = st.builds(Request, st.text(), IDS.filter(len), PARAMS, st.integers(0, 2**32 - 1), IDS, st.text(), FLOATS)
 JSON = st.recursive(

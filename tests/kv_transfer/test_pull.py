@@ -29,6 +29,7 @@ from tests.kv_transfer.fakes import (
     FRAME_BYTES,
     KEY,
     LAYOUT,
+    NUM_BLOCKS,
     TTL_S,
     Transfer,
     cut,
@@ -60,7 +61,7 @@ async def fails(case: Transfer, kind: type[TransferFailed] = TransferFailed) -> 
     assert case.others_untouched()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(1, 60), st.integers(100, 3000), st.integers(1, 30), st.integers(0, 99))
 @in_virtual_time
 async def test_what_arrives_equals_what_was_sent(num_tokens: int, frame_bytes: int, chunk: int, seed: int) -> None:
@@ -122,7 +123,7 @@ async def test_one_cut_more_fails_the_pull() -> None:
         assert case.link.pulls == [0] + [2] * MAX_RESUMES
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.integers(0, NUM_FRAMES - 1), st.integers(0, WIRE_BYTES - 1).filter(lambda at: at != 5), st.integers(0, 7))
 @in_virtual_time
 async def test_one_flipped_bit_of_any_frame_is_seen_and_the_frame_sent_again(at: int, offset: int, bit: int) -> None:
@@ -134,7 +135,7 @@ async def test_one_flipped_bit_of_any_frame_is_seen_and_the_frame_sent_again(at:
         assert case.others_untouched()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000), st.integers(0, 7))
 @in_virtual_time
 async def test_one_flipped_bit_of_the_commit_never_changes_the_hand_off(offset: int, bit: int) -> None:
@@ -161,7 +162,13 @@ async def test_without_digests_a_flipped_bit_goes_unseen() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [lambda data: [data[:-1]], lambda data: [data[:20]], lambda data: [b""], lambda data: [], lambda data: [data, data]],
+    [
+        lambda data: [data[:-1]],
+        lambda data: [data[:20]],
+        lambda data: [b""],
+        lambda data: [],
+        lambda data: [data, data],
+    ],
     ids=["truncated by a byte", "truncated in the header", "emptied", "lost", "doubled"],
 )
 @pytest.mark.parametrize("at", [0, 7, NUM_FRAMES - 1])
@@ -301,7 +308,9 @@ WHOLE = cut_frames(LAYOUT, range(4), FRAME_BYTES)
 @in_virtual_time
 async def test_the_script_itself_is_taken_when_it_is_right() -> None:
     with transfer(NUM_TOKENS) as case:
-        pulled = await Puller(LAYOUT, case.target, case.target_ids, Script(closed_by_commit(WHOLE)), case.lease).run(1.0)
+        pulled = await Puller(LAYOUT, case.target, case.target_ids, Script(closed_by_commit(WHOLE)), case.lease).run(
+            1.0
+        )
         assert pulled.num_frames == NUM_FRAMES
 
 
@@ -356,6 +365,15 @@ async def test_a_commit_of_more_blocks_than_were_reserved_is_refused() -> None:
 async def test_a_commit_for_another_request_or_epoch_is_refused() -> None:
     for key in (Key("another", KEY.epoch), Key(KEY.request_id, KEY.epoch + 1)):
         await refused(closed_by_commit(WHOLE, handoff_of(NUM_TOKENS, key).encode()))
+
+
+@in_virtual_time
+async def test_a_reservation_with_room_for_more_keeps_the_rest_untouched() -> None:
+    with transfer(NUM_TOKENS) as case:
+        spare = next(block for block in range(NUM_BLOCKS) if block not in case.target_ids)
+        await Puller(LAYOUT, case.target, (*case.target_ids, spare), case.link, ready(case).lease).run(1.0)
+        assert all(case.arrived())
+        assert case.others_untouched()
 
 
 @in_virtual_time

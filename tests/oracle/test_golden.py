@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine.planes import NUMERICS_VERSION
-from tests.oracle.combinations import FACTORS, all_combinations, all_pairs, pairs_of
+from tests.oracle.combinations import FACTORS, Tally, all_combinations, all_pairs, pairs_of
 from tests.oracle.compare import Expected, Verdict, compare
 from tests.oracle.prompts import LONGEST, NUM_PROMPTS, SHORTEST, oracle_prompts, own_prompts
 from tests.oracle.reference import NUM_NEW, golden, load_reference
@@ -70,6 +70,17 @@ def test_the_result_of_the_long_run_is_of_this_numerics_version_and_clean():
     results = json.loads(RESULTS_PATH.read_text("utf-8"))
     assert results["numerics_version"] == NUMERICS_VERSION
     assert not results["wrong"]
+
+
+def test_a_tally_tells_a_wrong_answer_from_a_near_tie():
+    """Another prompt's answer is wrong; and what was found is listed with the prompt's name."""
+    first, second = oracle_prompts(8)[:2]
+    tally = Tally()
+    tally.count(first, golden().expected(second.ids), golden().expected(first.ids).tokens, "here")
+    tally.count(first, EXPECTED, (5, 9, 1, 1), "here")
+    tally.count(first, EXPECTED, (5, 6, 7, 8), "here")
+    assert (tally.num_compared, tally.num_equal, len(tally.near_ties), len(tally.wrong)) == (3, 1, 1, 1)
+    assert "clearly apart" in tally.wrong[0] and str(first) in tally.wrong[0]
 
 
 @pytest.mark.slow

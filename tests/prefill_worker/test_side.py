@@ -1,0 +1,486 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import pytest
+
+from engine.errors import LeaseLost, Overloaded, SteelyardError, Unavailable
+from engine.streams import TokenStreams
+from engine.types import (
+    Abort,
+    Add,
+    Command,
+    Endpoint,
+    EngineStats,
+    ErrorInfo,
+    FinishReason,
+    Key,
+    Progress,
+    Release,
+    Request,
+    SamplingParams,
+    StepOutputs,
+    Submission,
+    TokenOutput,
+)
+from kv_transfer.frames import Commit
+from kv_transfer.handoff import HandOff
+from kv_transfer.lease import Lease, Offer
+from prefill_worker.outbox import Outbox
+from prefill_worker.queue import ENGINE_BACKLOG, PrefillQueue
+from prefill_worker.side import PrefillSide
+from tests.kv_transfer.fakes import FRAME_BYTES, LAYOUT, NUM_BLOCKS, PRODUCER, TTL_S, random_pool
+from tests.virtual import in_virtual_time, settle
+
+GATEWAY = "g0"
+DECODE = Endpoint("d0", "j1", "127.0.0.1:2", PRODUCER.cohort)
+KEY = Key("r", 0)
+STATS = EngineStats(num_blocks=NUM_BLOCKS)
+BLOCKS = (5, 3, 9)  # of a prompt of 10 tokens
+
+
+@dataclass(eq=False)
+class Peers:
+    """Decode workers that answer an offer when the test says so. Implements DecodePeers."""
+
+    offers: list[Offer] = field(default_factory=list)
+    answers: list[asyncio.Future[None]] = field(default_factory=list)
+    num_cancelled: int = 0
+
+    async def offer(self, target: Endpoint, offer: Offer, timeout_s: float) -> None:
+        assert target == DECODE
+        self.offers.append(offer)
+        self.answers.append(asyncio.get_running_loop().create_future())
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.answers[-1]
+        except TimeoutError:
+            raise Unavailable("no answer") from None
+        except asyncio.CancelledError:
+            self.num_cancelled += 1
+            raise
+
+    def accept(self) -> None:
+        self.answers[-1].set_result(None)
+
+    def refuse(self, error: SteelyardError) -> None:
+        self.answers[-1].set_exception(error)
+
+
+class House:
+    """A prefill side between a fake engine (a list of commands) and a reader of its stream."""
+
+    def __init__(self, outbox: Outbox, max_queue: int) -> None:
+        self.sent: list[Command] = []
+        self.outbox = outbox
+        self.peers = Peers()
+        self.streams = TokenStreams(1e6, lambda key: None)
+        self.side = PrefillSide(
+            PRODUCER, PrefillQueue(max_queue, 0.3), outbox, self.streams, self.peers, self.sent.append
+        )
+
+    def submit(self, name: str = "r", decode: Endpoint | None = DECODE, max_tokens: int = 8, **fields: object) -> None:
+        request = Request(name, tuple(range(10)), SamplingParams(max_tokens=max_tokens), **fields)  # type: ignore[arg-type]
+        self.side.submit(Submission(request, GATEWAY, decode))
+
+    def turn(self, *news: TokenOutput | Progress, stats: EngineStats = STATS) -> tuple[TokenOutput, ...]:
+        """One turn of the engine, as the worker distributes it."""
+        tokens = tuple(one for one in news if isinstance(one, TokenOutput))
+        progress = tuple(one for one in news if isinstance(one, Progress))
+        out = self.side.on_outputs(StepOutputs(tokens, progress, stats=stats))
+        self.streams.publish(out, stats)
+        return out
+
+    async def start(self) -> None:
+        """Submitted, and its first chunk scheduled."""
+        self.submit()
+        self.turn(Progress(KEY, 0, BLOCKS))
+        await settle()
+
+    async def to_commit(self) -> None:
+        await self.start()
+        self.peers.accept()
+        await settle()
+        self.turn(Progress(KEY, 8, BLOCKS))
+        self.turn(TokenOutput(KEY, 0, (42,)), Progress(KEY, 10, BLOCKS, done=True))
+
+    async def told(self) -> list[TokenOutput]:
+        """What the gateway reads, once nothing more happens."""
+        await settle()
+        stream = self.streams.subscribe(GATEWAY)
+        await anext(stream)
+        outputs = (await anext(stream)).outputs
+        await stream.aclose()
+        return list(outputs)
+
+    @property
+    def lease(self) -> Lease:
+        return self.peers.offers[-1].lease
+
+    def is_clean(self) -> bool:
+        return (self.outbox.num_leases, self.streams.num_keys, self.side.num_queued, len(self.side._live)) == (
+            0,
+            0,
+            0,
+            0,
+        )
+
+
+@contextmanager
+def house(max_queue: int = 100) -> Iterator[House]:
+    pool = random_pool()
+    outbox = Outbox(LAYOUT, pool, FRAME_BYTES, TTL_S, lambda: "secret", lambda key: built.side.on_lease_end(key))
+    built = House(outbox, max_queue)
+    try:
+        yield built
+    finally:
+        pool.close()
+
+
+def is_error(output: TokenOutput, code: str) -> bool:
+    return output.finish is FinishReason.ERROR and output.error is not None and output.error.code == code
+
+
+# --- the way of a request that goes well ----------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_a_request_is_added_offered_published_committed_and_released_in_this_order() -> None:
+    with house() as h:
+        h.submit()
+        assert h.sent == [Add(Request("r", tuple(range(10)), SamplingParams(max_tokens=8)), handoff=True)]
+        assert h.outbox.num_leases == 0
+        h.turn(Progress(KEY, 0, BLOCKS))
+        await settle()
+        (offer,) = h.peers.offers
+        assert (offer.num_tokens, offer.num_growth, offer.gateway_id) == (10, 8, GATEWAY)
+        h.peers.accept()
+        h.turn(Progress(KEY, 8, BLOCKS))
+        stream = h.outbox.messages(offer.lease, 0)
+        await anext(stream)
+        h.turn(TokenOutput(KEY, 0, (42,), cached_tokens=4), Progress(KEY, 10, BLOCKS, done=True))
+        *_, commit = [message async for message in stream]
+        assert isinstance(commit, Commit)
+        handoff = HandOff.decode(commit.handoff)
+        assert handoff.request.generated_ids == (42,)
+        assert (handoff.computed, handoff.cached_tokens, handoff.gateway_id) == (10, 4, GATEWAY)
+        assert len(h.sent) == 1
+        h.outbox.release(offer.lease)
+        assert h.sent[1:] == [Release(KEY)]
+        assert [output.token_ids for output in await h.told()] == [(42,)]
+        assert h.is_clean()
+
+
+@in_virtual_time
+async def test_the_hand_off_carries_what_is_left_of_the_deadline_and_the_gateway_hears_the_stages() -> None:
+    with house() as h:
+        h.submit(timeout_s=60.0)
+        await asyncio.sleep(2)
+        h.turn(Progress(KEY, 0, BLOCKS))
+        await settle()
+        assert h.peers.offers[0].timeout_s == pytest.approx(58)
+        h.peers.accept()
+        await asyncio.sleep(3)
+        (output,) = h.turn(TokenOutput(KEY, 0, (42,)), Progress(KEY, 10, BLOCKS, done=True))
+        assert dict(output.stages) == pytest.approx({"prefill_queue": 2.0, "prefill": 3.0})
+        *_, commit = [message async for message in h.outbox.messages(h.lease, 0)]
+        assert isinstance(commit, Commit)
+        assert HandOff.decode(commit.handoff).request.timeout_s == pytest.approx(55)
+
+
+@in_virtual_time
+async def test_tokens_that_the_client_has_already_travel_on() -> None:
+    with house() as h:
+        h.submit(generated_ids=(7, 8))
+        h.turn(Progress(KEY, 0, BLOCKS))
+        await settle()
+        assert (h.peers.offers[0].num_tokens, h.peers.offers[0].num_growth) == (12, 6)
+        h.peers.accept()
+        h.turn(TokenOutput(KEY, 2, (42,)), Progress(KEY, 12, BLOCKS, done=True))
+        *_, commit = [message async for message in h.outbox.messages(h.lease, 0)]
+        assert isinstance(commit, Commit)
+        assert HandOff.decode(commit.handoff).request.generated_ids == (7, 8, 42)
+
+
+@in_virtual_time
+async def test_a_first_token_that_is_the_last_needs_no_decode_worker() -> None:
+    with house() as h:
+        await h.start()
+        h.turn(TokenOutput(KEY, 0, (2,), FinishReason.STOP))
+        h.peers.accept()
+        with pytest.raises(LeaseLost):
+            await anext(h.outbox.messages(h.lease, 0))
+        (told,) = await h.told()
+        assert (told.token_ids, told.finish) == ((2,), FinishReason.STOP)
+        assert len(h.sent) == 1
+        assert h.is_clean()
+
+
+@pytest.mark.parametrize(("max_tokens", "generated"), [(1, ()), (3, (7, 8))])
+@in_virtual_time
+async def test_a_request_for_one_token_more_is_not_handed_off(max_tokens: int, generated: tuple[int, ...]) -> None:
+    with house() as h:
+        h.submit(max_tokens=max_tokens, generated_ids=generated)
+        (add,) = h.sent
+        assert isinstance(add, Add) and not add.handoff
+        h.turn(TokenOutput(KEY, len(generated), (42,), FinishReason.LENGTH))
+        assert h.peers.offers == []
+        assert h.is_clean()
+
+
+@in_virtual_time
+async def test_without_a_decode_worker_all_of_it_runs_here() -> None:
+    with house() as h:
+        h.submit(decode=None)
+        (add,) = h.sent
+        assert isinstance(add, Add) and not add.handoff
+        for index in range(3):
+            finish = FinishReason.LENGTH if index == 2 else None
+            (output,) = h.turn(TokenOutput(KEY, index, (index,), finish))
+            assert bool(output.stages) == (index == 0)
+        assert [output.token_ids for output in await h.told()] == [(0,), (1,), (2,)]
+        assert h.is_clean()
+
+
+# --- how much the engine is given -----------------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_the_engine_gets_a_backlog_and_the_next_as_one_starts() -> None:
+    with house() as h:
+        for index in range(ENGINE_BACKLOG + 3):
+            h.submit(f"r{index}")
+        assert len(h.sent) == ENGINE_BACKLOG
+        assert (h.side.num_queued, h.side.num_queued_tokens) == (3, 30)
+        h.turn(Progress(Key("r0", 0), 0, BLOCKS))
+        assert len(h.sent) == ENGINE_BACKLOG + 1
+
+
+@in_virtual_time
+async def test_requests_wait_while_decode_does_not_take_the_results_away() -> None:
+    with house() as h:
+        h.turn(stats=EngineStats(num_blocks=100, num_held_blocks=50))
+        h.submit()
+        assert h.sent == []
+        h.turn(stats=EngineStats(num_blocks=100, num_held_blocks=30))
+        assert len(h.sent) == 1
+
+
+@in_virtual_time
+async def test_a_full_queue_refuses_and_keeps_nothing() -> None:
+    with house(max_queue=1) as h:
+        h.turn(stats=EngineStats(num_blocks=100, num_held_blocks=50))
+        h.submit("a")
+        with pytest.raises(Overloaded):
+            h.submit("b")
+        assert (h.streams.num_keys, h.side.num_queued) == (1, 1)
+
+
+# --- refusals -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [Overloaded("full"), Unavailable("gone")])
+@in_virtual_time
+async def test_a_refusal_before_the_commit_tells_the_gateway_once_and_frees_the_blocks(error: SteelyardError) -> None:
+    with house() as h:
+        await h.start()
+        h.turn(Progress(KEY, 8, BLOCKS))
+        h.peers.refuse(error)
+        await settle()
+        assert h.sent[1:] == [Abort(KEY)]
+        h.turn(TokenOutput(KEY, 0, (), FinishReason.ABORT))  # the engine's answer to the Abort
+        (told,) = await h.told()
+        assert is_error(told, error.code)
+        assert h.is_clean()
+
+
+@in_virtual_time
+async def test_a_refusal_after_the_commit_tells_the_gateway_once_and_frees_the_blocks() -> None:
+    with house() as h:
+        await h.start()
+        h.turn(TokenOutput(KEY, 0, (42,)), Progress(KEY, 10, BLOCKS, done=True))
+        h.peers.refuse(Overloaded("full"))
+        first, told = await h.told()
+        assert first.token_ids == (42,)
+        assert is_error(told, "overloaded")
+        assert h.sent[1:] == [Release(KEY)]
+        assert h.is_clean()
+
+
+@in_virtual_time
+async def test_a_decode_worker_that_never_answers_is_a_refusal() -> None:
+    with house() as h:
+        await h.start()
+        await asyncio.sleep(10)
+        (told,) = await h.told()
+        assert is_error(told, "unavailable")
+        assert h.sent[1:] == [Abort(KEY)]
+        assert h.is_clean()
+
+
+@in_virtual_time
+async def test_a_refusal_that_crosses_the_last_token_tells_only_of_the_end() -> None:
+    with house() as h:
+        await h.start()
+        h.turn(TokenOutput(KEY, 0, (2,), FinishReason.STOP))
+        h.peers.refuse(Overloaded("full"))
+        (told,) = await h.told()
+        assert told.finish is FinishReason.STOP
+        assert len(h.sent) == 1
+
+
+@in_virtual_time
+async def test_an_engine_that_refuses_the_request_is_heard_once() -> None:
+    with house() as h:
+        h.submit()
+        h.turn(TokenOutput(KEY, 0, (), FinishReason.ERROR, ErrorInfo("invalid_request", "too long")))
+        (told,) = await h.told()
+        assert is_error(told, "invalid_request")
+        assert h.is_clean()
+
+
+# --- abort, in each state -------------------------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_an_abort_in_the_queue_never_reaches_the_engine() -> None:
+    with house() as h:
+        h.turn(stats=EngineStats(num_blocks=100, num_held_blocks=50))
+        h.submit()
+        h.side.abort(KEY)
+        h.turn()
+        assert h.sent == []
+        assert h.is_clean()
+
+
+@in_virtual_time
+async def test_an_abort_before_the_first_chunk_ends_it_in_the_engine() -> None:
+    with house() as h:
+        h.submit()
+        h.side.abort(KEY)
+        h.turn(Progress(KEY, 0, BLOCKS))  # it was under way
+        h.turn(TokenOutput(KEY, 0, (), FinishReason.ABORT))
+        await settle()
+        assert h.sent[1:] == [Abort(KEY)]
+        assert h.peers.offers == []
+        assert h.is_clean()
+
+
+@in_virtual_time
+async def test_an_abort_during_the_offer_cancels_the_offer() -> None:
+    with house() as h:
+        await h.start()
+        h.side.abort(KEY)
+        await settle()
+        assert h.peers.num_cancelled == 1
+        assert h.sent[1:] == [Abort(KEY)]
+        assert h.is_clean()
+
+
+@in_virtual_time
+async def test_an_abort_after_the_commit_ends_the_lease_for_its_reader() -> None:
+    with house() as h:
+        await h.to_commit()
+        stream = h.outbox.messages(h.lease, 0)
+        await anext(stream)
+        h.side.abort(KEY)
+        with pytest.raises(LeaseLost):
+            await anext(stream)
+        assert h.sent[1:] == [Abort(KEY)]
+        assert h.is_clean()
+
+
+@in_virtual_time
+async def test_an_abort_of_an_unknown_key_or_a_second_one_is_no_error() -> None:
+    with house() as h:
+        h.side.abort(Key("never", 0))
+        await h.to_commit()
+        h.side.abort(KEY)
+        h.side.abort(KEY)
+        assert {type(command) for command in h.sent[1:]} == {Add, Abort}
+        assert h.is_clean()
+
+
+@in_virtual_time
+async def test_an_abort_of_an_older_epoch_leaves_the_newer_alone() -> None:
+    with house() as h:
+        h.submit(epoch=1)
+        h.side.abort(KEY)
+        assert h.streams.num_keys == 1
+        h.turn(Progress(Key("r", 1), 0, BLOCKS))
+        await settle()
+        assert h.lease.key == Key("r", 1)
+
+
+# --- the lease ends -------------------------------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_a_lease_that_expires_before_the_commit_ends_the_request_and_tells_the_gateway_once() -> None:
+    with house() as h:
+        await h.start()
+        h.peers.accept()
+        await asyncio.sleep(TTL_S)
+        h.outbox.expire()
+        assert h.sent[1:] == [Abort(KEY)]
+        h.turn(TokenOutput(KEY, 0, (), FinishReason.ABORT))
+        (told,) = await h.told()
+        assert is_error(told, "lease_lost")
+        assert h.is_clean()
+
+
+@in_virtual_time
+async def test_a_lease_that_expires_while_the_last_chunk_is_computed_tells_the_gateway_once() -> None:
+    """The engine has handed off before the Abort reaches it, so it does not answer with an ABORT."""
+    with house() as h:
+        await h.start()
+        h.peers.accept()
+        await asyncio.sleep(TTL_S)
+        h.outbox.expire()
+        h.turn(TokenOutput(KEY, 0, (42,)), Progress(KEY, 10, BLOCKS, done=True))
+        (told,) = await h.told()
+        assert is_error(told, "lease_lost")
+        assert h.sent[1:] == [Abort(KEY)]
+        assert h.is_clean()
+
+
+@in_virtual_time
+async def test_a_lease_that_expires_after_the_commit_frees_the_blocks_in_silence() -> None:
+    """Its owner may have adopted the sequence and only its release was lost; if not, it tells the gateway itself."""
+    with house() as h:
+        await h.to_commit()
+        await asyncio.sleep(TTL_S)
+        h.outbox.expire()
+        assert h.sent[1:] == [Release(KEY)]
+        (told,) = await h.told()
+        assert told.token_ids == (42,)
+        assert h.is_clean()
+
+
+@in_virtual_time
+async def test_a_lease_that_is_released_before_the_commit_ends_the_request() -> None:
+    """Its owner's pull has failed."""
+    with house() as h:
+        await h.start()
+        h.peers.accept()
+        h.turn(Progress(KEY, 8, BLOCKS))
+        h.outbox.release(h.lease)
+        assert h.sent[1:] == [Abort(KEY)]
+        assert h.is_clean()
+
+
+@in_virtual_time
+async def test_nothing_that_went_wrong_leaves_a_task_behind() -> None:
+    with house() as h:
+        await h.start()
+        h.side.abort(KEY)
+        await settle()
+        h.submit("s")
+        h.turn(Progress(Key("s", 0), 0, BLOCKS))
+        await settle()
+        h.peers.refuse(Overloaded("full"))
+        await settle()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
