@@ -7,7 +7,7 @@ from collections.abc import Sequence as BlockIds
 import torch
 
 from engine.planes import CacheLayout
-from engine.pool import SharedPool
+from engine.pool import SharedPool, check_length
 from kernels.reference.layers import copy_blocks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -39,6 +39,7 @@ class KVCache:
         return records.contiguous().cpu().view(torch.uint8).numpy().tobytes()
 
     def write(self, plane: int, layers: range, block_ids: BlockIds[int], payload: memoryview) -> None:
+        check_length(self.layout.planes[plane], layers, block_ids, payload)
         tensor = self.planes[self.layout.planes[plane].name]
         new = torch.frombuffer(bytearray(payload), dtype=tensor.dtype)
         shape = (len(layers), len(block_ids), *tensor.shape[2:])

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from engine.planes import CacheLayout
+from engine.planes import CacheLayout, Plane
 
 
 class BlockBytes(Protocol):
@@ -24,8 +24,15 @@ class BlockBytes(Protocol):
         ...
 
     def write(self, plane: int, layers: range, block_ids: BlockIds[int], payload: memoryview) -> None:
-        """The inverse of read; the payload's length must fit exactly."""
+        """The inverse of read. Raises ValueError if the payload's length does not fit exactly."""
         ...
+
+
+def check_length(plane: Plane, layers: range, block_ids: BlockIds[int], payload: memoryview) -> None:
+    """Raises ValueError if the payload is not as long as these records."""
+    wanted = len(layers) * len(block_ids) * plane.bytes_per_block
+    if payload.nbytes != wanted:
+        raise ValueError(f"a payload of {payload.nbytes} bytes does not fit records of {wanted} bytes in plane {plane.name}")
 
 
 class SharedPool:
@@ -47,11 +54,9 @@ class SharedPool:
         return records[:, list(block_ids)].tobytes()
 
     def write(self, plane: int, layers: range, block_ids: BlockIds[int], payload: memoryview) -> None:
+        check_length(self.layout.planes[plane], layers, block_ids, payload)
         records = self._planes[plane][layers.start : layers.stop]
-        new = np.frombuffer(payload, dtype=np.uint8).reshape(len(layers), len(block_ids), -1)
-        if new.shape[2] != records.shape[2]:
-            raise ValueError(f"payload of {len(payload)} bytes does not fit {new.shape[:2]} records of {records.shape[2]} bytes")
-        records[:, list(block_ids)] = new
+        records[:, list(block_ids)] = np.frombuffer(payload, np.uint8).reshape(len(layers), len(block_ids), -1)
 
     def close(self) -> None:
         """Give the memory back. Tensors over it must be gone."""

@@ -7,6 +7,7 @@ also happens when the parent dies.
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import select
 import signal
@@ -56,7 +57,11 @@ class SocketInbox:
 
 def main(socket_fd: int, pool_fd: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches all; our parent decides
-    inbox = SocketInbox(socket.socket(fileno=socket_fd))
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
+        serve(SocketInbox(socket.socket(fileno=socket_fd)), pool_fd)
+
+
+def serve(inbox: SocketInbox, pool_fd: int) -> None:
     setup: EngineSetup = inbox.read()
     try:
         pool = SharedPool(setup.layout, setup.spec.num_blocks, pool_fd)
@@ -65,10 +70,7 @@ def main(socket_fd: int, pool_fd: int) -> None:
         inbox.write(ErrorInfo(error.code, error.message))
         return
     inbox.write(None)
-    try:
-        drive(built.engine, built.runner, inbox, inbox.write)
-    except (BrokenPipeError, ConnectionResetError):
-        return  # the parent is gone
+    drive(built.engine, built.runner, inbox, inbox.write)
 
 
 if __name__ == "__main__":

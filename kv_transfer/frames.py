@@ -1,9 +1,9 @@
 """Frames: how blocks are cut for the wire, and how the target knows that it got all of them, unhurt.
 
 A transfer is frames 0, 1, 2, ... and one COMMIT. A frame holds the records of one plane for a range of layers and
-a range of the request's blocks (counted in the request, not in any pool), with an xxh3 over its payload and what it says
-of itself. The COMMIT carries the number of frames, a digest over their digests, and the HandOff. No block is usable
-before it.
+a range of the request's blocks (counted in the request, not in any pool), with an xxh3 over its payload and what it
+says of itself. The COMMIT carries the number of frames, a digest over their digests, and the HandOff. No block is
+usable before it.
 
 Wire form, little-endian: a 40-byte header, then the payload (frames) or the encoded HandOff (commit).
 """

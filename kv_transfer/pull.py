@@ -1,8 +1,7 @@
 """The consumer's half of a transfer: pull frames, verify, write them into reserved blocks, take the COMMIT.
 
 1. open the stream at the first frame that is missing;
-2. each frame: right index, known plane, inside the reservation, nothing twice, right length, right digest; only then
-   written;
+2. each frame: right index, known plane, inside the reservation, right length, right digest; only then written;
 3. a broken link or a bad frame reopens the stream there, at most MAX_RESUMES times in all;
 4. the COMMIT must count all frames, match the digest over theirs, and cover every byte; then the HandOff is returned.
 """
@@ -20,7 +19,7 @@ from engine.errors import FrameCorrupt, LeaseLost, TransferFailed
 from engine.planes import CacheLayout
 from engine.pool import BlockBytes
 from kv_transfer.carrier import Carrier
-from kv_transfer.frames import Commit, Frame, FrameSpec, commit_digest, payload_bytes
+from kv_transfer.frames import Commit, Frame, commit_digest, payload_bytes
 from kv_transfer.handoff import HandOff
 from kv_transfer.lease import Lease
 
@@ -91,11 +90,12 @@ class Puller:
         self._check_bounds(frame)
         if self._verify_digests:
             frame.verify()
-        block_ids = self._block_ids[frame.spec.blocks.start : frame.spec.blocks.stop]
-        self._pool.write(frame.spec.plane, frame.spec.layers, block_ids, memoryview(frame.payload))
+        spec = frame.spec
+        block_ids = self._block_ids[spec.blocks.start : spec.blocks.stop]
+        self._pool.write(spec.plane, spec.layers, block_ids, memoryview(frame.payload))
+        self._came[spec.plane][spec.layers.start : spec.layers.stop, spec.blocks.start : spec.blocks.stop] = True
         self._digests.append(frame.digest)
         self._size_bytes += len(frame.payload)
-        self._records(frame.spec)[:] = True
 
     def _check_bounds(self, frame: Frame) -> None:
         spec = frame.spec
@@ -106,11 +106,6 @@ class Puller:
         inside = inside and 0 <= spec.blocks.start < spec.blocks.stop <= len(self._block_ids)
         if not inside or len(frame.payload) != payload_bytes(self._layout, spec):
             raise FrameCorrupt(f"frame {frame.index} does not fit the reservation: {spec}, {len(frame.payload)} bytes")
-        if self._records(spec).any():
-            raise FrameCorrupt(f"frame {frame.index} has records that have come before: {spec}")
-
-    def _records(self, spec: FrameSpec) -> np.ndarray:
-        return self._came[spec.plane][spec.layers.start : spec.layers.stop, spec.blocks.start : spec.blocks.stop]
 
     def _check_commit(self, commit: Commit) -> HandOff:
         if commit.num_frames != len(self._digests) or commit.digest != commit_digest(self._digests, commit.handoff):

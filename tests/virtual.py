@@ -1,4 +1,5 @@
-"""Runs async tests in virtual time: timeouts pass at once, and a wait for what can never come is an error."""
+"""Async tests: in virtual time, where timeouts pass at once and a wait for what can never come is an error; and waiting
+for what has no event."""
 
 from __future__ import annotations
 
@@ -26,3 +27,10 @@ async def settle(turns: int = 20) -> None:
     """Let everything that is ready run, without time passing."""
     for _ in range(turns):
         await asyncio.sleep(0)
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    """Returns when the condition holds; an error if it does not in time."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.002)

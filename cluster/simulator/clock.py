@@ -13,12 +13,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import heapq
+import math
 import weakref
 from asyncio import base_events
 from collections.abc import Callable, Coroutine
 from typing import Any, NoReturn, TypeVar
-
-RESOLUTION_S = 1e-9  # timers closer than this to the present are due
 
 Result = TypeVar("Result")
 
@@ -40,11 +39,10 @@ class VirtualLoop(base_events.BaseEventLoop):
 
     _scheduled: list[_Timer]  # asyncio's own heap
 
-    def __init__(self, limit_s: float = float("inf")) -> None:
+    def __init__(self, limit_s: float = math.inf) -> None:
         super().__init__()
-        self._clock_resolution = RESOLUTION_S
         self._selector = _Jump(self)
-        self._virtual_s = 0.0
+        self._set_time(0.0)
         self._limit_s = limit_s
         self._num_timers = 0
         self._task_numbers: weakref.WeakKeyDictionary[asyncio.Future[Any], int] = weakref.WeakKeyDictionary()
@@ -52,6 +50,13 @@ class VirtualLoop(base_events.BaseEventLoop):
 
     def time(self) -> float:
         return self._virtual_s
+
+    def call_later(self, delay: float, callback: Callable[..., object], *args: Any, context: Any = None) -> _Timer:
+        """A positive delay always takes time, however small: whoever sleeps the rest of a span comes to its end."""
+        when = self._virtual_s + delay
+        if delay > 0:
+            when = max(when, math.nextafter(self._virtual_s, math.inf))
+        return self.call_at(when, callback, *args, context=context)
 
     def call_at(self, when: float, callback: Callable[..., object], *args: Any, context: Any = None) -> _Timer:
         assert not self.is_closed()
@@ -84,12 +89,12 @@ class VirtualLoop(base_events.BaseEventLoop):
         when = self._scheduled[0].when()
         if when > self._limit_s:
             raise TimeLimit(f"{self._limit_s:g} s of virtual time are over, and these wait:\n{self._waiting()}")
-        self._virtual_s = max(self._virtual_s, when)
+        self._set_time(when)
 
     def end(self) -> None:
         """Cancel what is left, in order, let it finish, and close."""
         try:
-            self._limit_s = float("inf")
+            self._limit_s = math.inf
             while left := self.pending():
                 for task in left:
                     task.cancel()
@@ -97,6 +102,10 @@ class VirtualLoop(base_events.BaseEventLoop):
             self.run_until_complete(self.shutdown_asyncgens())
         finally:
             self.close()
+
+    def _set_time(self, now: float) -> None:
+        self._virtual_s = now
+        self._clock_resolution = math.ulp(now)  # what is due is due exactly now, not a little later
 
     def _waiting(self) -> str:
         return "\n".join(f"  {task.get_name()}: {_where(task)}" for task in self.pending())
@@ -133,7 +142,7 @@ class _Jump:
         return ()
 
 
-def run_virtual(main: Coroutine[Any, Any, Result], limit_s: float = float("inf")) -> Result:
+def run_virtual(main: Coroutine[Any, Any, Result], limit_s: float = math.inf) -> Result:
     """Run to the end in virtual time; tasks that are left then are cancelled, in order.
 
     Raises TimeLimit when more than `limit_s` of virtual time would pass, and LostErrors when tasks failed and nobody

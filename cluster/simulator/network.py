@@ -42,7 +42,8 @@ class Port(Generic[Served]):
     name: str
     incarnation: str
     served: Served | None
-    extra_s: float = 0.0  # added to the latency of all that it sends
+    lag_s: float = 0.0  # added to the latency of all that it sends, unless
+    lags: dict[str, float] = field(default_factory=dict)  # the receiver of this name has its own
     dead: bool = False
     free_at: float = 0.0  # when its last byte so far has left
     talks: dict[_Talk, None] = field(default_factory=dict)  # in order of their begin
@@ -136,7 +137,7 @@ class Network(Generic[Served]):
                 yield item[0]
         finally:
             self._close(talk)
-            loop.call_later(self._latency_s(caller), talk.server.cancel)
+            loop.call_later(self._latency_s(caller, self._ports.get(address)), talk.server.cancel)
 
     # --- the other end -------------------------------------------------------------------------------------
 
@@ -145,7 +146,7 @@ class Network(Generic[Served]):
         items: Callable[[Served], AsyncGenerator[Item]], size_of: Callable[[Item], int], size_bytes: int,
     ) -> None:  # fmt: skip
         await self._send(talk.caller, size_bytes)
-        await asyncio.sleep(self._latency_s(talk.caller))
+        await asyncio.sleep(self._latency_s(talk.caller, self._ports.get(address)))
         port = self._ports.get(address)
         await talk.caller.reachable.wait()
         if port is not None:
@@ -169,7 +170,7 @@ class Network(Generic[Served]):
         await self._send(port, size_bytes)
         await talk.caller.reachable.wait()
         await port.reachable.wait()
-        self._arrive(talk, item, self._latency_s(port))
+        self._arrive(talk, item, self._latency_s(port, talk.caller))
 
     def _admit(self, port: Port[Served], incarnation: str) -> Served:
         if incarnation != port.incarnation:
@@ -186,8 +187,9 @@ class Network(Generic[Served]):
     def _arrive(self, talk: _Talk, item: object, after_s: float) -> None:
         talk.arrivals.put_nowait((asyncio.get_running_loop().time() + after_s, item))
 
-    def _latency_s(self, sender: Port[Served]) -> float:
-        return self._times.latency_s + sender.extra_s
+    def _latency_s(self, sender: Port[Served], receiver: Port[Served] | None) -> float:
+        lag_s = sender.lags.get(receiver.name, sender.lag_s) if receiver is not None else sender.lag_s
+        return self._times.latency_s + lag_s
 
     def _close(self, talk: _Talk) -> None:
         talk.caller.talks.pop(talk, None)

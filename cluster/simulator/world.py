@@ -71,6 +71,7 @@ class SimulatedWorker:
 
     sides: WorkerSides
     engine: Engine
+    pool: StatePool
     runner: ModelledStepRunner
     port: WorkerPort
     serving: asyncio.Task[str] = field(repr=False)
@@ -105,9 +106,10 @@ class World:
         self._bytes_scale = spec.kv_token_bytes * spec.config.engine.block_size / self._layout.bytes_per_block
         self._config = _with_scaled_frames(spec.config, self._bytes_scale)
         self._cohort = layout_hash(self._layout, "simulated", str(spec.seed))
-        gateway = self.network.attach(GATEWAY, GATEWAY, "1", None)
+        self.gateway_port = self.network.attach(GATEWAY, GATEWAY, "1", None)
         names = SeededNames(self._chance.fork("names"))
-        self.dispatcher = Dispatcher(spec.config.router, GATEWAY, SimulatedConnector(self.network, gateway), names)
+        connector = SimulatedConnector(self.network, self.gateway_port)
+        self.dispatcher = Dispatcher(spec.config.router, GATEWAY, connector, names)
 
     # --- life ----------------------------------------------------------------------------------------------
 
@@ -116,7 +118,7 @@ class World:
         for role, size in ((Role.PREFILL, pools.prefill.workers), (Role.DECODE, pools.decode.workers)):
             for index in range(size):
                 self.add_worker(role, index)
-        while not all(worker.connected for worker in self.dispatcher.health().workers):
+        while not all(worker.connected for worker in self.dispatcher.health().workers):  # noqa: ASYNC110
             await asyncio.sleep(self.spec.links.latency_s)
 
     async def close(self) -> None:
@@ -199,7 +201,7 @@ class World:
         sides = WorkerSides(me, role, cache, links, runner.send, config, new_secret=lambda: secrets.hex(16))
         port.served = sides
         serving = asyncio.get_running_loop().create_task(sides.serve(runner.outputs), name=f"sides of {incarnation}")
-        return SimulatedWorker(sides, engine, runner, port, serving)
+        return SimulatedWorker(sides, engine, pool, runner, port, serving)
 
 
 def _with_scaled_frames(config: ClusterConfig, bytes_scale: float) -> ClusterConfig:

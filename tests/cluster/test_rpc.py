@@ -35,6 +35,7 @@ from engine.types import (
 from kv_transfer.lease import Lease, Offer
 from router.membership import Member
 from tests.kv_transfer.fakes import transfer
+from tests.virtual import until
 
 U32, U64 = (st.integers(0, 2**bits - 1) for bits in (32, 64))
 IDS = st.lists(U32, max_size=10).map(tuple)
@@ -49,7 +50,8 @@ OFFERS = st.builds(Offer, st.builds(Lease, KEYS, TEXT, TEXT, TEXT, TEXT, TEXT), 
 STATS = st.builds(EngineStats, **{each.name: U32 for each in fields(EngineStats)})
 OUTPUTS = st.builds(
     TokenOutput, KEYS, U32, IDS, st.none() | st.sampled_from(FinishReason),
-    st.none() | st.builds(ErrorInfo, st.text(min_size=1), TEXT), U32, st.lists(st.tuples(TEXT, FLOATS), max_size=3).map(tuple),
+    st.none() | st.builds(ErrorInfo, st.text(min_size=1), TEXT), U32,
+    st.lists(st.tuples(TEXT, FLOATS), max_size=3).map(tuple),
 )  # fmt: skip
 BATCHES = st.builds(StreamBatch, st.lists(OUTPUTS, max_size=4).map(tuple), STATS)
 
@@ -190,9 +192,7 @@ async def test_a_stream_of_batches_arrives_and_ends_at_the_worker_when_the_reade
         async with aclosing(s.client.tokens("g0")) as stream:
             assert [await anext(stream) for _ in range(3)] == s.worker.batches
             assert s.worker.num_subscribers == 1
-        async with asyncio.timeout(5):
-            while s.worker.num_subscribers:
-                await asyncio.sleep(0.005)
+        await until(lambda: s.worker.num_subscribers == 0)
 
 
 @pytest.mark.parametrize("kind", ERRORS.values(), ids=ERRORS)
@@ -211,7 +211,8 @@ async def test_nothing_is_done_for_a_caller_without_the_secret() -> None:
     async with serve(secret=b"x" * 32) as s:
         client = s.client
         for call in (
-            client.submit(SUBMISSION, 0, 5.0), client.abort(Key("r", 0), 5.0), GrpcPeers(s.channels).offer(s.endpoint, OFFER, 5.0),
+            client.submit(SUBMISSION, 0, 5.0), client.abort(Key("r", 0), 5.0),
+            GrpcPeers(s.channels).offer(s.endpoint, OFFER, 5.0),
             worker_status(s.channels, s.member.address, "i1", 5.0), anext(client.tokens("g0")),
         ):  # fmt: skip
             with pytest.raises(Unavailable, match="secret"):
@@ -260,8 +261,7 @@ async def test_a_channel_that_is_closed_under_a_call_loses_the_worker_and_cancel
         offer = asyncio.ensure_future(GrpcPeers(s.channels).offer(s.endpoint, OFFER, 5.0))
         async with aclosing(s.client.tokens("g0")) as stream:
             await anext(stream)
-            while not s.worker.calls:
-                await asyncio.sleep(0.005)
+            await until(lambda: bool(s.worker.calls))
             await s.client.close()
             with pytest.raises(WorkerLost):
                 await offer
@@ -272,8 +272,7 @@ async def test_a_channel_that_is_closed_under_a_call_loses_the_worker_and_cancel
 async def test_a_call_that_is_cancelled_is_cancelled() -> None:
     async with serve() as s:
         offer = asyncio.ensure_future(GrpcPeers(s.channels).offer(s.endpoint, OFFER, 5.0))
-        while not s.worker.calls:
-            await asyncio.sleep(0.005)
+        await until(lambda: bool(s.worker.calls))
         offer.cancel()
         with pytest.raises(asyncio.CancelledError):
             await offer

@@ -98,7 +98,7 @@ class House:
         )  # fmt: skip
 
     def offer(self, **lease: object) -> Offer:
-        return Offer(replace(self.case.lease, **lease), NUM_TOKENS, 8, GATEWAY, 60.0)  # type: ignore[arg-type]
+        return Offer(replace(self.case.lease, **lease), NUM_TOKENS, 8, GATEWAY, 60.0)
 
     def turn(self, *tokens: TokenOutput, reserved: Sequence[Reserved] = ()) -> tuple[TokenOutput, ...]:
         """One turn of the engine, as the worker distributes it."""

@@ -90,6 +90,13 @@ def test_no_blocks_make_no_frames(layout: CacheLayout, frame_bytes: int) -> None
     assert cut_frames(layout, range(3, 3), frame_bytes) == []
 
 
+def verified(data: bytes) -> Frame:
+    frame = decode(data)
+    assert isinstance(frame, Frame)
+    frame.verify()
+    return frame
+
+
 def is_message_or_corrupt(data: bytes) -> bool:
     try:
         message = decode(data)
@@ -126,9 +133,7 @@ def test_one_flipped_bit_of_a_frame_is_noticed_wherever_it_is(frame: Frame, data
     at = data.draw(st.integers(0, len(wire) - 1).filter(lambda at: at != 5))  # padding
     wire[at] ^= 1 << data.draw(st.integers(0, 7))
     with pytest.raises(FrameCorrupt):
-        received = decode(bytes(wire))
-        assert isinstance(received, Frame)
-        received.verify()
+        verified(bytes(wire))
 
 
 def test_the_digest_of_a_frame_depends_on_the_records_that_it_is_for() -> None:

@@ -21,6 +21,7 @@ from kv_transfer.config import MAX_FRAME_BYTES
 from kv_transfer.lease import Lease
 from kv_transfer.pull import Puller
 from tests.kv_transfer.fakes import LAYOUT, PRODUCER, Transfer, transfer
+from tests.virtual import until
 
 SECRET = b"s" * 32
 
@@ -185,8 +186,7 @@ async def test_a_server_that_dies_in_the_middle_fails_the_pull(case: Transfer) -
     async with serve(case) as served:
         pull = asyncio.ensure_future(served.pull())
         case.compute(9)
-        while not case.arrived()[0]:
-            await asyncio.sleep(0.002)
+        await until(lambda: case.arrived()[0])
         await served.server.stop(grace=None)
         with pytest.raises(TransferFailed):
             await pull
@@ -197,8 +197,7 @@ async def test_a_channel_that_is_closed_under_a_pull_fails_it_without_cancelling
     async with serve(case) as served:
         pull = asyncio.ensure_future(served.pull())
         case.compute(9)
-        while not case.arrived()[0]:
-            await asyncio.sleep(0.002)
+        await until(lambda: case.arrived()[0])
         await served.channels.close()
         with pytest.raises(TransferFailed):
             await pull
@@ -208,8 +207,7 @@ async def test_cancelling_a_pull_cancels_it(case: Transfer) -> None:
     async with serve(case) as served:
         pull = asyncio.ensure_future(served.pull())
         case.compute(9)
-        while not case.arrived()[0]:
-            await asyncio.sleep(0.002)
+        await until(lambda: case.arrived()[0])
         pull.cancel()
         with pytest.raises(asyncio.CancelledError):
             await pull
@@ -219,8 +217,7 @@ async def test_a_lease_that_ends_while_a_reader_waits_reaches_it_as_lease_lost(c
     async with serve(case) as served:
         pull = asyncio.ensure_future(served.pull())
         case.compute(9)
-        while not case.arrived()[0]:
-            await asyncio.sleep(0.002)
+        await until(lambda: case.arrived()[0])
         case.outbox.close(case.lease.key)
         with pytest.raises(LeaseLost):
             await pull

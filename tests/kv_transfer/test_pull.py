@@ -146,7 +146,7 @@ async def test_one_flipped_bit_of_the_commit_never_changes_the_hand_off(offset: 
 
 @in_virtual_time
 async def test_a_frame_that_is_always_corrupt_fails_the_pull_and_is_never_written() -> None:
-    with transfer(NUM_TOKENS, fault=lambda at, data: data if is_commit(data) else flip(-1)(data)) as case:
+    with transfer(NUM_TOKENS, fault=lambda at, data: [data] if is_commit(data) else flip(-1)(data)) as case:
         await fails(ready(case), FrameCorrupt)
         assert not any(case.arrived())
         assert len(case.link.pulls) == MAX_RESUMES + 1
@@ -344,6 +344,11 @@ async def test_a_payload_of_another_length_than_its_records_is_refused(size: int
 @in_virtual_time
 async def test_records_that_come_twice_do_not_stand_for_those_that_never_came() -> None:
     await refused(closed_by_commit([*WHOLE[:-1], WHOLE[0]]))
+
+
+@in_virtual_time
+async def test_records_that_come_once_more_than_needed_are_refused() -> None:
+    await refused(closed_by_commit([*WHOLE, WHOLE[0]]))
 
 
 @in_virtual_time

@@ -6,15 +6,23 @@
 3. `EngineLab.check` first computes the prompts' beginnings, which the prefix cache may then find, and compares what
    follows after the whole prompts.
 4. `Tally` counts the outcomes; it is what results are reported from.
+
+Engines have one thread each, and `processes` gives a process for each core: on a busy machine threads of one product
+wait for each other, sometimes for a hundred times what it takes.
 """
 
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
 import random
+import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, fields
+from functools import cache
 
 import torch
 
@@ -35,6 +43,7 @@ WHOLE = 2048  # a chunk that holds every prompt
 GREEDY = SamplingParams(max_tokens=NUM_NEW, temperature=0.0, ignore_eos=True)
 MOST_SHARED = 320  # tokens of a prompt's beginning that are computed beforehand
 SHUFFLE_SEED = 2025
+MAX_PROCESSES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,21 +126,19 @@ def run(engine: Engine, model: ModelRunner, requests: Iterable[Request]) -> dict
 class EngineLab:
     """One loaded model for many engines."""
 
-    def __init__(self, threads: int) -> None:
-        torch.set_num_threads(threads)
+    def __init__(self) -> None:
+        torch.set_num_threads(1)
         config = load_config(model_files())
         weights = load_weights(model_files(), config, torch.float32)
         with torch.inference_mode():
             # Both block sizes give attention tiles of 128, so that one measured ladder fits both.
             self._model = build_model(config, weights, WHOLE_BLOCKS, batch_invariant=True)
-        self.threads = threads
 
     def make(self, one: Combination, num_blocks: int) -> tuple[Engine, TorchRunner]:
         """A fresh engine and its model over a pool of NaN."""
-        torch.set_num_threads(self.threads)
         config = EngineConfig(
             block_size=one.block_size, num_blocks=num_blocks, prefill_chunk=one.chunk, max_batch_seqs=one.batch,
-            max_batch_tokens=max(512, one.chunk), prefix_cache=one.prefix_cache, threads=self.threads,
+            max_batch_tokens=max(512, one.chunk), prefix_cache=one.prefix_cache,
         )  # fmt: skip
         setup = plan_engine(ModelSource(name=MODEL), config, b"key of the oracle tests")
         cache = KVCache(setup.layout, num_blocks, "cpu", None)
@@ -153,6 +160,25 @@ class EngineLab:
         for index, case in enumerate(cases):
             tally.count(case.prompt, case.rest, results[f"{index}"].tokens, str(one))
         return tally, engine.stats()
+
+
+@cache
+def lab() -> EngineLab:
+    """This process's."""
+    return EngineLab()
+
+
+def check_engine(one: Combination, cases: Sequence[Case]) -> tuple[Tally, EngineStats, float]:
+    """The same in another process; with how many seconds it took."""
+    engines = lab()
+    begun = time.perf_counter()
+    return *engines.check(one, cases), time.perf_counter() - begun
+
+
+def processes() -> ProcessPoolExecutor:
+    """One for each core; each has the weights and a KV pool of its own, up to 1.5 GB."""
+    spawning = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(min(os.cpu_count() or 1, MAX_PROCESSES), mp_context=spawning)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ class Reference:
     def __init__(self) -> None:
         from transformers import LlamaForCausalLM  # seconds to import
 
+        torch.set_num_threads(1)  # see tests/oracle/combinations.py
         config = load_config(model_files())
         weights = load_weights(model_files(), config, torch.float32)
         self._model = LlamaForCausalLM(_llama_config(config)).eval()

@@ -19,7 +19,7 @@ from engine.step_runner import ProcessStepRunner
 from engine.types import Request, Role, SamplingParams
 from tests.cluster.harness import LocalCluster, local_cluster
 from tests.oracle.clients import check_cluster, collect
-from tests.oracle.combinations import Case, Combination, EngineLab, Tally, run
+from tests.oracle.combinations import Case, Combination, Tally, lab, run
 from tests.oracle.prompts import MODEL, oracle_prompts, tokenizer
 from tests.oracle.reference import golden
 
@@ -41,9 +41,8 @@ async def cluster() -> AsyncIterator[LocalCluster]:
 @pytest.fixture(scope="module")
 def sampled_alone() -> dict[str, tuple[int, ...]]:
     """Each stream by itself in one engine of this process, with as many threads as a worker's engine has."""
-    lab = EngineLab(threads=1)
-    alone = {request.request_id: _run(lab, ALONE, [request])[request.request_id] for request in sampled_requests()}
-    batched = _run(lab, BATCHED, [*sampled_requests(), *others()])
+    alone = {request.request_id: _run(ALONE, [request])[request.request_id] for request in sampled_requests()}
+    batched = _run(BATCHED, [*sampled_requests(), *others()])
     assert {name: batched[name] for name in alone} == alone, "alone and in a batch"
     return alone
 
@@ -70,8 +69,8 @@ def others() -> list[Request]:
     ]
 
 
-def _run(lab: EngineLab, one: Combination, requests: Sequence[Request]) -> dict[str, tuple[int, ...]]:
-    engine, model = lab.make(one, 512)
+def _run(one: Combination, requests: Sequence[Request]) -> dict[str, tuple[int, ...]]:
+    engine, model = lab().make(one, 512)
     return {name: result.tokens for name, result in run(engine, model, requests).items()}
 
 

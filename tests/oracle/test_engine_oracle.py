@@ -7,24 +7,40 @@ prompt is spared a small chunk.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import Future
+
 import pytest
 
-from engine.types import FinishReason, Request, SamplingParams
-from tests.oracle.combinations import WHOLE, Case, Combination, EngineLab, Tally, all_pairs, fitting, run
-from tests.oracle.prompts import oracle_prompts
+from engine.types import EngineStats, FinishReason, Request, SamplingParams
+from tests.oracle.combinations import (
+    WHOLE,
+    Case,
+    Combination,
+    Tally,
+    all_pairs,
+    check_engine,
+    fitting,
+    lab,
+    processes,
+    run,
+)
+from tests.oracle.prompts import WHOLE_BLOCKS, oracle_prompts
 from tests.oracle.reference import NUM_NEW, golden
 
 pytestmark = pytest.mark.slow
 
-THREADS = 2
 LONGEST = {1: 130, 7: 300}  # tokens of a prompt, by chunk
 LONGEST_COMPANION = 70
 NUM_KNOWN = 21  # tokens that a companion of the eight prompts has already when it comes
 
 
 @pytest.fixture(scope="module")
-def lab() -> EngineLab:
-    return EngineLab(THREADS)
+def answers() -> Iterator[dict[Combination, Future[tuple[Tally, EngineStats, float]]]]:
+    """Every combination's, computed in other processes while tests ask for one after the other."""
+    with processes() as pool:
+        yield {one: pool.submit(check_engine, one, chosen_for(one)) for one in all_pairs()}
+        pool.shutdown(cancel_futures=True)
 
 
 def cases() -> list[Case]:
@@ -45,22 +61,21 @@ def chosen_for(one: Combination) -> list[Case]:
 
 
 @pytest.mark.parametrize("one", all_pairs(), ids=str)
-def test_engine_gives_the_oracles_tokens(lab: EngineLab, total: Tally, one: Combination):
-    chosen = chosen_for(one)
-    tally, stats = lab.check(one, chosen)
+def test_engine_gives_the_oracles_tokens(answers: dict, total: Tally, one: Combination):
+    tally, stats, _ = answers[one].result()
     total.add(tally)
     assert not tally.wrong, str(tally)
     assert (stats.num_free_blocks, stats.num_leaked_blocks) == (stats.num_blocks, 0)
-    wants_hits = one.prefix_cache and any(len(case.prompt.ids) >= 2 * one.block_size for case in chosen)
+    wants_hits = one.prefix_cache and any(len(case.prompt.ids) >= WHOLE_BLOCKS for case in chosen_for(one))
     assert (stats.prefix_hits > 0) == wants_hits
 
 
-def test_preempted_sequences_go_on_as_if_nothing_had_been(lab: EngineLab, total: Tally):
+def test_preempted_sequences_go_on_as_if_nothing_had_been(total: Tally):
     """A pool in which three prompts fit, but not what they grow to."""
     one = Combination(chunk=64, batch=4, prefix_cache=False, shuffled=True, block_size=16)
     chosen = [case for case in cases() if 10 < len(case.prompt.ids) < 70]
     blocks_at_start = sum(-(-len(case.prompt.ids) // one.block_size) for case in chosen)
-    engine, model = lab.make(one, blocks_at_start + 5)
+    engine, model = lab().make(one, blocks_at_start + 5)
     results = run(engine, model, [case.request(f"{index}") for index, case in enumerate(chosen)])
     tally = Tally()
     for index, case in enumerate(chosen):
@@ -70,10 +85,10 @@ def test_preempted_sequences_go_on_as_if_nothing_had_been(lab: EngineLab, total:
     assert not tally.wrong, str(tally)
 
 
-def test_end_of_sequence_ends_a_request_where_the_oracle_says_it(lab: EngineLab):
+def test_end_of_sequence_ends_a_request_where_the_oracle_says_it():
     """The recorded tokens ignore the end; with it, the tokens up to it are the same."""
     one = Combination(chunk=WHOLE, batch=16, prefix_cache=True, shuffled=True, block_size=16)
-    engine, model = lab.make(one, 400)
+    engine, model = lab().make(one, 400)
     ending = {
         f"{index}": case.expected.tokens[: case.expected.tokens.index(end) + 1]
         for index, case in enumerate(cases())

@@ -1,7 +1,7 @@
 """`make test-oracle`: forty prompts over all combinations, and through a cluster; writes results.json.
 
-1. Each combination runs in one of several processes of one thread each; of a long prompt a chunk of one token is tried
-   only in company (`longest_prompt`), because it costs a step of the whole model for each token.
+1. Each combination runs in a process of its own thread, as many at a time as there are cores. With a chunk of one token
+   a prompt costs a step of the whole model for each token, so long ones have that only in company (`longest_prompt`).
 2. Then the forty go through a cluster, one at a time and sixteen at a time.
 3. The table is printed as it grows; the result is written even if something is wrong, and the test fails then.
 
@@ -12,13 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import multiprocessing
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -26,7 +23,16 @@ import pytest
 from engine.planes import NUMERICS_VERSION
 from tests.cluster.harness import local_cluster
 from tests.oracle.clients import check_cluster
-from tests.oracle.combinations import WHOLE, Case, Combination, EngineLab, Tally, all_combinations, fitting
+from tests.oracle.combinations import (
+    WHOLE,
+    Case,
+    Combination,
+    Tally,
+    all_combinations,
+    check_engine,
+    fitting,
+    processes,
+)
 from tests.oracle.prompts import MODEL, NUM_PROMPTS, oracle_prompts, source
 from tests.oracle.record import versions
 from tests.oracle.reference import NUM_NEW, golden
@@ -36,7 +42,6 @@ pytestmark = pytest.mark.oracle
 RESULTS_PATH = Path(__file__).with_name("results.json")
 LONGEST_WITH_CHUNK_1 = {1: 200, 4: 600}  # tokens of a prompt, by batch
 AT_ONCE = (1, 16)  # through the cluster
-MAX_PROCESSES = 8  # each has the weights and a pool of its own: about 1.5 GB
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,24 +83,9 @@ def longest_prompt(one: Combination) -> int:
     return LONGEST_WITH_CHUNK_1.get(one.batch, WHOLE) if one.chunk == 1 else WHOLE
 
 
-# --- in the processes -----------------------------------------------------------------------------------------
-
-
-@cache
-def _lab() -> EngineLab:
-    return EngineLab(threads=1)
-
-
 def cases(count: int) -> list[Case]:
     """Longest first: a prompt that is computed in small chunks then has company to its end."""
     return [Case(prompt, golden().expected(prompt.ids)) for prompt in reversed(oracle_prompts(count))]
-
-
-def check_engine(count: int, one: Combination) -> tuple[Tally, float]:
-    lab = _lab()
-    begun = time.perf_counter()
-    tally, _ = lab.check(one, fitting(cases(count), longest_prompt(one)))
-    return tally, time.perf_counter() - begun
 
 
 # --- the run --------------------------------------------------------------------------------------------------
@@ -121,11 +111,11 @@ async def test_forty_prompts_over_all_combinations(capfd: pytest.CaptureFixture[
 
 async def _run_engines(count: int, report: Report, show: Callable[[object], None]) -> None:
     loop = asyncio.get_running_loop()
-    spawning = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, MAX_PROCESSES), mp_context=spawning) as pool:
+    with processes() as pool:
 
         async def check(one: Combination) -> None:
-            tally, duration_s = await loop.run_in_executor(pool, partial(check_engine, count, one))
+            chosen = fitting(cases(count), longest_prompt(one))
+            tally, _, duration_s = await loop.run_in_executor(pool, check_engine, one, chosen)
             show(report.add(str(one), tally, count, duration_s))
 
         longest_first = sorted(all_combinations(block_size=16), key=lambda one: (one.batch, one.chunk))

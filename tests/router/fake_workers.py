@@ -1,4 +1,4 @@
-"""Workers as the router's Protocols see them, moved by the test: what they are told is noted, what they say is scripted."""
+"""Workers as the router sees them, moved by the test: they note what they are told, and say what they are made to."""
 
 from __future__ import annotations
 

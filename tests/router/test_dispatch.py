@@ -18,7 +18,7 @@ from engine.types import EngineStats, ErrorInfo, FinishReason, Key, TokenOutput
 from router.dispatch import LONGEST_PAUSE_S, REFUSED_PAUSE_S
 from router.membership import Membership
 from tests.router.fake_workers import Client, Cluster, keys, member, ready, request, token
-from tests.virtual import in_virtual_time, settle
+from tests.virtual import in_virtual_time, settle, until
 
 LENGTH = FinishReason.LENGTH
 
@@ -263,8 +263,7 @@ async def test_refusals_for_lack_of_room_are_tried_again_ever_more_rarely_and_co
     pauses = []
     for epoch in range(8):
         cluster["p0"].say(failure(Key("r", epoch), Overloaded("no room")))
-        while cluster["p0"].key.epoch == epoch:
-            await asyncio.sleep(0.01)
+        await until(lambda epoch=epoch: cluster["p0"].key.epoch > epoch)
         pauses.append(asyncio.get_running_loop().time() - begun)
         begun = asyncio.get_running_loop().time()
     wanted = [min(REFUSED_PAUSE_S * 2**count, LONGEST_PAUSE_S) for count in range(1, 9)]
@@ -396,8 +395,7 @@ async def test_a_client_that_leaves_is_aborted_on_both_workers(num_tokens: int) 
 async def test_a_client_that_leaves_while_it_is_submitted_is_aborted() -> None:
     cluster = await ready("p0", "d0")
     client = cluster.generate()
-    while not cluster["p0"].submissions:
-        await asyncio.sleep(0)
+    await until(lambda: bool(cluster["p0"].submissions))
     await client.leave()
     assert cluster["p0"].aborted == [Key("r", 0)]
     await closed(cluster)

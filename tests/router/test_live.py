@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 
 import pytest
 from hypothesis import given, settings
@@ -125,6 +126,17 @@ async def test_a_new_placement_goes_on_after_the_tokens_that_the_client_has() ->
 
 
 @in_virtual_time
+async def test_what_an_older_placement_held_back_is_not_in_the_way_of_the_new_one() -> None:
+    live = live_request()
+    live.take(token(live.key, 4), "d0")
+    live.place(PAIR)
+    live.take(token(live.key, 1), "d0")
+    live.take(token(live.key, 0), "p0")
+    await events(live)
+    assert live.tokens == [0, 1]
+
+
+@in_virtual_time
 async def test_errors_and_aborts_from_a_worker_fail_the_placement() -> None:
     live = live_request()
     live.take(TokenOutput(live.key, 0, (), FinishReason.ERROR, ErrorInfo("overloaded", "full")), "d0")
@@ -186,7 +198,7 @@ async def test_no_token_is_lost_doubled_or_reordered(data: st.DataObject) -> Non
             break
         cuts = data.draw(st.lists(st.integers(start + 1, total), unique=True).map(sorted), "cuts")
         edges = sorted({start + 1, *cuts, total})
-        runs = [(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        runs = [(a, b) for a, b in itertools.pairwise(edges)]
         streams = [
             [(token(live.key, start), "p0")],
             [(token(live.key, a, *range(a, b)), "d0") for a, b in runs],

@@ -1,0 +1,251 @@
+"""Token streams: one batched stream per gateway, keep-alives, the newest subscriber, orphans.
+
+Times are short, and nothing is asserted about how long a thing takes: only that it comes, or that it has not come
+although a later one has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+import pytest
+
+from engine.streams import StreamBatch, TokenStreams
+from engine.types import EngineStats, FinishReason, Key, TokenOutput
+
+SOON = 0.01  # seconds until an orphan is aborted, where one is wanted
+NEVER = 3600.0
+LIMIT_S = 10.0
+
+
+class Streams(TokenStreams):
+    """Remembers what was aborted."""
+
+    def __init__(self, orphan_s: float = NEVER, keepalive_s: float = NEVER) -> None:
+        self.aborted: list[Key] = []
+        self._news = asyncio.Event()
+        super().__init__(orphan_s, self._note, keepalive_s)
+
+    async def wait_for_abort(self, count: int) -> list[Key]:
+        async with asyncio.timeout(LIMIT_S):
+            while len(self.aborted) < count:
+                self._news.clear()
+                await self._news.wait()
+        return self.aborted
+
+    def _note(self, key: Key) -> None:
+        self.aborted.append(key)
+        self._news.set()
+
+
+def key(name: str) -> Key:
+    return Key(name, 0)
+
+
+def output(name: str, index: int = 0, finish: FinishReason | None = None) -> TokenOutput:
+    return TokenOutput(key(name), index, (index + 100,), finish)
+
+
+async def read(stream: AsyncGenerator[StreamBatch]) -> StreamBatch:
+    async with asyncio.timeout(LIMIT_S):
+        return await anext(stream)
+
+
+async def open_stream(streams: TokenStreams, gateway_id: str) -> AsyncGenerator[StreamBatch]:
+    stream = streams.subscribe(gateway_id)
+    assert (await read(stream)).outputs == ()  # says at once that the stream is there
+    return stream
+
+
+async def turn_loop() -> None:
+    """Let everything run that can."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+# --- batches --------------------------------------------------------------------------------------------------
+
+
+async def test_all_that_came_since_the_last_batch_comes_in_the_next() -> None:
+    streams = Streams()
+    for name in "ab":
+        streams.register(key(name), "gateway")
+    stream = await open_stream(streams, "gateway")
+    streams.publish([output("a"), output("b")], EngineStats())
+    streams.publish([output("a", 1)], EngineStats(num_steps=2))
+    batch = await read(stream)
+    assert batch == StreamBatch((output("a"), output("b"), output("a", 1)), EngineStats(num_steps=2))
+    await stream.aclose()
+
+
+async def test_a_reader_is_woken_by_news() -> None:
+    streams = Streams()
+    streams.register(key("a"), "gateway")
+    stream = await open_stream(streams, "gateway")
+    reading = asyncio.create_task(read(stream))
+    await turn_loop()
+    assert not reading.done()
+    streams.publish([output("a")], EngineStats())
+    assert (await reading).outputs == (output("a"),)
+    await stream.aclose()
+
+
+async def test_each_gateway_hears_of_its_own_requests_only() -> None:
+    streams = Streams()
+    streams.register(key("a"), "one")
+    streams.register(key("b"), "two")
+    one, two = await open_stream(streams, "one"), await open_stream(streams, "two")
+    streams.publish([output("b"), output("a"), output("b", 1)], EngineStats())
+    assert (await read(one)).outputs == (output("a"),)
+    assert (await read(two)).outputs == (output("b"), output("b", 1))
+    await one.aclose()
+    await two.aclose()
+
+
+async def test_outputs_without_an_owner_are_dropped() -> None:
+    streams = Streams()
+    for name in ("kept", "forgotten"):
+        streams.register(key(name), "gateway")
+    stream = await open_stream(streams, "gateway")
+    streams.forget(key("forgotten"))
+    streams.publish([output("forgotten"), output("unknown"), output("kept")], EngineStats())
+    assert (await read(stream)).outputs == (output("kept"),)
+    await stream.aclose()
+
+
+async def test_another_epoch_is_another_request() -> None:
+    streams = Streams()
+    streams.register(Key("a", 1), "gateway")
+    stream = await open_stream(streams, "gateway")
+    late, new = TokenOutput(Key("a", 0), 3, (5,)), TokenOutput(Key("a", 1), 3, (6,))
+    streams.publish([late, new], EngineStats())
+    assert (await read(stream)).outputs == (new,)
+    await stream.aclose()
+
+
+async def test_a_finished_request_is_forgotten() -> None:
+    streams = Streams()
+    streams.register(key("a"), "gateway")
+    stream = await open_stream(streams, "gateway")
+    last = output("a", 7, FinishReason.STOP)
+    streams.publish([last, output("a", 8)], EngineStats())
+    assert (await read(stream)).outputs == (last,)
+    assert streams.num_keys == 0
+    await stream.aclose()
+
+
+async def test_what_comes_before_the_subscriber_waits_for_it() -> None:
+    streams = Streams()
+    streams.register(key("a"), "gateway")
+    streams.publish([output("a")], EngineStats())
+    stream = await open_stream(streams, "gateway")
+    assert (await read(stream)).outputs == (output("a"),)
+    await stream.aclose()
+
+
+async def test_silence_is_broken_by_empty_batches_with_the_newest_stats() -> None:
+    streams = Streams(keepalive_s=0.001)
+    stream = await open_stream(streams, "gateway")
+    streams.publish([], EngineStats(num_steps=3))
+    assert [await read(stream) for _ in range(3)] == [StreamBatch((), EngineStats(num_steps=3))] * 3
+    streams.register(key("a"), "gateway")
+    streams.publish([output("a")], EngineStats())
+    assert (await read(stream)).outputs == (output("a"),)
+    await stream.aclose()
+
+
+# --- subscribers ----------------------------------------------------------------------------------------------
+
+
+async def test_a_newer_subscriber_ends_the_older_one_and_gets_what_it_did_not_read() -> None:
+    streams = Streams(orphan_s=0)
+    streams.register(key("a"), "gateway")
+    older = await open_stream(streams, "gateway")
+    streams.publish([output("a")], EngineStats())
+    newer = await open_stream(streams, "gateway")
+    with pytest.raises(StopAsyncIteration):
+        await read(older)
+    assert (await read(newer)).outputs == (output("a"),)
+    streams.publish([output("a", 1)], EngineStats())
+    assert (await read(newer)).outputs == (output("a", 1),)
+    await turn_loop()
+    assert streams.aborted == [], "the end of the older stream orphans nothing"
+    await newer.aclose()
+
+
+async def test_a_waiting_older_subscriber_ends_with_the_next_news() -> None:
+    streams = Streams()
+    streams.register(key("a"), "gateway")
+    older = await open_stream(streams, "gateway")
+    waiting = asyncio.create_task(read(older))
+    await turn_loop()
+    newer = await open_stream(streams, "gateway")
+    streams.publish([output("a")], EngineStats())
+    assert (await read(newer)).outputs == (output("a"),)
+    with pytest.raises(StopAsyncIteration):
+        await waiting
+    await newer.aclose()
+
+
+# --- orphans --------------------------------------------------------------------------------------------------
+
+
+async def test_requests_of_a_gateway_whose_stream_ended_are_aborted_after_a_while() -> None:
+    streams = Streams(orphan_s=SOON)
+    for name, gateway_id in (("a", "gone"), ("b", "gone"), ("c", "here")):
+        streams.register(key(name), gateway_id)
+    here, gone = await open_stream(streams, "here"), await open_stream(streams, "gone")
+    await gone.aclose()
+    assert streams.aborted == [], "not at once"
+    assert await streams.wait_for_abort(2) == [key("a"), key("b")]
+    assert streams.num_keys == 1
+    streams.publish([output("a"), output("c")], EngineStats())
+    assert (await read(here)).outputs == (output("c"),)
+    await here.aclose()
+
+
+async def test_requests_of_a_gateway_that_never_came_are_aborted_after_a_while() -> None:
+    streams = Streams(orphan_s=SOON)
+    streams.register(key("a"), "gateway")
+    assert await streams.wait_for_abort(1) == [key("a")]
+    assert streams.num_keys == 0
+
+
+async def test_a_gateway_that_comes_back_in_time_keeps_its_requests_and_misses_nothing() -> None:
+    streams = Streams(orphan_s=SOON)
+    for name, gateway_id in (("a", "back"), ("z", "gone")):
+        streams.register(key(name), gateway_id)
+    first, gone = await open_stream(streams, "back"), await open_stream(streams, "gone")
+    await first.aclose()
+    streams.publish([output("a")], EngineStats())
+    again = await open_stream(streams, "back")
+    await gone.aclose()
+    assert await streams.wait_for_abort(1) == [key("z")], "whose time began later and is over"
+    assert (await read(again)).outputs == (output("a"),)
+    await again.aclose()
+
+
+async def test_a_cancelled_reader_counts_as_a_stream_that_ended() -> None:
+    streams = Streams(orphan_s=SOON)
+    streams.register(key("a"), "gateway")
+
+    async def follow() -> None:
+        async for _ in streams.subscribe("gateway"):
+            pass
+
+    reader = asyncio.create_task(follow())
+    await turn_loop()
+    reader.cancel()
+    assert await streams.wait_for_abort(1) == [key("a")]
+
+
+async def test_a_gateway_can_start_anew_after_its_requests_were_aborted() -> None:
+    streams = Streams(orphan_s=SOON)
+    streams.register(key("a"), "gateway")
+    await streams.wait_for_abort(1)
+    streams.register(key("b"), "gateway")
+    stream = await open_stream(streams, "gateway")
+    streams.publish([output("a"), output("b")], EngineStats())
+    assert (await read(stream)).outputs == (output("b"),)
+    await stream.aclose()
