@@ -134,7 +134,9 @@ class Engine:
             num_cached_blocks=self.blocks.num_cached,
             num_held_blocks=sum(len(block_ids) for block_ids in self._held.values()),
             num_leaked_blocks=self._num_leaked,
-            num_waiting_tokens=sum(seq.num_pending for seq in (*scheduler.waiting, *scheduler.running) if not seq.is_decoding),
+            num_waiting_tokens=sum(
+                seq.num_pending for seq in (*scheduler.waiting, *scheduler.running) if not seq.is_decoding
+            ),
             num_steps=self._num_steps,
             num_preemptions=scheduler.num_preemptions,
             prefix_queries=scheduler.prefix_queries,
@@ -258,7 +260,9 @@ class Engine:
         if not request.prompt_ids:
             return ErrorInfo("invalid_request", "the prompt is empty")
         if request.num_tokens >= self.spec.max_context:
-            return ErrorInfo("invalid_request", f"{request.num_tokens} tokens do not fit the context of {self.spec.max_context}")
+            return ErrorInfo(
+                "invalid_request", f"{request.num_tokens} tokens do not fit the context of {self.spec.max_context}"
+            )
         if longest > capacity:
             return ErrorInfo("invalid_request", f"{longest} tokens do not fit the KV pool of {capacity}")
         if not all(0 <= token_id < self.spec.vocab_size for token_id in (*request.prompt_ids, *request.generated_ids)):

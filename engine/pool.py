@@ -32,7 +32,9 @@ def check_length(plane: Plane, layers: range, block_ids: BlockIds[int], payload:
     """Raises ValueError if the payload is not as long as these records."""
     wanted = len(layers) * len(block_ids) * plane.bytes_per_block
     if payload.nbytes != wanted:
-        raise ValueError(f"a payload of {payload.nbytes} bytes does not fit records of {wanted} bytes in plane {plane.name}")
+        raise ValueError(
+            f"a payload of {payload.nbytes} bytes does not fit records of {wanted} bytes in plane {plane.name}"
+        )
 
 
 class SharedPool:

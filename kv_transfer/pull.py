@@ -24,6 +24,7 @@ from kv_transfer.handoff import HandOff
 from kv_transfer.lease import Lease
 
 MAX_RESUMES = 3
+FIRST_PAUSE_S = 0.05  # before a resume, doubled at each
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,7 @@ class Puller:
             except TransferFailed:
                 if num_resumes == MAX_RESUMES:
                     raise
+            await asyncio.sleep(FIRST_PAUSE_S * 2**num_resumes)  # a peer that has just been cut off may come back
         raise AssertionError("the last try returns or raises")
 
     async def _pull_once(self, timeout_s: float) -> HandOff:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from engine.errors import LeaseLost, SteelyardError
+from engine.errors import DeadlineExceeded, LeaseLost, Overloaded, SteelyardError, TransferFailed
 from engine.streams import TokenStreams
 from engine.types import (
     Abort,
@@ -126,8 +126,17 @@ class PrefillSide:
     def _feed(self) -> None:
         num_given = sum(live.started is None for live in self._live.values())
         while waiting := self._queue.pop_ready(self._stats, num_given):
-            self._give(waiting)
-            num_given += 1
+            if waiting.deadline <= self._now():
+                self._drop(waiting)
+            else:
+                self._give(waiting)
+                num_given += 1
+
+    def _drop(self, waiting: Waiting) -> None:
+        """Nobody waits for it any more."""
+        error = ErrorInfo(DeadlineExceeded.code, "the deadline passed in the prefill queue")
+        key = waiting.submission.request.key
+        self._streams.publish((TokenOutput(key, 0, (), FinishReason.ERROR, error),), self._stats)
 
     def _give(self, waiting: Waiting) -> None:
         submission = waiting.submission
@@ -158,13 +167,14 @@ class PrefillSide:
         live.offer = asyncio.get_running_loop().create_task(self._offer(target, offer))
 
     async def _offer(self, target: Endpoint, offer: Offer) -> None:
-        """Refused or unreachable: the gateway is told, and decides where else."""
+        """Refused for lack of room, or not to be had from here: the gateway is told which, and decides what then."""
         key = offer.lease.key
         try:
             await self._peers.offer(target, offer, OFFER_TIMEOUT_S)
         except SteelyardError as error:
+            code = error.code if isinstance(error, Overloaded) else TransferFailed.code
             if key in self._live:
-                self._fail(key, ErrorInfo(error.code, f"decode worker {target.worker_id}: {error.message}"))
+                self._fail(key, ErrorInfo(code, f"decode worker {target.worker_id}: {error.message}"))
 
     def _fail(self, key: Key, error: ErrorInfo) -> None:
         self._streams.publish((TokenOutput(key, 0, (), FinishReason.ERROR, error),), self._stats)

@@ -16,7 +16,15 @@ import logging
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Protocol
 
-from engine.errors import DeadlineExceeded, InvalidRequest, Overloaded, SteelyardError, Unavailable, WorkerLost
+from engine.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    Overloaded,
+    SteelyardError,
+    TransferFailed,
+    Unavailable,
+    WorkerLost,
+)
 from engine.streams import StreamBatch
 from engine.types import Endpoint, Key, Request, Submission, TokenOutput
 from router.api import HealthView, WorkerView
@@ -137,7 +145,7 @@ class Dispatcher:
 
     async def _place(self, live: LiveRequest) -> None:
         """Choose workers and submit; a failure to submit becomes the placement's first event."""
-        placement = choose(self.loads())
+        placement = choose(self.loads(), hand_off=not live.shuns_wire)
         if placement is None:
             raise Unavailable("no worker can be reached", retry_after_s=1)
         live.place(placement)
@@ -158,6 +166,7 @@ class Dispatcher:
             raise error
         log.info("request %s is placed again after: %s", live.request.request_id, error.message)
         self._abandon(live.key, live.placement)
+        live.shuns_wire = isinstance(error, TransferFailed)  # what cannot be moved is computed where it is needed
         pauses = max(live.num_refusals, live.num_failures)
         await self._pause(min(REFUSED_PAUSE_S * 2**pauses, LONGEST_PAUSE_S))
         while choose(self.loads()) is None:  # a worker is being replaced; the deadline bounds this

@@ -25,6 +25,7 @@ class LiveRequest:
     cached_tokens: int | None = None  # of the first placement: what usage reports
     num_refusals: int = 0  # placements that found no room
     num_failures: int = 0  # placements that failed otherwise
+    shuns_wire: bool = False  # the last placement failed in its transfer: the next one makes none
     _first_index: int = 0  # of the first token of this placement
     _next_index: int = 0  # of the next token to be queued for the client
     _held: list[TokenOutput] = field(default_factory=list)  # what follows a gap, itself without one

@@ -32,16 +32,17 @@ class Placement:
     decode: Member | None
 
 
-def choose(loads: Sequence[WorkerLoad]) -> Placement | None:
-    """The placement with the least predicted work, or None if no worker can be reached."""
+def choose(loads: Sequence[WorkerLoad], hand_off: bool = True) -> Placement | None:
+    """The placement with the least predicted work, or None if no worker can be reached. Without `hand_off` one worker
+    does all of it, a decode worker if there is one: that is where the request is not in the way of prompts."""
     usable = [load for load in loads if load.connected]
     prefill = sorted((load for load in usable if load.member.role is Role.PREFILL), key=prefill_work)
     decode = sorted((load for load in usable if load.member.role is Role.DECODE), key=decode_work)
-    for first in prefill:
+    for first in prefill if hand_off else ():
         for second in decode:
             if first.member.cohort == second.member.cohort:
                 return Placement(first.member, second.member)
-    alone = prefill or decode
+    alone = (prefill or decode) if hand_off else (decode or prefill)
     return Placement(alone[0].member, None) if alone else None
 
 

@@ -46,7 +46,7 @@ def make_segment(
     rows: slice, positions: torch.Tensor, blocks: torch.Tensor, num_tokens: list[int], groups: int,
     block_size: int, ladder: RowLadder,
 ) -> Segment:  # fmt: skip
-    """positions: [num_seqs, num_new] of the new tokens; num_tokens: stored positions of each sequence after the step."""
+    """positions: [num_seqs, num_new] of the new tokens; num_tokens: stored positions of each after the step."""
     num_seqs, num_new = positions.shape
     num_keys = blocks.shape[1] * block_size
     assert num_keys % tile_tokens(block_size) == 0, "block tables must be padded to whole tiles"

@@ -30,7 +30,7 @@ from kv_transfer.carrier import Carrier
 from kv_transfer.config import TransferConfig
 from kv_transfer.frames import Message
 from kv_transfer.lease import Lease, Offer
-from kv_transfer.pull import MAX_RESUMES
+from kv_transfer.pull import FIRST_PAUSE_S, MAX_RESUMES
 from tests.kv_transfer.fakes import (
     KEY,
     LAYOUT,
@@ -50,6 +50,7 @@ GATEWAY = "g0"
 ME = Endpoint("d0", "j1", "127.0.0.1:2", PRODUCER.cohort)
 TRANSFER = TransferConfig(pull_timeout_s=5.0)
 NUM_TOKENS = 15
+RESUMES_S = 8 * FIRST_PAUSE_S  # more than the pauses before all resumes
 
 
 @dataclass(eq=False)
@@ -270,6 +271,7 @@ async def test_the_same_offer_twice_is_refused_and_the_first_goes_on() -> None:
 async def test_a_failed_pull_gives_the_blocks_back_tells_the_gateway_once_and_releases(fault: Fault, code: str) -> None:
     with house(fault) as h:
         await h.adopted()
+        await asyncio.sleep(RESUMES_S)
         assert h.sent == [Reserve(KEY, NUM_TOKENS, 8), Release(KEY)]
         assert h.case.link.released == [h.case.lease]
         (told,) = await h.told()
@@ -508,11 +510,11 @@ async def test_totals_count_what_was_pulled() -> None:
         await h.begin()
         await asyncio.sleep(2)
         h.case.commit()
-        await settle(200)
+        await asyncio.sleep(RESUMES_S)
         totals = h.intake.totals
         assert (totals.num_pulls, totals.num_failed, totals.num_resumes) == (1, 0, 1)
         assert totals.size_bytes == len(h.case.target_ids) * LAYOUT.bytes_per_block
-        assert totals.duration_s == pytest.approx(2.0)
+        assert totals.duration_s == pytest.approx(2.0 + FIRST_PAUSE_S, abs=0.06)
 
 
 def test_the_errors_that_a_pull_may_end_with_are_kinds_of_transfer_failed() -> None:

@@ -100,7 +100,7 @@ REFUSED = {
     "a token below the vocabulary": (request(prompt=(5, -1)), "vocabulary of 100"),
     "a token above the vocabulary": (request(prompt=(5, VOCAB)), "vocabulary of 100"),
     "a generated token outside": (replace(request(), generated_ids=(VOCAB,)), "vocabulary of 100"),
-    "more than the pool can ever hold": (request(prompt=[5] * 20, max_tokens=13), "33 tokens do not fit the KV pool of 32"),
+    "more than the pool can ever hold": (request(prompt=[5] * 20, max_tokens=13), "do not fit the KV pool of 32"),
 }  # fmt: skip
 
 

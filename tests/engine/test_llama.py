@@ -14,7 +14,16 @@ from engine.model_runner import build_model
 from engine.models.config import ModelConfig, RopeScaling
 from engine.models.llama import Weights
 from engine.types import Add, Key, Request
-from tests.engine.tiny import LogitRecorder, hf_model, random_prompt, random_weights, request, run, tiny_config, tiny_engine
+from tests.engine.tiny import (
+    LogitRecorder,
+    hf_model,
+    random_prompt,
+    random_weights,
+    request,
+    run,
+    tiny_config,
+    tiny_engine,
+)
 
 LLAMA3 = RopeScaling("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_context=32)
 CONFIGS = {
@@ -90,7 +99,9 @@ def test_a_chunk_longer_than_one_attention_call_equals_transformers() -> None:
 
 INVARIANT = {
     "grouped": tiny_config(num_heads=6, num_kv_heads=2, head_dim=16, hidden_size=96, attention_bias=True),
-    "odd sizes": tiny_config(vocab_size=101, hidden_size=36, num_heads=3, num_kv_heads=1, head_dim=12, intermediate_size=50),
+    "odd sizes": tiny_config(
+        vocab_size=101, hidden_size=36, num_heads=3, num_kv_heads=1, head_dim=12, intermediate_size=50
+    ),
 }  # fmt: skip
 BATCH_LENGTHS = (5, 60, 129, 2, 31, 1, 300, 17, 64, 65, 8, 127, 128, 3, 90, 200)
 
@@ -120,7 +131,9 @@ class Invariance:
             assert torch.equal(logits, self.alone[key]), f"{key}: {(logits - self.alone[key]).abs().max()}"
 
 
-@pytest.fixture(scope="module", params=[(name, dtype) for name in INVARIANT for dtype in ("float32", "bfloat16")], ids=str)
+@pytest.fixture(
+    scope="module", params=[(name, dtype) for name in INVARIANT for dtype in ("float32", "bfloat16")], ids=str
+)
 def invariance(request: pytest.FixtureRequest) -> Invariance:
     name, dtype = request.param
     return Invariance(INVARIANT[name], getattr(torch, dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -20,10 +21,6 @@ VECTORS = {  # Random123, kat_vectors, philox4x32 with 10 rounds: counter, key, 
 
 def words(text: str) -> list[int]:
     return [int(word, 16) for word in text.split()]
-
-
-def greedy(**changes) -> SamplingParams:
-    return SamplingParams(**({"temperature": 0.0} | changes))
 
 
 # --- the generator --------------------------------------------------------------------------------------------
@@ -80,16 +77,21 @@ def test_noise_has_the_moments_of_a_gumbel_and_is_finite() -> None:
 def test_temperature_zero_takes_the_most_likely_whatever_the_seed() -> None:
     logits = np.random.default_rng(0).normal(size=500).astype(np.float32)
     wanted = int(logits.argmax())
-    assert {sample(logits, greedy(seed=seed, top_k=3, top_p=0.5), position=seed) for seed in range(20)} == {wanted}
+    assert {
+        sample(logits, SamplingParams(temperature=0, seed=seed, top_k=3, top_p=0.5), position=seed)
+        for seed in range(20)
+    } == {wanted}
 
 
 def test_greedy_ties_go_to_the_lowest_id() -> None:
     logits = np.zeros(50, dtype=np.float32)
     logits[[33, 12, 40]] = 2.5
-    assert sample(logits, greedy(), position=0) == 12
+    assert sample(logits, SamplingParams(temperature=0), position=0) == 12
 
 
-@pytest.mark.parametrize("params", [SamplingParams(top_k=1), SamplingParams(top_p=1e-9), SamplingParams(temperature=1e-6)])
+@pytest.mark.parametrize(
+    "params", [SamplingParams(top_k=1), SamplingParams(top_p=1e-9), SamplingParams(temperature=1e-6)]
+)
 def test_narrow_sampling_is_greedy(params: SamplingParams) -> None:
     logits = np.random.default_rng(2).normal(size=300).astype(np.float32)
     assert all(sample(logits, params, position) == logits.argmax() for position in range(50))
@@ -106,7 +108,7 @@ def kept(logits: np.ndarray, params: SamplingParams, draws: int = 1000) -> set[i
 def kept_by_transformers(logits: np.ndarray, params: SamplingParams) -> set[int]:
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    ids = torch.zeros(1, 1, dtype=torch.long)
+    ids = torch.LongTensor([[0]])
     scores: torch.Tensor = torch.from_numpy(logits.astype(np.float64))[None]
     scores = torch.as_tensor(TemperatureLogitsWarper(params.temperature)(ids, scores))
     if params.top_k:
@@ -173,7 +175,7 @@ def test_neighbouring_positions_are_independent() -> None:
     """Pairs of successive draws from a uniform vocabulary of four fill their sixteen cells evenly."""
     logits, draws = np.zeros(4, dtype=np.float32), 4000
     tokens = [sample(logits, SamplingParams(seed=9), position) for position in range(draws + 1)]
-    counts = np.bincount([4 * a + b for a, b in zip(tokens[:-1], tokens[1:], strict=True)], minlength=16)
+    counts = np.bincount([4 * a + b for a, b in itertools.pairwise(tokens)], minlength=16)
     statistic = float(((counts - draws / 16) ** 2 / (draws / 16)).sum())
     assert statistic < chi_square_bound(15)
 

@@ -101,7 +101,8 @@ class HashRunner:
         if self.num_drafts and item.sequence.is_decoding:
             end = min(stop + self.num_drafts, len(block_ids) * self.block_size)
             values = {position: -position for position in range(stop, end)} | values
-        places = {self._slot(block_ids, position): value for position, value in values.items() if position >= item.start}
+        new = [position for position in values if position >= item.start]
+        places = {self._slot(block_ids, position): values[position] for position in new}
         assert not places.keys() & taken, "two sequences write the same slot"
         assert all(self.blocks.is_writable(block_id) for block_id, _ in places), "a shared or named block is written"
         self.slots |= places

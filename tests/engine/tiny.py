@@ -67,16 +67,16 @@ def hf_model(config: ModelConfig, weights: Weights) -> LlamaForCausalLM:
                 "high_freq_factor": scaling.high_freq_factor,
                 "original_max_position_embeddings": scaling.original_max_context,
             }
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim, rms_norm_eps=config.rms_norm_eps,
-            rope_parameters=rope, max_position_embeddings=config.max_context, attention_bias=config.attention_bias,
-            mlp_bias=config.mlp_bias, tie_word_embeddings=config.tie_embeddings, attn_implementation="eager",
-            bos_token_id=None, eos_token_id=list(config.eos_token_ids) or None,
-        )  # fmt: skip
-    )
+    theirs = LlamaConfig(
+        vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim, rms_norm_eps=config.rms_norm_eps,
+        rope_parameters=rope, max_position_embeddings=config.max_context, attention_bias=config.attention_bias,
+        mlp_bias=config.mlp_bias, tie_word_embeddings=config.tie_embeddings,
+        bos_token_id=None, eos_token_id=list(config.eos_token_ids) or None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(theirs)
+    model.set_attn_implementation("eager")
     missing, unknown = model.load_state_dict(weights, strict=False)
     assert not unknown and set(missing) <= {"lm_head.weight"}, (missing, unknown)
     if config.tie_embeddings:

@@ -51,7 +51,8 @@ def make_case(
     tile = tile_tokens(block_size)
     width = -(-max(lengths) // tile) * tile // block_size
     num_blocks = len(lengths) * width + 5
-    k_cache, v_cache = (torch.full((num_blocks, num_kv_heads, block_size, head_dim), NAN, dtype=dtype) for _ in range(2))
+    k_cache = torch.full((num_blocks, num_kv_heads, block_size, head_dim), NAN, dtype=dtype)
+    v_cache = k_cache.clone()
     order = torch.randperm(num_blocks, generator=generator)
     blocks = torch.randint(num_blocks, (len(lengths), width), generator=generator)
     for index, length in enumerate(lengths):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -41,7 +43,7 @@ def weights(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
 class Machine(TorchFunctionMode):
     """A machine whose products differ from the real ones by `fault(rows)`: [rows] added to each row."""
 
-    def __init__(self, fault) -> None:
+    def __init__(self, fault: Callable[[int], torch.Tensor]) -> None:
         super().__init__()
         self.fault = fault
 
@@ -109,7 +111,9 @@ def test_every_listed_rung_agrees_on_this_machine(dtype: torch.dtype) -> None:
     assert REFERENCE_ROWS in ladder.rungs
     counts = [*ladder.rungs, *(HIGH_SAMPLES if ladder.high else (128, 192)), ladder.pad(300)]
     keys, values = random(1, 256, HEAD_DIM, dtype=dtype), random(1, KV_TILE, HEAD_DIM, dtype=dtype)
-    products = [(weight.shape[1], lambda x, w=weight: linear(x, w, None, ladder)) for weight in weights(dtype)]
+    products: list[tuple[int, Callable[[torch.Tensor], torch.Tensor]]] = [
+        (weight.shape[1], lambda x, w=weight: linear(x, w, None, ladder)) for weight in weights(dtype)
+    ]
     if ladder.high:
         products.append((HEAD_DIM, lambda x: torch.bmm(x[None], keys.transpose(1, 2))[0]))
         products.append((KV_TILE, lambda x: torch.bmm(x[None], values)[0]))
@@ -152,7 +156,9 @@ def test_products_in_fixed_tiles_do_not_depend_on_the_row_count_even_there() -> 
 
 
 @pytest.mark.parametrize("fault", [by_count, few_rows, last_rows])
-def test_attention_gives_a_query_the_same_bits_in_any_chunk_even_there(fault) -> None:
+def test_attention_gives_a_query_the_same_bits_in_any_chunk_even_there(
+    fault: Callable[[int], torch.Tensor],
+) -> None:
     """100 queries of three heads that share one KV head: 300 rows at once, or a few at a time."""
     num_tokens, groups, block_size = 100, 3, 4
     k, v = random(2, 64, 1, block_size, HEAD_DIM).unbind()

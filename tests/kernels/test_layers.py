@@ -67,7 +67,7 @@ def test_silu_and_mul_equals_the_gated_part_of_transformers_mlp(dtype: torch.dty
     x = random(11, 32, dtype=dtype)
     gate, up = mlp.gate_proj(x), mlp.up_proj(x)
     got = mlp.down_proj(silu_and_mul(torch.cat([gate, up], dim=-1)))
-    torch.testing.assert_close(got, mlp(x))  # not bit for bit: PyTorch's silu has other last bits where memory is strided
+    torch.testing.assert_close(got, mlp(x))  # PyTorch's silu has other last bits where memory is strided
 
 
 # --- writing the cache ----------------------------------------------------------------------------------------

@@ -52,3 +52,10 @@ async def statuses(cluster: LocalCluster) -> dict[str, WorkerStatus]:
         name: await worker_status(channels, member.address, member.incarnation, timeout_s=5)
         for name, member in cluster.members.items()
     }
+
+
+async def connected(cluster: LocalCluster, timeout_s: float = 10.0) -> None:
+    """Returns when the gateway reads the tokens of every listed worker."""
+    async with asyncio.timeout(timeout_s):
+        while not all(view.connected for view in cluster.dispatcher.health().workers):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)

@@ -28,7 +28,7 @@ from engine.setup import EngineSetup
 from engine.step_runner import StepRunner, ThreadStepRunner
 from engine.types import FinishReason, Key, Request, Role, SamplingParams
 from tests.cluster.harness import LocalCluster, local_cluster
-from tests.oracle.clients import statuses
+from tests.oracle.clients import connected, statuses
 from tests.oracle.prompts import own_prompts
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
@@ -203,7 +203,7 @@ async def test_a_planted_leak_is_seen(cluster: LocalCluster):
     cluster.workers["decode-leaky"] = worker
     del cluster.members["decode-0"]  # so that this one is chosen
     cluster.publish()
-    await _connected(cluster)
+    await connected(cluster)
     await refresh(cluster)
     assert await settled(cluster) == {}
 
@@ -217,9 +217,3 @@ async def test_a_planted_leak_is_seen(cluster: LocalCluster):
     assert {view["worker_id"]: view["num_leaked_blocks"] for view in views} == {"prefill-0": 0, "decode-leaky": 3}
     leaks = [line for line in metrics.splitlines() if line.startswith("steelyard_kv_leaked_blocks{")]
     assert sorted(line.split()[-1] for line in leaks) == ["0.0", "3.0"], leaks
-
-
-async def _connected(cluster: LocalCluster) -> None:
-    async with asyncio.timeout(SETTLED_S):
-        while not all(view.connected for view in cluster.dispatcher.health().workers):  # noqa: ASYNC110
-            await asyncio.sleep(0.02)

@@ -18,7 +18,7 @@ import pytest_asyncio
 from engine.step_runner import ProcessStepRunner
 from engine.types import Request, Role, SamplingParams
 from tests.cluster.harness import LocalCluster, local_cluster
-from tests.oracle.clients import check_cluster, collect
+from tests.oracle.clients import check_cluster, collect, connected
 from tests.oracle.combinations import Case, Combination, Tally, lab, run
 from tests.oracle.prompts import MODEL, oracle_prompts, tokenizer
 from tests.oracle.reference import golden
@@ -26,7 +26,7 @@ from tests.oracle.reference import golden
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
 SEEDS = (7, 2**63 + 11, 123456789)
-NUM_SAMPLED = 40
+NUM_SAMPLED = 32
 ALONE = Combination(chunk=256, batch=1, prefix_cache=True, shuffled=False, block_size=16)
 BATCHED = Combination(chunk=64, batch=16, prefix_cache=True, shuffled=True, block_size=16)
 KILL_AT = 8  # tokens of the slowest stream
@@ -129,6 +129,7 @@ async def test_streams_go_on_unchanged_when_their_decode_worker_dies(
 ):
     """Once to another decode worker, and once, with none left, to the prefill worker until a new one is listed."""
     await cluster.start_worker(Role.DECODE, 1)
+    await connected(cluster)
     for victim in ("decode-0", "decode-1"):
         logs: dict[str, list[int]] = {request.request_id: [] for request in sampled_requests()}
         streams = [
@@ -143,6 +144,7 @@ async def test_streams_go_on_unchanged_when_their_decode_worker_dies(
         assert {name: tuple(tokens) for name, tokens in logs.items()} == sampled_alone
         assert served, f"no stream was on {victim}"
     await cluster.start_worker(Role.DECODE, 0)
+    await connected(cluster)
     tally = await check_cluster(cluster, cases(2), at_once=2)
     assert not tally.wrong, str(tally)
 

@@ -293,7 +293,7 @@ async def test_a_refusal_before_the_commit_tells_the_gateway_once_and_frees_the_
         assert h.sent[1:] == [Abort(KEY)]
         h.turn(TokenOutput(KEY, 0, (), FinishReason.ABORT))  # the engine's answer to the Abort
         (told,) = await h.told()
-        assert is_error(told, error.code)
+        assert is_error(told, "overloaded" if isinstance(error, Overloaded) else "transfer_failed")
         assert h.is_clean()
 
 
@@ -311,12 +311,24 @@ async def test_a_refusal_after_the_commit_tells_the_gateway_once_and_frees_the_b
 
 
 @in_virtual_time
+async def test_a_prompt_whose_deadline_passes_in_the_queue_is_never_started() -> None:
+    with house() as h:
+        h.turn(stats=EngineStats(num_blocks=NUM_BLOCKS, num_held_blocks=NUM_BLOCKS))  # nothing may start now
+        h.submit(timeout_s=3.0)
+        await asyncio.sleep(4)
+        h.turn()
+        (told,) = await h.told()
+        assert is_error(told, "deadline_exceeded")
+        assert h.sent == []
+
+
+@in_virtual_time
 async def test_a_decode_worker_that_never_answers_is_a_refusal() -> None:
     with house() as h:
         await h.start()
         await asyncio.sleep(10)
         (told,) = await h.told()
-        assert is_error(told, "unavailable")
+        assert is_error(told, "transfer_failed")
         assert h.sent[1:] == [Abort(KEY)]
         assert h.is_clean()
 

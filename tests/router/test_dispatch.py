@@ -184,7 +184,7 @@ async def test_a_prefill_worker_lost_after_the_hand_off_is_not_missed() -> None:
 async def test_late_tokens_of_a_lost_placement_are_dropped() -> None:
     cluster = await ready("p0", "d0")
     client = await placed(cluster)
-    cluster["p0"].say(failure(Key("r", 0), TransferFailed("cut")))
+    cluster["p0"].say(failure(Key("r", 0), WorkerLost("cut")))
     await asyncio.sleep(1)
     assert cluster["p0"].key == Key("r", 1)
     cluster["d0"].say(token(Key("r", 0), 0, 99, finish=LENGTH))
@@ -194,6 +194,23 @@ async def test_late_tokens_of_a_lost_placement_are_dropped() -> None:
     cluster["p0"].say(token(Key("r", 1), 0))
     await settle()
     await finish(cluster, client)
+    assert client.ids == [0, 1]
+    await closed(cluster)
+
+
+@in_virtual_time
+async def test_after_a_failed_transfer_the_decode_worker_computes_the_request_itself() -> None:
+    cluster = await ready("p0", "d0")
+    client = await placed(cluster)
+    cluster["p0"].say(token(Key("r", 0), 0))
+    await settle()
+    cluster["d0"].say(failure(Key("r", 0), TransferFailed("cut")))
+    await asyncio.sleep(1)
+    (submission,) = cluster["d0"].submissions
+    assert submission.decode is None
+    assert submission.request.generated_ids == (0,)
+    cluster["d0"].say(token(Key("r", 1), 1, finish=LENGTH))
+    await settle()
     assert client.ids == [0, 1]
     await closed(cluster)
 
@@ -292,9 +309,9 @@ async def test_after_the_last_attempt_the_error_reaches_the_client() -> None:
     cluster = await ready("p0", "d0", max_attempts=3)
     client = await placed(cluster)
     for epoch in range(3):
-        cluster["d0"].say(failure(Key("r", epoch), TransferFailed(f"cut {epoch}")))
+        cluster["d0"].say(failure(Key("r", epoch), WorkerLost(f"cut {epoch}")))
         await asyncio.sleep(1)
-    assert isinstance(client.error, TransferFailed)
+    assert isinstance(client.error, WorkerLost)
     assert client.error.message == "cut 2"
     assert len(cluster["p0"].submissions) == 3
     assert set(cluster["d0"].aborted) == {Key("r", epoch) for epoch in range(3)}
@@ -353,7 +370,7 @@ async def test_each_placement_is_told_what_is_left_of_the_deadline() -> None:
     cluster = await ready("p0", "d0")
     await placed(cluster, timeout_s=30.0)
     await asyncio.sleep(10)
-    cluster["p0"].say(failure(Key("r", 0), TransferFailed("cut")))
+    cluster["p0"].say(failure(Key("r", 0), WorkerLost("cut")))
     await asyncio.sleep(1)
     assert cluster["p0"].submissions[1].request.timeout_s == pytest.approx(20.0, abs=0.5)
     await closed(cluster)

@@ -36,6 +36,11 @@ LOADS = st.lists(
 )  # fmt: skip
 
 
+def test_without_a_hand_off_one_worker_does_it_all_and_a_decode_worker_if_there_is_one() -> None:
+    assert names(choose([load("p0"), load("d0", sequences=2), load("d1", sequences=1)], hand_off=False)) == ("d1", None)
+    assert names(choose([load("p0", 10), load("p1", 5)], hand_off=False)) == ("p1", None)
+
+
 def test_the_prefill_worker_with_the_fewest_prompt_tokens_and_the_decode_worker_with_the_fewest_sequences() -> None:
     loads = [load("p0", 10), load("p1", 5), load("d0", sequences=2), load("d1", sequences=1)]
     assert names(choose(loads)) == ("p1", "d1")
