@@ -61,6 +61,7 @@ class Dispatcher:
         self._links: dict[tuple[str, str], WorkerLink] = {}  # by worker id and incarnation
         self._live: dict[str, LiveRequest] = {}
         self._background: list[asyncio.Task[None]] = []
+        self._strays: dict[tuple[str, Key], None] = {}  # placements being aborted because their tokens still come
         self._closed = asyncio.Event()
         self._news = asyncio.Event()  # a worker has reported, or the membership has changed
         self.canary = Canary(self, config.canary_s)
@@ -206,10 +207,22 @@ class Dispatcher:
         self._news.set()
         for output in batch.outputs:
             live = self._live.get(output.key.request_id)
-            if live is not None:
-                moved_on = live.take(output, member.worker_id)
-                if moved_on and live.handed_off:
-                    self.canary.prove()
+            if live is None or output.key.epoch < live.epoch:
+                self._abort_stray(member, output)
+            elif live.take(output, member.worker_id) and live.handed_off:
+                self.canary.prove()
+
+    def _abort_stray(self, member: Member, output: TokenOutput) -> None:
+        """Tokens that nobody wants: an abort came before what it was to end, or was lost. Once at a time."""
+        link = self._links.get((member.worker_id, member.incarnation))
+        if output.finish or link is None or (member.worker_id, output.key) in self._strays:
+            return
+        self._strays[(member.worker_id, output.key)] = None
+        self._in_background(self._end_stray(link, output.key))
+
+    async def _end_stray(self, link: WorkerLink, key: Key) -> None:
+        await self._abort(link, key)
+        del self._strays[(link.member.worker_id, key)]
 
     def _on_down(self, member: Member, reason: str) -> None:
         for live in self._live.values():

@@ -209,6 +209,20 @@ def test_tokens_that_overtake_the_first_one_wait_for_it() -> None:
     assert len({line.split()[0] for line in lines(log, "gateway-0 tokens")}) < 20 - 5, "nothing had to wait"
 
 
+def test_an_abort_that_comes_before_its_offer_still_ends_the_request() -> None:
+    spec = WorldSpec(seed=6, config=config())
+
+    async def scenario(world: World) -> None:
+        world.gateway_port.lags["prefill-0"] = 0.3  # prefill hears of the end only after the hand-off
+        asking = asyncio.create_task(world.tokens_of(request(max_tokens=1500)))
+        await asyncio.sleep(0.2)
+        asking.cancel()
+        await asyncio.sleep(1.5)
+        assert world.workers["decode-0"].is_quiet(), "it computes for nobody"
+
+    play(spec, scenario)
+
+
 def test_a_byte_of_kv_that_is_wrong_gives_other_tokens() -> None:
     """So the right ones above prove that every block was the right one."""
     spec = WorldSpec(seed=5, config=config())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -106,6 +108,9 @@ INVARIANT = {
 BATCH_LENGTHS = (5, 60, 129, 2, 31, 1, 300, 17, 64, 65, 8, 127, 128, 3, 90, 200)
 
 
+ROOMY: dict[str, Any] = {"num_blocks": 120, "block_size": 16}
+
+
 class Invariance:
     """Sixteen requests of one model, and the logits of each alone, its prompt in one piece."""
 
@@ -118,8 +123,8 @@ class Invariance:
         for item in self.requests:
             self.alone |= self.compute([item], prefill_chunk=512, prefix_cache=False)
 
-    def compute(self, requests: list[Request], **limits) -> dict[Key, torch.Tensor]:
-        built = tiny_engine(self.config, self.weights, **({"num_blocks": 120, "block_size": 16} | limits))
+    def compute(self, requests: list[Request], **limits: Any) -> dict[Key, torch.Tensor]:
+        built = tiny_engine(self.config, self.weights, **(ROOMY | limits))
         recorder = LogitRecorder(built.runner)
         tokens = run(built.engine, recorder, requests)
         assert all(len(tokens[item.key]) == 4 for item in requests)
@@ -131,9 +136,7 @@ class Invariance:
             assert torch.equal(logits, self.alone[key]), f"{key}: {(logits - self.alone[key]).abs().max()}"
 
 
-@pytest.fixture(
-    scope="module", params=[(name, dtype) for name in INVARIANT for dtype in ("float32", "bfloat16")], ids=str
-)
+@pytest.fixture(scope="module", params=itertools.product(INVARIANT, ("float32", "bfloat16")), ids=str)
 def invariance(request: pytest.FixtureRequest) -> Invariance:
     name, dtype = request.param
     return Invariance(INVARIANT[name], getattr(torch, dtype))

@@ -67,7 +67,6 @@ def test_records_read_from_the_pool_are_the_bytes_of_the_tensors(layout: CacheLa
     for plane, layers, block_ids in places(layout):
         tensor = cache.planes[layout.planes[plane].name][layers.start : layers.stop][:, block_ids]
         assert pool.read(plane, layers, block_ids) == cache.read(plane, layers, block_ids) == raw(tensor)
-    del cache, tensor
 
 
 def test_records_written_into_the_pool_appear_in_the_tensors_and_nowhere_else(
@@ -83,7 +82,6 @@ def test_records_written_into_the_pool_appear_in_the_tensors_and_nowhere_else(
         wanted[name][layers.start : layers.stop, block_ids] = source.planes[name][layers.start : layers.stop, block_ids]
         pool.write(plane, layers, block_ids, memoryview(source.read(plane, layers, block_ids)))
         assert all(torch.equal(cache.planes[name], wanted[name]) for name in wanted)
-    del cache
 
 
 def test_blocks_may_lie_elsewhere_at_the_target(layout: CacheLayout, pool: SharedPool) -> None:
@@ -116,7 +114,6 @@ def test_a_payload_of_the_wrong_length_is_refused_and_changes_nothing(
         with pytest.raises(ValueError, match="does not fit"):
             target.write(0, range(2), [1, 2], payload)
     assert bytes(pool.memory) == before
-    del cache
 
 
 def test_a_second_mapping_of_the_same_pool_sees_the_same_bytes(layout: CacheLayout, pool: SharedPool) -> None:
@@ -159,7 +156,6 @@ def test_copies_move_whole_blocks_in_all_planes(layout: CacheLayout, pool: Share
     for name, tensor in cache.planes.items():
         assert torch.equal(tensor[:, [0, 6]], before[name][:, [1, 5]])
         assert torch.equal(tensor[:, 1:6], before[name][:, 1:6])
-    del cache, tensor
 
 
 # --- the cohort -----------------------------------------------------------------------------------------------
