@@ -79,7 +79,7 @@ async def measure_streams(url: str, rounds: int) -> tuple[list[Row], str]:
                 got = await asyncio.gather(*(stream(client, model, text) for text in texts[:count]))
                 for text, one in zip(texts, got, strict=False):
                     if expected.setdefault(text, one.text) != one.text:
-                        raise SystemExit(f"wrong: at {count} streams the text differs from what it was before: {one.text!r}")
+                        raise SystemExit(f"wrong: at {count} streams the text is not what it was: {one.text!r}")
                 times[count] += got
                 medians[count].append(summary(got))
     return [_row(count, medians[count], times[count]) for count in CONCURRENCIES], source

@@ -61,6 +61,7 @@ class ObservedRunner:
     loaded: bool = False
     quiet_s: list[float] = field(default_factory=list)
     loaded_s: list[float] = field(default_factory=list)
+    news: asyncio.Event = field(default_factory=asyncio.Event)
 
     def send(self, command: Command) -> None:
         self.inner.send(command)
@@ -69,6 +70,7 @@ class ObservedRunner:
         outputs = await self.inner.outputs()
         if outputs.step_s and len(outputs.tokens) == NUM_STREAMS:
             (self.loaded_s if self.loaded else self.quiet_s).append(outputs.step_s)
+            self.news.set()
         return outputs
 
     async def stop(self) -> None:
@@ -78,7 +80,8 @@ class ObservedRunner:
         """Until `count` more steps were noted."""
         wanted = len(self.quiet_s) + len(self.loaded_s) + count
         while len(self.quiet_s) + len(self.loaded_s) < wanted:
-            await asyncio.sleep(0.05)
+            self.news.clear()
+            await self.news.wait()
 
 
 class ObservedWorker(Worker):
@@ -150,7 +153,8 @@ def start_sequence(worker: ObservedWorker, index: int) -> None:
 
 async def loaded_phase(observed: ObservedRunner, steps: int, secret: bytes, member: Member) -> int:
     """Start the peer, let it read and serve while `steps` steps are noted, end it; returns the number of pulls."""
-    command = ("-m", "benchmarks.step_jitter", "--peer", secret.hex(), member.worker_id, member.incarnation, member.address)
+    whom = (member.worker_id, member.incarnation, member.address)
+    command = ("-m", "benchmarks.step_jitter", "--peer", secret.hex(), *whom)
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(sys.executable, *command, stdout=pipe, stdin=pipe)
     assert process.stdout is not None and process.stdin is not None

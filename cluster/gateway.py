@@ -23,9 +23,9 @@ from cluster.rpc.channels import Channels
 from cluster.rpc.client import GrpcConnector
 from engine.config import ModelSource
 from engine.errors import ConfigError
+from engine.models.detokenizer import IncrementalDetokenizer
 from engine.models.loader import load_config
 from engine.models.store import resolve
-from engine.models.detokenizer import IncrementalDetokenizer
 from engine.models.tokenizer import load_tokenizer
 from router.dispatch import Dispatcher
 from router.gateway import create_app
@@ -68,9 +68,10 @@ class Gateway:
         listener = _listen(router.host, router.port)
         self._dispatcher = Dispatcher(router, self._gateway_id, GrpcConnector(self._channels), SystemNames())
         app = create_app(self._dispatcher, model, router, wall_clock=time.time, version=our_version())
+        patience = int(STOP_TIMEOUT_S)
         self._server = _Server(
             uvicorn.Config(
-                app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=int(STOP_TIMEOUT_S)
+                app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=patience
             )
         )
         self._serving = asyncio.create_task(self._serve(self._server, listener))

@@ -112,12 +112,9 @@ def _segments_of(
         stops = [item.start + first + count for item in group]
         positions = [range(stop - count, stop) for stop in stops]
         rows = slice(row + first, row + first + count * len(group))
-        segments.append(
-            make_segment(
-                rows, torch.tensor([list(span) for span in positions], device=device),
-                _block_table(group, max(stops), block_size, device), stops, groups, block_size, ladder,
-            )  # fmt: skip
-        )
+        table = _block_table(group, max(stops), block_size, device)
+        where = torch.tensor([list(span) for span in positions], device=device)
+        segments.append(make_segment(rows, where, table, stops, groups, block_size, ladder))
     return segments
 
 

@@ -16,10 +16,14 @@ class StrictModel(BaseModel):
 class ModelSource(StrictModel):
     """Which model to serve."""
 
-    name: str = Field(default="smollm2-135m-instruct", min_length=1, description="catalogue name, folder, .gguf file or hub name")
+    name: str = Field(
+        default="smollm2-135m-instruct", min_length=1, description="catalogue name, folder, .gguf file or hub name"
+    )
     served_name: str | None = Field(default=None, description="name in the API; the reference's last part when null")
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="type of weights and KV")
-    max_context: int | None = Field(default=None, ge=8, description="longest prompt + output in tokens; the model's own when null")
+    max_context: int | None = Field(
+        default=None, ge=8, description="longest prompt + output in tokens; the model's own when null"
+    )
     cache_dir: str | None = Field(default=None, description="where pulled models live; ~/.cache/steelyard when null")
 
 
@@ -31,16 +35,20 @@ class EngineConfig(StrictModel):
     num_blocks: int = Field(default=2048, ge=4, description="KV blocks in the pool")
     max_batch_tokens: int = Field(default=512, ge=1, description="token budget of one step")
     max_batch_seqs: int = Field(default=64, ge=1, description="sequences in one step")
-    prefill_chunk: int = Field(default=256, ge=1, description="most prompt tokens of one sequence in one step")
+    prefill_chunk: int = Field(default=256, ge=1, description="most prompt tokens of one sequence in a step")
     prefix_cache: bool = True
     batch_invariant: bool | None = Field(default=None, description="null: on in float32, off in bfloat16")
-    runner: Literal["process", "thread"] = Field(default="process", description="where steps run: a process of their own, or a thread")
+    runner: Literal["process", "thread"] = Field(
+        default="process", description="where steps run: a process of their own, or a thread"
+    )
     threads: int = Field(default=1, ge=1, description="CPU threads of one engine")
 
     @model_validator(mode="after")
     def _budgets_fit(self) -> EngineConfig:
         if self.prefill_chunk > self.max_batch_tokens:
-            raise ValueError(f"prefill_chunk ({self.prefill_chunk}) must not exceed max_batch_tokens ({self.max_batch_tokens})")
+            raise ValueError(
+                f"prefill_chunk ({self.prefill_chunk}) must not exceed max_batch_tokens ({self.max_batch_tokens})"
+            )
         if self.device == "cuda" and self.runner == "process":
             raise ValueError("runner 'process' shares KV by memory, which a cuda pool cannot; use runner: thread")
         return self

@@ -66,7 +66,8 @@ class CacheLayout:
     def block_offset(self, plane_index: int, layer_index: int, block_id: int, num_blocks: int) -> int:
         """Byte offset in the pool of one block of one layer (counted within the plane)."""
         plane = self.planes[plane_index]
-        return self.plane_offset(plane_index, num_blocks) + plane.bytes_per_block * (layer_index * num_blocks + block_id)
+        record = layer_index * num_blocks + block_id
+        return self.plane_offset(plane_index, num_blocks) + plane.bytes_per_block * record
 
 
 def attention_layout(num_layers: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: str) -> CacheLayout:

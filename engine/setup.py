@@ -39,7 +39,8 @@ def plan_engine(source: ModelSource, config: EngineConfig, hash_key: bytes) -> E
     if source.max_context is not None:
         if source.max_context > model.max_context:
             raise ModelError(
-                f"max_context {source.max_context} exceeds the model's own {model.max_context}", param="model.max_context"
+                f"max_context {source.max_context} exceeds the model's own {model.max_context}",
+                param="model.max_context",
             )
         model = replace(model, max_context=source.max_context)
     layout = attention_layout(model.num_layers, model.num_kv_heads, model.head_dim, config.block_size, source.dtype)

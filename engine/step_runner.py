@@ -123,7 +123,9 @@ class ThreadStepRunner:
 class ProcessStepRunner:
     """Turns in a child process that shares the KV pool; the two talk over a socket pair."""
 
-    def __init__(self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         self._process = process
         self._reader = reader
         self._writer = writer
@@ -135,7 +137,9 @@ class ProcessStepRunner:
         with theirs:
             fds = (theirs.fileno(), pool.fd)
             command = [sys.executable, "-m", "engine.process", *map(str, fds)]
-            process = subprocess.Popen(command, pass_fds=fds, env=_child_env(setup.config.threads))
+            process = await asyncio.to_thread(
+                subprocess.Popen, command, pass_fds=fds, env=_child_env(setup.config.threads)
+            )
         reader, writer = await asyncio.open_connection(sock=ours)
         runner = cls(process, reader, writer)
         try:

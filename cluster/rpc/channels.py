@@ -45,7 +45,8 @@ class _AddStream(grpc.aio.UnaryStreamClientInterceptor):
 
 def _with(details: grpc.aio.ClientCallDetails, metadata: _Metadata) -> grpc.aio.ClientCallDetails:
     merged = grpc.aio.Metadata(*(details.metadata or ()), *metadata)
-    return grpc.aio.ClientCallDetails(details.method, details.timeout, merged, details.credentials, details.wait_for_ready)
+    rest = (details.credentials, details.wait_for_ready)
+    return grpc.aio.ClientCallDetails(details.method, details.timeout, merged, *rest)
 
 
 class Channels:

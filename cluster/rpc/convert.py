@@ -74,7 +74,8 @@ def offer_to(offer: Offer) -> request_pb2.OfferRequest:
     )
     return request_pb2.OfferRequest(
         lease=request_pb2.Lease(key=key_to(lease.key), producer=producer, secret=lease.secret),
-        num_tokens=offer.num_tokens, num_growth=offer.num_growth, gateway_id=offer.gateway_id, timeout_s=offer.timeout_s,
+        num_tokens=offer.num_tokens, num_growth=offer.num_growth, gateway_id=offer.gateway_id,
+        timeout_s=offer.timeout_s,
     )  # fmt: skip
 
 

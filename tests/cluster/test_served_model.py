@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.ray
 
 MODEL = "smollm2-135m-instruct"
 PATIENCE_S = 120.0
-CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
+CAPITAL: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 class Served:
@@ -38,7 +39,9 @@ class Served:
         environ = os.environ | {"NO_COLOR": "1", "COLUMNS": "1000"}
         self._output = folder / "output.txt"
         with self._output.open("w") as file:
-            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environ, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=environ, start_new_session=True
+            )
         self.url = self.wait_for(r"URL +(http://[\d.:]+)/v1")
         self.curl = self.wait_for(r"\n(curl .*)\n")
         self.ray_folder = next(filter(None, map(self._guarded_folder, pids())))
@@ -123,7 +126,8 @@ def test_workers_killed_while_idle_are_replaced_and_the_cluster_serves_again(ser
         os.kill(parent_of(victim), signal.SIGKILL)
         wait_until(lambda before=before: len(before - incarnations(served)) == 1 and len(incarnations(served)) == 2)
         wait_until(lambda: httpx.get(f"{served.url}/health").status_code == 200)
-        reply = httpx.post(f"{served.url}/v1/chat/completions", json={"model": MODEL, "messages": CAPITAL, "temperature": 0})
+        body = {"model": MODEL, "messages": CAPITAL, "temperature": 0}
+        reply = httpx.post(f"{served.url}/v1/chat/completions", json=body)
         assert reply.json()["choices"][0]["message"]["content"] == "The capital of France is Paris."
     assert all(worker["num_leaked_blocks"] == 0 for worker in httpx.get(f"{served.url}/health").json()["workers"])
 

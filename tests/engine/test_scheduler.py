@@ -383,6 +383,16 @@ def test_a_preempted_sequence_continues_where_it_was() -> None:
         assert indices == list(range(12))
 
 
+def test_a_preempted_sequence_goes_before_those_that_waited() -> None:
+    bench = Bench(num_blocks=6, limits=limits(seqs=2, prefix_cache=False))
+    bench.send(*(Add(request(name, 8, max_tokens=12)) for name in "abc"))
+    while not bench.engine.stats().num_preemptions:
+        bench.step()
+    assert [sequence.key.request_id for sequence in bench.engine.scheduler.waiting] == ["b", "c"]
+    bench.run()
+    assert [key.request_id for key in bench.finished] == ["a", "b", "c"]
+
+
 def test_the_last_one_running_preempts_itself_and_recovers() -> None:
     bench = Bench(num_blocks=6)
     alone = request("alone", 12, max_tokens=8)

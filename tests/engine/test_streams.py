@@ -88,6 +88,11 @@ async def test_a_reader_is_woken_by_news() -> None:
     assert not reading.done()
     streams.publish([output("a")], EngineStats())
     assert (await reading).outputs == (output("a"),)
+    reading = asyncio.create_task(read(stream))
+    await turn_loop()
+    assert not reading.done(), "the news was read"
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
     await stream.aclose()
 
 

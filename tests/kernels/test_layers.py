@@ -67,7 +67,29 @@ def test_silu_and_mul_equals_the_gated_part_of_transformers_mlp(dtype: torch.dty
     x = random(11, 32, dtype=dtype)
     gate, up = mlp.gate_proj(x), mlp.up_proj(x)
     got = mlp.down_proj(silu_and_mul(torch.cat([gate, up], dim=-1)))
-    torch.testing.assert_close(got, mlp(x))  # PyTorch's silu has other last bits where memory is strided
+    torch.testing.assert_close(got, mlp(x))
+
+
+def test_silu_and_mul_of_far_values_is_their_limit() -> None:
+    gate = torch.tensor([[-1e4, -200.0, -0.0, 0.0, 200.0, 1e4]])
+    wanted = [[0.0, 0.0, 0.0, 0.0, 200.0, 1e4]]
+    assert silu_and_mul(torch.cat([gate, torch.ones_like(gate)], dim=-1)).abs().tolist() == wanted
+
+
+@pytest.mark.parametrize(("num_threads", "width"), [(1, 1500), (2, 1500), (3, 11008)])
+def test_a_row_has_the_same_bits_beside_any_number_of_others(num_threads: int, width: int) -> None:
+    """However the rows are cut among threads."""
+    torch.set_num_threads(num_threads)
+    x = random(40, 2 * width)
+    heads, cos, sin = x.view(40, 4, -1), random(40, 1, width // 4, seed=1), random(40, 1, width // 4, seed=2)
+    for compute in (
+        lambda rows: silu_and_mul(x[rows].clone()),
+        lambda rows: rms_norm(x[rows].clone(), x[0], 1e-5),
+        lambda rows: apply_rope(heads[rows].clone(), cos[rows], sin[rows]),
+    ):
+        alone = torch.cat([compute(slice(row, row + 1)) for row in range(40)])
+        for count in (3, 8, 23, 29, 36):
+            assert torch.equal(compute(slice(0, count)), alone[:count])
 
 
 # --- writing the cache ----------------------------------------------------------------------------------------
