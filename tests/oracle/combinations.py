@@ -17,6 +17,7 @@ import itertools
 import multiprocessing
 import os
 import random
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -178,7 +179,20 @@ def check_engine(one: Combination, cases: Sequence[Case]) -> tuple[Tally, Engine
 def processes() -> ProcessPoolExecutor:
     """One for each core; each has the weights and a KV pool of its own, up to 1.5 GB."""
     spawning = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(min(os.cpu_count() or 1, MAX_PROCESSES), mp_context=spawning)
+    count = min(os.cpu_count() or 1, MAX_PROCESSES)
+    return ProcessPoolExecutor(count, mp_context=spawning, initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    """A pool's processes wait for work for ever, even if who would send it was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @dataclass(frozen=True, slots=True)
