@@ -1,9 +1,10 @@
 """`make test-oracle`: forty prompts over all combinations, and through a cluster; writes results.json.
 
-1. Each combination runs in a process of its own thread, as many at a time as there are cores. With a chunk of one token
-   a prompt costs a step of the whole model for each token, so long ones have that only in company (`longest_prompt`).
-2. Then the forty go through a cluster, one at a time and sixteen at a time.
-3. The table is printed as it grows; the result is written even if something is wrong, and the test fails then.
+1. Each combination runs in one of several processes of one thread each; of a long prompt small chunks are tried only in
+   company (`longest_prompt`), because they cost a step of the whole model for a few tokens.
+2. The forty also go through a cluster, one at a time and sixteen at a time.
+3. results.json is written after each of them. A run that was stopped goes on where it stopped, as long as it is of the
+   same versions; one that was finished starts anew. The test fails if anything is wrong or missing in the end.
 
 ORACLE_PROMPTS=3 in the environment tries it with so few prompts, and writes nothing.
 """
@@ -14,7 +15,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -37,10 +38,10 @@ from tests.oracle.prompts import MODEL, NUM_PROMPTS, oracle_prompts, source
 from tests.oracle.record import versions
 from tests.oracle.reference import NUM_NEW, golden
 
-pytestmark = pytest.mark.oracle
+pytestmark = [pytest.mark.oracle, pytest.mark.timeout(0)]
 
 RESULTS_PATH = Path(__file__).with_name("results.json")
-LONGEST_WITH_CHUNK_1 = {1: 130, 4: 420}  # tokens of a prompt, by batch
+LONGEST = {(1, 1): 130, (1, 4): 420, (7, 1): 420}  # tokens of a prompt, by chunk and batch
 AT_ONCE = (1, 16)  # through the cluster
 
 
@@ -63,24 +64,43 @@ class Row:
         )
 
 
+Add = Callable[[str, Tally, float], None]  # where, what came of it, seconds
 HEADER = f"{'':62} {'compared':>8} {'equal':>6} {'near ties':>9} {'wrong':>6} {'left out':>9} {'seconds':>7}"
 
 
 @dataclass(slots=True)
 class Report:
+    """The table so far. `known` are the rows of a run that was stopped."""
+
     rows: list[Row] = field(default_factory=list)
-    total: Tally = field(default_factory=Tally)
+    near_ties: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
 
     def add(self, where: str, tally: Tally, num_prompts: int, duration_s: float) -> Row:
         left_out = num_prompts - tally.num_compared
         counts = (tally.num_compared, tally.num_equal, len(tally.near_ties), len(tally.wrong))
         self.rows.append(Row(where, *counts, left_out, round(duration_s, 1)))
-        self.total.add(tally)
+        self.near_ties += tally.near_ties
+        self.wrong += tally.wrong
         return self.rows[-1]
+
+    def has(self, where: str) -> bool:
+        return any(row.where == where for row in self.rows)
+
+    def missing(self) -> list[str]:
+        return [where for where in EVERYWHERE if not self.has(where)]
+
+    def __str__(self) -> str:
+        equal, compared = sum(row.num_equal for row in self.rows), sum(row.num_compared for row in self.rows)
+        return "\n".join([f"{equal} of {compared} equal", *self.near_ties, *self.wrong])
+
+
+COMBINATIONS = sorted(all_combinations(block_size=16), key=lambda one: (-one.batch, one.chunk))
+EVERYWHERE = [*map(str, COMBINATIONS), *(f"cluster, {count} at once" for count in AT_ONCE)]
 
 
 def longest_prompt(one: Combination) -> int:
-    return LONGEST_WITH_CHUNK_1.get(one.batch, WHOLE) if one.chunk == 1 else WHOLE
+    return LONGEST.get((one.chunk, one.batch), WHOLE)
 
 
 def cases(count: int) -> list[Case]:
@@ -93,53 +113,73 @@ def cases(count: int) -> list[Case]:
 
 async def test_forty_prompts_over_all_combinations(capfd: pytest.CaptureFixture[str]):
     count = int(os.environ.get("ORACLE_PROMPTS", NUM_PROMPTS))
-    report, begun = Report(), time.perf_counter()
+    is_whole = count == NUM_PROMPTS
+    report, begun = _stopped_run() if is_whole else Report(), time.perf_counter()
 
     def show(text: object) -> None:
         with capfd.disabled():
             print(f"{time.perf_counter() - begun:6.0f} s  {text}", flush=True)
 
-    show(f"{count} prompts: {source()}")
+    def add(where: str, tally: Tally, duration_s: float) -> None:
+        show(report.add(where, tally, count, duration_s))
+        if is_whole:
+            RESULTS_PATH.write_text(_as_json(report), "utf-8")
+
+    show(f"{count} prompts: {source()}; {len(report.missing())} of {len(EVERYWHERE)} rows to do")
     show(HEADER)
-    await _run_engines(count, report, show)
-    await _run_cluster(count, report, show)
-    show(report.total)
-    if count == NUM_PROMPTS:
-        RESULTS_PATH.write_text(_as_json(report, time.perf_counter() - begun), "utf-8")
-    assert not report.total.wrong, str(report.total)
+    await _run_engines(count, report, [one for one in COMBINATIONS if one.batch > 1], add)
+    await _run_cluster(count, report, add)
+    await _run_engines(count, report, COMBINATIONS, add)
+    show(report)
+    assert not report.wrong, str(report)
+    assert not report.missing()
 
 
-async def _run_engines(count: int, report: Report, show: Callable[[object], None]) -> None:
+async def _run_engines(count: int, report: Report, combinations: Sequence[Combination], add: Add) -> None:
     loop = asyncio.get_running_loop()
     with processes() as pool:
 
         async def check(one: Combination) -> None:
             chosen = fitting(cases(count), longest_prompt(one))
             tally, _, duration_s = await loop.run_in_executor(pool, check_engine, one, chosen)
-            show(report.add(str(one), tally, count, duration_s))
+            add(str(one), tally, duration_s)
 
-        longest_first = sorted(all_combinations(block_size=16), key=lambda one: (one.batch, one.chunk))
         async with asyncio.TaskGroup() as group:
-            for one in longest_first:
-                group.create_task(check(one))
+            for one in combinations:
+                if not report.has(str(one)):
+                    group.create_task(check(one))
 
 
-async def _run_cluster(count: int, report: Report, show: Callable[[object], None]) -> None:
+async def _run_cluster(count: int, report: Report, add: Add) -> None:
+    wanted = {f"cluster, {at_once} at once": at_once for at_once in AT_ONCE}
+    if all(map(report.has, wanted)):
+        return
     async with local_cluster() as cluster:
-        for at_once in AT_ONCE:
+        for where, at_once in wanted.items():
             begun = time.perf_counter()
-            tally = await check_cluster(cluster, cases(count), at_once)
-            show(report.add(f"cluster, {at_once} at once", tally, count, time.perf_counter() - begun))
+            if not report.has(where):
+                add(where, await check_cluster(cluster, cases(count), at_once), time.perf_counter() - begun)
 
 
-def _as_json(report: Report, duration_s: float) -> str:
+def _stopped_run() -> Report:
+    """What an earlier run of the same versions left undone; empty if there is none."""
+    if not RESULTS_PATH.exists():
+        return Report()
+    stored = json.loads(RESULTS_PATH.read_text("utf-8"))
+    report = Report([Row(**row) for row in stored["rows"]], stored["near_ties"], stored["wrong"])
+    is_same = (stored["numerics_version"], stored["versions"]) == (NUMERICS_VERSION, versions())
+    return report if is_same and report.missing() and not report.wrong else Report()
+
+
+def _as_json(report: Report) -> str:
     lengths = [len(prompt.ids) for prompt in oracle_prompts(NUM_PROMPTS)]
+    limits = ", ".join(f"chunk {chunk} at batch {batch}: {longest}" for (chunk, batch), longest in LONGEST.items())
     head = {
         "model": MODEL, "numerics_version": NUMERICS_VERSION, "versions": versions(), "cores": os.cpu_count(),
         "prompts": {"source": source(), "count": len(lengths), "tokens": [min(lengths), max(lengths)]},
-        "num_new": NUM_NEW, "duration_s": round(duration_s), "num_compared": report.total.num_compared,
-        "num_equal": report.total.num_equal, "near_ties": report.total.near_ties, "wrong": report.total.wrong,
-        "left_out": f"chunk 1: prompts of more tokens than, by batch, {LONGEST_WITH_CHUNK_1}",
+        "num_new": NUM_NEW, "num_compared": sum(row.num_compared for row in report.rows),
+        "num_equal": sum(row.num_equal for row in report.rows), "near_ties": report.near_ties, "wrong": report.wrong,
+        "left_out": f"prompts of more tokens than, with {limits}", "not_run_yet": report.missing(),
     }  # fmt: skip
     rows = sorted(report.rows, key=lambda row: row.where)
     lines = ",\n".join(f"  {json.dumps(asdict(row))}" for row in rows)
