@@ -76,6 +76,7 @@ class Engine:
         self._reserved: list[Reserved] = []
         self._num_steps = 0
         self._num_leaked = 0
+        self._told_leaked = 0  # in the last outputs
 
     # --- one turn ------------------------------------------------------------------------------------------
 
@@ -113,11 +114,12 @@ class Engine:
         """What has happened since the last call."""
         outputs = StepOutputs(tuple(self._tokens), tuple(self._progress), tuple(self._reserved), self.stats())
         self._tokens, self._progress, self._reserved = [], [], []
+        self._told_leaked = self._num_leaked
         return outputs
 
     @property
     def has_outputs(self) -> bool:
-        return bool(self._tokens or self._progress or self._reserved)
+        return bool(self._tokens or self._progress or self._reserved) or self._num_leaked != self._told_leaked
 
     @property
     def has_work(self) -> bool:

@@ -481,6 +481,15 @@ def test_a_planted_leak_is_seen_when_the_engine_falls_idle() -> None:
     assert engine.stats().num_leaked_blocks == 2
 
 
+def test_a_leak_is_told_without_being_asked_for_and_once() -> None:
+    engine = make_engine()
+    engine.blocks.allocate(Holder(HolderKind.SEQUENCE, Key("forgotten", 0)), 2)
+    assert engine.begin() is None
+    assert engine.has_outputs
+    assert engine.take_outputs().stats.num_leaked_blocks == 2
+    assert not engine.has_outputs
+
+
 def test_a_planted_leak_is_seen_while_the_engine_is_busy() -> None:
     engine = make_engine(num_blocks=200, max_context=900)
     engine.handle(Add(request(max_tokens=3 * LEAK_CHECK_STEPS)))

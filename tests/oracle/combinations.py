@@ -44,7 +44,7 @@ WHOLE = 2048  # a chunk that holds every prompt
 GREEDY = SamplingParams(max_tokens=NUM_NEW, temperature=0.0, ignore_eos=True)
 MOST_SHARED = 320  # tokens of a prompt's beginning that are computed beforehand
 SHUFFLE_SEED = 2025
-MAX_PROCESSES = 8
+MAX_PROCESSES = 16
 
 
 @dataclass(frozen=True, slots=True)

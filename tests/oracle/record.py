@@ -10,9 +10,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping
-
-import torch
-import transformers
+from importlib.metadata import version
 
 from engine.planes import NUMERICS_VERSION
 from tests.oracle.compare import NEAR_TIE, Expected
@@ -21,7 +19,7 @@ from tests.oracle.reference import GOLDEN_PATH, NUM_NEW, load_reference
 
 
 def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    return {"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")}
 
 
 def as_json(results: Mapping[OraclePrompt, Expected]) -> str:

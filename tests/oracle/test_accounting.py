@@ -11,7 +11,7 @@ import secrets
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import httpx
@@ -37,6 +37,7 @@ SEED = 20251122
 NUM_REQUESTS = 500
 MAX_AT_ONCE = 64
 NUM_KINDS = 150  # different requests among them; equal ones must get equal tokens
+FOR_MINUTES = 1500  # tokens of some that are given up: nobody could miss that they were not stopped
 SETTLED_S = 6.0  # less than a lease's life, so that nothing may wait for one to expire
 
 
@@ -86,8 +87,11 @@ def _make_kind(rng: random.Random, text: tuple[int, ...]) -> tuple[tuple[int, ..
 
 
 def _make_visit(rng: random.Random, name: str, prompt: tuple[int, ...], params: SamplingParams) -> Visit:
-    give_up = rng.choices(list(GiveUp), weights=(70, 5, 15, 10))[0]
-    return Visit(Request(name, prompt, params), give_up, 0.5 * rng.random() ** 2, rng.randint(1, 6))
+    give_up = rng.choices(list(GiveUp), weights=(70, 4, 10, 16))[0]
+    if give_up is not GiveUp.NEVER and rng.random() < 0.5:
+        params = replace(params, max_tokens=FOR_MINUTES)
+    # The first token comes while the blocks are on their way to decode, so many leave just then.
+    return Visit(Request(name, prompt, params), give_up, 4 * rng.random() ** 2, rng.choice((1, 1, 1, 2, 3, 6)))
 
 
 @dataclass(frozen=True, slots=True)
