@@ -6,7 +6,6 @@ import asyncio
 import os
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import aclosing
@@ -569,9 +568,8 @@ async def make_faults(world: World, chance: Chance, count: int) -> None:
 # --- long runs --------------------------------------------------------------------------------------------------
 
 
-def test_an_hour_with_canaries_and_a_request_every_minute_runs_in_seconds() -> None:
+def test_an_hour_with_canaries_and_a_request_every_minute() -> None:
     spec = WorldSpec(seed=20, config=config(2, 2))
-    begun = time.perf_counter()
 
     async def scenario(world: World) -> None:
         world.dispatcher.canary.start()
@@ -584,4 +582,3 @@ def test_an_hour_with_canaries_and_a_request_every_minute_runs_in_seconds() -> N
 
     log = play(spec, scenario)
     assert float(lines(log)[-1].split()[0]) > 3500
-    assert time.perf_counter() - begun < 20
