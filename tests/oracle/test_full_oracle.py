@@ -95,7 +95,10 @@ class Report:
         return "\n".join([f"{equal} of {compared} equal", *self.near_ties, *self.wrong])
 
 
-COMBINATIONS = sorted(all_combinations(block_size=16), key=lambda one: (-one.batch, one.chunk))
+# Those in which the block order goes with the prefix cache come first: they hold every pair of the other factors.
+COMBINATIONS = sorted(
+    all_combinations(block_size=16), key=lambda one: (one.shuffled != one.prefix_cache, -one.batch, one.chunk)
+)
 EVERYWHERE = [*map(str, COMBINATIONS), *(f"cluster, {count} at once" for count in AT_ONCE)]
 
 
@@ -127,7 +130,7 @@ async def test_forty_prompts_over_all_combinations(capfd: pytest.CaptureFixture[
 
     show(f"{count} prompts: {source()}; {len(report.missing())} of {len(EVERYWHERE)} rows to do")
     show(HEADER)
-    await _run_engines(count, report, [one for one in COMBINATIONS if one.batch > 1], add)
+    await _run_engines(count, report, [one for one in COMBINATIONS[: len(COMBINATIONS) // 2] if one.batch > 1], add)
     await _run_cluster(count, report, add)
     await _run_engines(count, report, COMBINATIONS, add)
     show(report)
