@@ -69,6 +69,7 @@ def test_the_result_of_the_long_run_is_of_this_numerics_version_and_clean():
         pytest.skip("make test-oracle has not been run yet")
     results = json.loads(RESULTS_PATH.read_text("utf-8"))
     assert results["numerics_version"] == NUMERICS_VERSION
+    assert not results["not_run_yet"]
     assert not results["wrong"]
 
 
