@@ -199,7 +199,7 @@ async def run_peer(secret: str, worker_id: str, incarnation: str, address: str) 
     num_tokens = PULL_BLOCKS * layout.block_size
     request = Request("pull", (1,) * num_tokens, SamplingParams(), generated_ids=(1,))
     blocks = tuple(range(PULL_BLOCKS))
-    outbox.commit(lease.key, num_tokens, blocks, HandOff(request, num_tokens, 0, GATEWAY_ID).encode())
+    outbox.commit(lease.key, blocks, HandOff(request, num_tokens, 0, GATEWAY_ID).encode())
     server = WorkerServer(bytes.fromhex(secret), PEER.incarnation)
     print(server.bind("127.0.0.1"), lease.secret, xxhash.xxh3_64_hexdigest(pool.memory), flush=True)
     await server.start(None, outbox)  # type: ignore[arg-type]  # KV only

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence as Groups
+from dataclasses import dataclass, replace
 
 import torch
 
+from engine.block_table import BlockTable
+from engine.planes import Group
 from engine.scheduler import Batch, Scheduled
-from kernels.reference.attention import Segment, make_segment, tile_tokens
+from kernels.reference.attention import Segment, first_key, make_segment, tile_tokens
 from kernels.reference.ladder import RowLadder
 
 QUERY_TILE = 256  # most new tokens of one sequence in one attention call: bounds the score matrix
+
+
+@dataclass(frozen=True, slots=True)
+class GroupInput:
+    """Where the layers of one group store and read. block_ids: [num_tokens] of each new token's KV; segments: the
+    attention calls that cover rows 0 to num_tokens."""
+
+    block_ids: torch.Tensor
+    segments: tuple[Segment, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,41 +30,57 @@ class StepInput:
     """What a model's forward takes.
 
     token_ids, positions: [padded_rows]; rows beyond num_tokens are padding
-    block_ids, offsets: [num_tokens] where each new token's KV goes
-    segments: the attention calls that cover rows 0 to num_tokens
-    sample_rows: [padded samples] rows whose logits are wanted; the first num_samples count
+    offsets: [num_tokens] where in its block each new token's KV goes
+    groups: one for each group of the cache's layout
+    sample_rows: [padded samples] rows whose logits are wanted; the first num_samples count. An item that samples has
+        one row, its last; one that wants its prompt's logprobs has all its rows (num_rows_of)
     """
 
     num_tokens: int
     token_ids: torch.Tensor
     positions: torch.Tensor
-    block_ids: torch.Tensor
     offsets: torch.Tensor
-    segments: tuple[Segment, ...]
+    groups: tuple[GroupInput, ...]
     sample_rows: torch.Tensor
     num_samples: int
 
 
-def build_input(batch: Batch, block_size: int, groups: int, ladder: RowLadder, device: str) -> StepInput:
+def num_rows_of(item: Scheduled) -> int:
+    """How many of an item's rows need logits: all where its prompt's logprobs are wanted and not all known, else the
+    last if it samples."""
+    sequence = item.sequence
+    wants_prompt = sequence.request.sampling.prompt_logprobs >= 0 and sequence.num_generated == 0
+    return item.num_new if wants_prompt else int(item.samples)
+
+
+def build_input(
+    batch: Batch, groups: Groups[Group], block_size: int, heads_per_kv: int, ladder: RowLadder, device: str
+) -> StepInput:
     """Lay out a batch: sequences with one new token first, bucketed by context length, then chunks."""
     items = sorted(batch.scheduled, key=lambda item: (item.num_new > 1, _num_tiles(item, block_size)))
     rows = _RowBuilder(block_size)
-    segments: list[Segment] = []
-    for group in _group(items, block_size):
-        start = rows.count
-        for item in group:
+    buckets = _bucket(items, block_size)
+    starts: list[int] = []
+    for bucket in buckets:
+        starts.append(rows.count)
+        for item in bucket:
             rows.add(item)
-        segments += _segments_of(group, start, block_size, groups, ladder, device)
-    order = {id(item): index for index, item in enumerate(batch.scheduled)}
-    samples = [rows.last_row[id(item)] for item in sorted(items, key=lambda item: order[id(item)]) if item.samples]
+    make = _SegmentMaker(block_size, heads_per_kv, ladder, device)
+    spans = [span for bucket, start in zip(buckets, starts, strict=True) for span in _spans(bucket, start)]
+    samples = [row for item in batch.scheduled for row in rows.sample_rows(item)]
     padded = ladder.pad(rows.count)
     return StepInput(
         num_tokens=rows.count,
         token_ids=_pad(rows.token_ids, padded, device),
         positions=_pad(rows.positions, padded, device),
-        block_ids=torch.tensor(rows.block_ids, device=device),
-        offsets=torch.tensor(rows.offsets, device=device),
-        segments=tuple(segments),
+        offsets=torch.tensor([position % block_size for position in rows.positions], device=device),
+        groups=tuple(
+            GroupInput(
+                torch.tensor(_new_blocks(items, index, block_size), device=device),
+                tuple(make.segment(span, index, group.window) for span in spans),
+            )
+            for index, group in enumerate(groups)
+        ),
         sample_rows=_pad(samples, ladder.pad(len(samples)) if samples else 0, device),
         num_samples=len(samples),
     )
@@ -65,8 +93,6 @@ class _RowBuilder:
         self.block_size = block_size
         self.token_ids: list[int] = []
         self.positions: list[int] = []
-        self.block_ids: list[int] = []
-        self.offsets: list[int] = []
         self.last_row: dict[int, int] = {}
 
     @property
@@ -74,27 +100,38 @@ class _RowBuilder:
         return len(self.token_ids)
 
     def add(self, item: Scheduled) -> None:
-        sequence, stop = item.sequence, item.start + item.num_new
-        self.token_ids += sequence.tokens[item.start : stop]
+        stop = item.start + item.num_new
+        self.token_ids += item.sequence.tokens[item.start : stop]
         self.positions += range(item.start, stop)
-        self.block_ids += [sequence.block_ids[position // self.block_size] for position in range(item.start, stop)]
-        self.offsets += [position % self.block_size for position in range(item.start, stop)]
         self.last_row[id(item)] = self.count - 1
+
+    def sample_rows(self, item: Scheduled) -> range:
+        stop = self.last_row[id(item)] + 1
+        return range(stop - num_rows_of(item), stop)
+
+
+def _new_blocks(items: list[Scheduled], group: int, block_size: int) -> list[int]:
+    """The block of each new position, in the order of the rows."""
+    return [
+        item.sequence.tables[group][position // block_size]
+        for item in items
+        for position in range(item.start, item.start + item.num_new)
+    ]
 
 
 def _num_tiles(item: Scheduled, block_size: int) -> int:
     return -(-(item.start + item.num_new) // tile_tokens(block_size))
 
 
-def _group(items: list[Scheduled], block_size: int) -> list[list[Scheduled]]:
+def _bucket(items: list[Scheduled], block_size: int) -> list[list[Scheduled]]:
     """Single-token items whose contexts are within a factor of two share one attention call; chunks go alone."""
-    groups: list[list[Scheduled]] = []
+    buckets: list[list[Scheduled]] = []
     for item in items:
-        if groups and _fits(item, groups[-1][0], block_size):
-            groups[-1].append(item)
+        if buckets and _fits(item, buckets[-1][0], block_size):
+            buckets[-1].append(item)
         else:
-            groups.append([item])
-    return groups
+            buckets.append([item])
+    return buckets
 
 
 def _fits(item: Scheduled, head: Scheduled, block_size: int) -> bool:
@@ -102,28 +139,66 @@ def _fits(item: Scheduled, head: Scheduled, block_size: int) -> bool:
     return single and _num_tiles(item, block_size) <= 2 * _num_tiles(head, block_size)
 
 
-def _segments_of(
-    group: list[Scheduled], row: int, block_size: int, groups: int, ladder: RowLadder, device: str
-) -> list[Segment]:
-    num_new = group[0].num_new
-    segments = []
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """One attention call: `count` new tokens of each item, the first of them `first` after the item's start."""
+
+    items: tuple[Scheduled, ...]
+    first: int
+    count: int
+    rows: slice
+
+    @property
+    def stops(self) -> list[int]:
+        return [item.start + self.first + self.count for item in self.items]
+
+
+def _spans(bucket: list[Scheduled], row: int) -> list[_Span]:
+    spans, num_new = [], bucket[0].num_new
     for first in range(0, num_new, QUERY_TILE):
         count = min(QUERY_TILE, num_new - first)
-        stops = [item.start + first + count for item in group]
-        positions = [range(stop - count, stop) for stop in stops]
-        rows = slice(row + first, row + first + count * len(group))
-        table = _block_table(group, max(stops), block_size, device)
-        where = torch.tensor([list(span) for span in positions], device=device)
-        segments.append(make_segment(rows, where, table, stops, groups, block_size, ladder))
-    return segments
+        rows = slice(row + first, row + first + count * len(bucket))
+        spans.append(_Span(tuple(bucket), first, count, rows))
+    return spans
 
 
-def _block_table(group: list[Scheduled], num_tokens: int, block_size: int, device: str) -> torch.Tensor:
-    """[num_seqs, whole tiles of blocks]; entries past a sequence's own blocks repeat its first."""
-    blocks_per_tile = tile_tokens(block_size) // block_size
-    width = -(-num_tokens // tile_tokens(block_size)) * blocks_per_tile
-    rows = [item.sequence.block_ids[:width] for item in group]
-    return torch.tensor([ids + ids[:1] * (width - len(ids)) for ids in rows], device=device)
+class _SegmentMaker:
+    """Segments of one step. Groups of one window differ in their blocks only, so masks are made once for all."""
+
+    def __init__(self, block_size: int, heads_per_kv: int, ladder: RowLadder, device: str) -> None:
+        self._block_size = block_size
+        self._heads_per_kv = heads_per_kv
+        self._ladder = ladder
+        self._device = device
+        self._made: dict[tuple[int, int | None], Segment] = {}
+
+    def segment(self, span: _Span, group: int, window: int | None) -> Segment:
+        blocks = self._blocks(span, group, window)
+        made = self._made.get((span.rows.start, window))
+        if made is not None:
+            return replace(made, blocks=blocks)
+        where = torch.tensor([list(range(stop - span.count, stop)) for stop in span.stops], device=self._device)
+        made = make_segment(
+            span.rows, where, blocks, span.stops, self._heads_per_kv, self._block_size, self._ladder, window
+        )
+        self._made[(span.rows.start, window)] = made
+        return made
+
+    def _blocks(self, span: _Span, group: int, window: int | None) -> torch.Tensor:
+        """[num_seqs, whole tiles of blocks]; places without a block of the sequence repeat one that it has."""
+        tile, size = tile_tokens(self._block_size), self._block_size
+        starts = [first_key(stop - span.count, window, size) for stop in span.stops]
+        num_tiles = max(-(-(stop - start) // tile) for start, stop in zip(starts, span.stops, strict=True))
+        width = num_tiles * tile // size
+        tables = [item.sequence.tables[group] for item in span.items]
+        rows = [_row(table, start // size, width) for table, start in zip(tables, starts, strict=True)]
+        return torch.tensor(rows, device=self._device)
+
+
+def _row(table: BlockTable, start: int, width: int) -> list[int]:
+    missing = max(0, table.first - start)  # left the window of this group
+    ids = table.ids[max(0, start - table.first) :][: width - missing]
+    return [*table.ids[:1] * missing, *ids, *table.ids[:1] * (width - missing - len(ids))]
 
 
 def _pad(values: list[int], length: int, device: str) -> torch.Tensor:

@@ -5,7 +5,8 @@ A block's life:
 2. held        `allocate` names a holder; more may `share` it. Only a sole holder of an unnamed block may write.
 3. named       `name` records the prefix hash of a full, exact block, which `match` then finds.
 4. cached      its last holder frees it: still named, it waits in `_cached` from least to most recently used.
-5. evicted     `allocate` finds `_free` empty and takes the least recently used; tails go before heads.
+5. evicted     `allocate` finds `_free` empty and takes the least recently used; tails go before heads. Where there is a
+               host tier (`cold`), the block's bytes are saved there under its name.
 
 `num_leaked` is computed by walking all blocks against the live tables, never by counters.
 """
@@ -15,8 +16,9 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Mapping
 from collections.abc import Sequence as BlockIds
+from contextlib import AbstractContextManager
 from enum import StrEnum
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from engine.types import Key
 
@@ -25,6 +27,7 @@ class HolderKind(StrEnum):
     SEQUENCE = "sequence"  # waiting or running here
     HANDOFF = "handoff"  # computed here, to be pulled
     RESERVATION = "reservation"  # being written from outside
+    COPY = "copy"  # source of a copy that the present step makes
 
 
 class Holder(NamedTuple):
@@ -34,11 +37,24 @@ class Holder(NamedTuple):
     key: Key
 
 
+class ColdBlocks(Protocol):
+    """Where evicted blocks go (engine.host_tier). `save` and `load` move the bytes before they return."""
+
+    def find(self, name: bytes) -> bool: ...
+
+    def pinned(self, names: BlockIds[bytes]) -> AbstractContextManager[None]: ...
+
+    def save(self, name: bytes, block_id: int) -> None: ...
+
+    def load(self, name: bytes, block_id: int) -> None: ...
+
+
 class BlockManager:
     """Allocates, shares, names, caches and evicts the blocks 0 to num_blocks - 1."""
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, cold: ColdBlocks | None = None) -> None:
         self.num_blocks = num_blocks
+        self.cold = cold
         self._free: deque[int] = deque(range(num_blocks))
         self._cached: OrderedDict[int, None] = OrderedDict()  # named, without holders; oldest first
         self._holders: list[list[Holder]] = [[] for _ in range(num_blocks)]
@@ -63,6 +79,14 @@ class BlockManager:
                 break
             found.append(block_id)
         return found
+
+    def find(self, name: bytes) -> int | None:
+        """The block of this name, if the pool has it."""
+        return self._block_of.get(name)
+
+    def is_known(self, name: bytes) -> bool:
+        """Is it in the pool, or in the host tier?"""
+        return name in self._block_of or (self.cold is not None and self.cold.find(name))
 
     def allocate(self, holder: Holder, count: int) -> list[int] | None:
         """`count` blocks that only `holder` holds, or None (and nothing taken) if there are not as many."""
@@ -126,6 +150,8 @@ class BlockManager:
         block_id, _ = self._cached.popitem(last=False)
         block_hash = self._hash_of[block_id]
         assert block_hash is not None
+        if self.cold is not None:
+            self.cold.save(block_hash, block_id)
         del self._block_of[block_hash]
         self._hash_of[block_id] = None
         return block_id

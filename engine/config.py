@@ -37,6 +37,12 @@ class EngineConfig(StrictModel):
     max_batch_seqs: int = Field(default=64, ge=1, description="sequences in one step")
     prefill_chunk: int = Field(default=256, ge=1, description="most prompt tokens of one sequence in a step")
     prefix_cache: bool = True
+    host_tier_bytes: int = Field(
+        default=256 * 2**20,
+        ge=0,
+        description="blocks that prefix_cache evicts are kept in host memory up to this size; 0: off",
+    )
+    host_tier_folder: str | None = Field(default=None, description="keep them in a file in this folder instead")
     batch_invariant: bool | None = Field(default=None, description="null: on in float32, off in bfloat16")
     runner: Literal["process", "thread"] = Field(
         default="process", description="where steps run: a process of their own, or a thread"
@@ -49,6 +55,8 @@ class EngineConfig(StrictModel):
             raise ValueError(
                 f"prefill_chunk ({self.prefill_chunk}) must not exceed max_batch_tokens ({self.max_batch_tokens})"
             )
+        if self.host_tier_folder is not None and not self.host_tier_bytes:
+            raise ValueError("host_tier_folder needs host_tier_bytes")
         if self.device == "cuda" and self.runner == "process":
             raise ValueError("runner 'process' shares KV by memory, which a cuda pool cannot; use runner: thread")
         return self

@@ -15,7 +15,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from engine.block_manager import BlockManager, Holder, HolderKind
-from engine.scheduler import Batch, Scheduled, Scheduler, SchedulerLimits, holder_of
+from engine.block_table import BlockTable, first_needed, num_blocks_for, transfer_entries
+from engine.host_tier import HostTier, TierStats
+from engine.planes import Group
+from engine.scheduler import COPY, Batch, Scheduled, Scheduler, SchedulerLimits, holder_of
 from engine.sequence import Sequence
 from engine.types import (
     Abort,
@@ -31,7 +34,9 @@ from engine.types import (
     Request,
     Reserve,
     Reserved,
+    Sampled,
     StepOutputs,
+    TokenLogprob,
     TokenOutput,
 )
 
@@ -39,9 +44,9 @@ LEAK_CHECK_STEPS = 100  # the allocator is walked whenever the engine falls idle
 
 
 class ModelRunner(Protocol):
-    """Computes a batch: for each scheduled item that samples, the tokens chosen after it; () for the others."""
+    """Computes a batch: what was chosen after each scheduled item, in order."""
 
-    def execute(self, batch: Batch) -> list[tuple[int, ...]]: ...
+    def execute(self, batch: Batch) -> list[Sampled]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,20 +62,22 @@ class EngineSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Handoff:
-    """Blocks of a prefilled request, held until Release."""
+class Held:
+    """Blocks of a hand-off, or of a reservation for `num_tokens` positions and the token after them."""
 
     block_ids: tuple[int, ...]
+    num_tokens: int
 
 
 class Engine:
     """Drives one scheduler and one block manager by records. Not thread-safe: one runner owns it."""
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(self, spec: EngineSpec, tier: HostTier | None = None) -> None:
         self.spec = spec
-        self.blocks = BlockManager(spec.num_blocks)
+        self.blocks = BlockManager(spec.num_blocks, tier)
+        self._tier = tier
         self.scheduler = Scheduler(spec.limits, self.blocks, spec.hash_key)
-        self._held: dict[Holder, tuple[int, ...]] = {}  # hand-offs and reservations
+        self._held: dict[Holder, Held] = {}  # hand-offs and reservations
         self._tokens: list[TokenOutput] = []
         self._progress: list[Progress] = []
         self._reserved: list[Reserved] = []
@@ -104,11 +111,12 @@ class Engine:
                 self._report_progress(item.sequence)
         return batch
 
-    def finish(self, batch: Batch, sampled: TokenIds[tuple[int, ...]]) -> None:
+    def finish(self, batch: Batch, sampled: TokenIds[Sampled]) -> None:
         """Record what the model sampled for each scheduled item, in order."""
         self._num_steps += 1
-        for item, token_ids in zip(batch.scheduled, sampled, strict=True):
-            self._finish_item(item, token_ids)
+        self.scheduler.copied()
+        for item, chosen in zip(batch.scheduled, sampled, strict=True):
+            self._finish_item(item, chosen)
 
     def take_outputs(self) -> StepOutputs:
         """What has happened since the last call."""
@@ -127,6 +135,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         scheduler = self.scheduler
+        tier = self._tier.stats() if self._tier else TierStats()
         return EngineStats(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
@@ -134,7 +143,7 @@ class Engine:
             num_blocks=self.blocks.num_blocks,
             num_free_blocks=self.blocks.num_available,
             num_cached_blocks=self.blocks.num_cached,
-            num_held_blocks=sum(len(block_ids) for block_ids in self._held.values()),
+            num_held_blocks=sum(len(held.block_ids) for held in self._held.values()),
             num_leaked_blocks=self._num_leaked,
             num_waiting_tokens=sum(
                 seq.num_pending for seq in (*scheduler.waiting, *scheduler.running) if not seq.is_decoding
@@ -143,6 +152,10 @@ class Engine:
             num_preemptions=scheduler.num_preemptions,
             prefix_queries=scheduler.prefix_queries,
             prefix_hits=scheduler.prefix_hits,
+            host_blocks=tier.num_blocks,
+            host_queries=tier.num_queries,
+            host_hits=tier.num_hits,
+            host_saves=tier.num_saves,
         )
 
     # --- commands ------------------------------------------------------------------------------------------
@@ -157,11 +170,11 @@ class Engine:
 
     def _reserve(self, command: Reserve) -> None:
         holder = Holder(HolderKind.RESERVATION, command.key)
-        needed = self._num_blocks_for(command.num_tokens + 1)
-        growth = self._num_blocks_for(command.num_growth)
+        needed = len(self._reserve_entries(command.num_tokens))
+        growth = self._num_growth_blocks(command.num_growth)
         free = self.blocks.num_available - self.scheduler.num_blocks_wanted
         if holder in self._held:
-            block_ids: list[int] | None = list(self._held[holder])
+            block_ids: TokenIds[int] | None = self._held[holder].block_ids
         elif self.scheduler.lacks_seats or needed + growth > free:  # what waits here must not be overtaken for ever
             block_ids = None
         else:
@@ -171,35 +184,57 @@ class Engine:
             reason = "sequences wait for a seat" if self.scheduler.lacks_seats else blocks
             self._reserved.append(Reserved(command.key, None, reason))
             return
-        self._held[holder] = tuple(block_ids)
+        self._held[holder] = Held(tuple(block_ids), command.num_tokens)
         self._reserved.append(Reserved(command.key, tuple(block_ids)))
+
+    def _reserve_entries(self, num_tokens: int) -> list[tuple[int, int]]:
+        """(group, index) of what is transferred of these positions, then of what the next token needs beside it."""
+        limits = self.spec.limits
+        entries = transfer_entries(limits.groups, num_tokens, limits.block_size)
+        stop = self._num_blocks_for(num_tokens)
+        more = range(stop, self._num_blocks_for(num_tokens + 1))
+        return entries + [(group, index) for index in more for group in range(len(limits.groups))]
+
+    def _num_growth_blocks(self, num_tokens: int) -> int:
+        """Blocks that as many more tokens are likely to need: a window grows no wider than it is."""
+        bounds = [num_tokens if group.window is None else min(num_tokens, group.window) for group in self._groups]
+        return sum(map(self._num_blocks_for, bounds))
 
     def _adopt(self, command: Adopt) -> None:
         request = command.request
         holder = Holder(HolderKind.RESERVATION, request.key)
-        block_ids = self._held.pop(holder, None)
+        held = self._held.pop(holder, None)
         if self.scheduler.find(request.key) is not None:  # the command came twice
-            self.blocks.free(holder, block_ids or ())
+            self.blocks.free(holder, held.block_ids if held else ())
             return
-        if block_ids is None:
+        if held is None:
             self._fail(request.key, ErrorInfo("transfer_failed", "no blocks are reserved for this request"))
             return
-        problem = self._problem_with(request) or self._problem_with_blocks(command, block_ids)
+        problem = self._problem_with(request) or self._problem_with_blocks(command, held)
         if problem:
-            self.blocks.free(holder, block_ids)
+            self.blocks.free(holder, held.block_ids)
             self._fail(request.key, problem)
             return
         sequence = Sequence.from_request(request)
-        sequence.block_ids = list(block_ids)
+        sequence.tables = self._tables_of(held)
         sequence.computed = command.computed
         sequence.cached_tokens = command.cached_tokens
-        self.blocks.pass_on(holder, holder_of(sequence), block_ids)
+        self.blocks.pass_on(holder, holder_of(sequence), held.block_ids)
         self.scheduler.adopt(sequence)
+
+    def _tables_of(self, held: Held) -> list[BlockTable]:
+        """Block tables over reserved blocks."""
+        firsts = [first_needed(group, held.num_tokens, self.spec.limits.block_size) for group in self._groups]
+        tables = [BlockTable(first) for first in firsts]
+        for (group, _), block_id in zip(self._reserve_entries(held.num_tokens), held.block_ids, strict=True):
+            tables[group].ids.append(block_id)
+        return tables
 
     def _release(self, key: Key) -> None:
         for kind in (HolderKind.HANDOFF, HolderKind.RESERVATION):
             holder = Holder(kind, key)
-            self.blocks.free(holder, self._held.pop(holder, ()))
+            held = self._held.pop(holder, None)
+            self.blocks.free(holder, held.block_ids if held else ())
 
     def _abort(self, key: Key) -> None:
         sequence = self.scheduler.find(key)
@@ -211,14 +246,15 @@ class Engine:
 
     # --- results -------------------------------------------------------------------------------------------
 
-    def _finish_item(self, item: Scheduled, token_ids: tuple[int, ...]) -> None:
+    def _finish_item(self, item: Scheduled, chosen: Sampled) -> None:
         sequence = item.sequence
-        accepted, finish = self._accept(sequence, token_ids)
+        sequence.prompt_logprobs += chosen.prompt_logprobs
+        accepted, finish = self._accept(sequence, chosen.token_ids)
         self.scheduler.advance(item, accepted)
         if sequence.handoff and not finish:
             self._report_progress(sequence, done=bool(accepted))
         if accepted:
-            self._emit(sequence, accepted, finish)
+            self._emit(sequence, accepted, finish, chosen.logprobs[: len(accepted)])
         if finish:
             self.scheduler.remove(sequence)
             self.scheduler.free(sequence)
@@ -241,16 +277,27 @@ class Engine:
         self.scheduler.remove(sequence)
         holder = Holder(HolderKind.HANDOFF, sequence.key)
         self.blocks.pass_on(holder_of(sequence), holder, sequence.block_ids)
-        self._held[holder] = tuple(sequence.block_ids)
+        self._held[holder] = Held(tuple(sequence.block_ids), sequence.computed)
 
     def _report_progress(self, sequence: Sequence, done: bool = False) -> None:
-        self._progress.append(Progress(sequence.key, sequence.computed, tuple(sequence.block_ids), done))
+        """Tell which of the blocks to be transferred are complete: all with the first token, the full ones before."""
+        size, num_tokens = self.spec.limits.block_size, sequence.request.num_tokens
+        num_ready = self._num_blocks_for(num_tokens) if done else sequence.computed // size
+        entries = transfer_entries(self._groups, num_tokens, size)
+        ready = tuple(sequence.tables[group][index] for group, index in entries if index < num_ready)
+        self._progress.append(Progress(sequence.key, sequence.computed, ready, done))
 
-    def _emit(self, sequence: Sequence, token_ids: tuple[int, ...], finish: FinishReason | None) -> None:
+    def _emit(
+        self, sequence: Sequence, token_ids: tuple[int, ...], finish: FinishReason | None,
+        logprobs: tuple[TokenLogprob, ...] = (),
+    ) -> None:  # fmt: skip
         first_index = sequence.num_generated - len(token_ids)
-        self._tokens.append(
-            TokenOutput(sequence.key, first_index, token_ids, finish, cached_tokens=sequence.cached_tokens)
-        )
+        output = TokenOutput(
+            sequence.key, first_index, token_ids, finish, cached_tokens=sequence.cached_tokens, logprobs=logprobs,
+            prompt_logprobs=tuple(sequence.prompt_logprobs),
+        )  # fmt: skip
+        sequence.prompt_logprobs.clear()
+        self._tokens.append(output)
 
     def _fail(self, key: Key, error: ErrorInfo) -> None:
         self._tokens.append(TokenOutput(key, 0, (), FinishReason.ERROR, error))
@@ -258,7 +305,7 @@ class Engine:
     def _problem_with(self, request: Request) -> ErrorInfo | None:
         """Why this engine can never compute the request, or None."""
         longest = min(len(request.prompt_ids) + request.sampling.max_tokens, self.spec.max_context)
-        capacity = self.spec.num_blocks * self.spec.limits.block_size
+        capacity = self.spec.num_blocks // len(self._groups) * self.spec.limits.block_size
         if not request.prompt_ids:
             return ErrorInfo("invalid_request", "the prompt is empty")
         if request.num_tokens >= self.spec.max_context:
@@ -271,21 +318,28 @@ class Engine:
             return ErrorInfo("invalid_request", f"a token id is outside the vocabulary of {self.spec.vocab_size}")
         return None
 
-    def _problem_with_blocks(self, command: Adopt, block_ids: TokenIds[int]) -> ErrorInfo | None:
+    def _problem_with_blocks(self, command: Adopt, held: Held) -> ErrorInfo | None:
         """Why these reserved blocks cannot be what the command says, or None."""
-        num_tokens = command.request.num_tokens
-        if len(block_ids) < self._num_blocks_for(num_tokens):
-            return ErrorInfo("transfer_failed", f"{len(block_ids)} blocks do not hold {num_tokens} tokens")
-        if not 0 <= command.computed < num_tokens:
-            return ErrorInfo("transfer_failed", f"{command.computed} of {num_tokens} tokens cannot be computed already")
+        num_tokens, computed = command.request.num_tokens, command.computed
+        if self._num_blocks_for(num_tokens) > self._num_blocks_for(held.num_tokens + 1):
+            return ErrorInfo("transfer_failed", f"blocks for {held.num_tokens} tokens do not hold {num_tokens}")
+        if not 0 <= computed < num_tokens:
+            return ErrorInfo("transfer_failed", f"{computed} of {num_tokens} tokens cannot be computed already")
+        if computed < held.num_tokens and any(group.window is not None for group in self._groups):
+            return ErrorInfo("transfer_failed", f"the window before token {computed} was not reserved")
         return None
 
     def _num_blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.spec.limits.block_size)
+        return num_blocks_for(num_tokens, self.spec.limits.block_size)
+
+    @property
+    def _groups(self) -> tuple[Group, ...]:
+        return self.spec.limits.groups
 
     def _live_tables(self) -> dict[Holder, TokenIds[int]]:
         """Whose blocks are whose, from the live sequences, hand-offs and reservations."""
-        live: dict[Holder, TokenIds[int]] = dict(self._held)
+        live: dict[Holder, TokenIds[int]] = {holder: held.block_ids for holder, held in self._held.items()}
         for sequence in (*self.scheduler.running, *self.scheduler.waiting):
             live[holder_of(sequence)] = sequence.block_ids
+        live[COPY] = self.scheduler.copy_sources
         return live

@@ -38,6 +38,7 @@ class KVCache:
         records = self._records(plane, layers, block_ids)
         return records.contiguous().cpu().view(torch.uint8).numpy().tobytes()
 
+    @torch.inference_mode()
     def write(self, plane: int, layers: range, block_ids: BlockIds[int], payload: memoryview) -> None:
         check_length(self.layout.planes[plane], layers, block_ids, payload)
         tensor = self.planes[self.layout.planes[plane].name]
@@ -50,10 +51,10 @@ class KVCache:
 
     def _make_plane(self, index: int, num_blocks: int, device: str, pool: SharedPool | None) -> torch.Tensor:
         plane = self.layout.planes[index]
-        shape = (len(plane.layer_ids), num_blocks, *plane.block_shape)
+        shape = (plane.num_slots, num_blocks, *plane.block_shape)
         dtype = DTYPES[plane.dtype]
         if pool is None:
             return torch.zeros(shape, dtype=dtype, device=device)
-        count = num_blocks * len(plane.layer_ids) * plane.bytes_per_block // dtype.itemsize
+        count = num_blocks * plane.num_slots * plane.bytes_per_block // dtype.itemsize
         offset = self.layout.plane_offset(index, num_blocks)
         return torch.frombuffer(pool.memory, dtype=dtype, count=count, offset=offset).view(shape)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
-from engine.batch import build_input
+from engine.batch import build_input, num_rows_of
 from engine.errors import ModelError
 from engine.kv_cache import KVCache
+from engine.logits import process
+from engine.logprobs import logprob_of
 from engine.models.config import ModelConfig
-from engine.models.llama import Llama, Weights, probe_weights
+from engine.models.decoder import Decoder, Weights, probe_weights
 from engine.sampler import sample
-from engine.scheduler import Batch
+from engine.scheduler import Batch, Scheduled
+from engine.types import Sampled, TokenLogprob
 from kernels.reference.attention import tile_tokens
 from kernels.reference.ladder import FREE, measure_ladder
 
@@ -18,34 +22,55 @@ from kernels.reference.ladder import FREE, measure_ladder
 class TorchRunner:
     """Implements engine.engine.ModelRunner over a model and its cache."""
 
-    def __init__(self, model: Llama, cache: KVCache, block_size: int, device: str) -> None:
+    def __init__(self, model: Decoder, cache: KVCache, block_size: int, device: str) -> None:
         self.model = model
         self.cache = cache
         self.block_size = block_size
         self.device = device
 
     @torch.inference_mode()
-    def execute(self, batch: Batch) -> list[tuple[int, ...]]:
+    def execute(self, batch: Batch) -> list[Sampled]:
         if batch.copies:
             self.cache.copy(batch.copies)
-        logits = iter(self.logits(batch).cpu().numpy())
+        rows = self.logits(batch).cpu().numpy()
+        starts = np.cumsum([0, *map(num_rows_of, batch.scheduled)])
         return [
-            (sample(next(logits), item.sequence.request.sampling, item.start + item.num_new),) if item.samples else ()
-            for item in batch.scheduled
+            self._sample(item, rows[start:stop])
+            for item, start, stop in zip(batch.scheduled, starts, starts[1:], strict=False)
         ]
 
+    def _sample(self, item: Scheduled, rows: np.ndarray) -> Sampled:
+        """rows: [num_rows_of(item), vocab], of the item's last positions."""
+        sequence, params = item.sequence, item.sequence.request.sampling
+        prompt_logprobs = _prompt_logprobs(item, rows) if len(rows) > item.samples else ()
+        if not item.samples:
+            return Sampled(prompt_logprobs=prompt_logprobs)
+        eos_token_ids = self.model.config.eos_token_ids
+        processed = process(rows[-1], params, sequence.tokens, sequence.num_prompt, eos_token_ids)
+        token_id = sample(processed, params, item.start + item.num_new)
+        logprobs = (logprob_of(rows[-1], token_id, params.logprobs),) if params.logprobs >= 0 else ()
+        return Sampled((token_id,), logprobs, prompt_logprobs)
+
     def logits(self, batch: Batch) -> torch.Tensor:
-        """[items that sample, vocab] float32, in the batch's order."""
+        """[rows, vocab] float32: as many rows of each item as num_rows_of says, in the batch's order."""
         groups = self.model.config.num_heads // self.model.config.num_kv_heads
-        step = build_input(batch, self.block_size, groups, self.model.ladder, self.device)
+        step = build_input(batch, self.cache.layout.groups, self.block_size, groups, self.model.ladder, self.device)
         return self.model.forward(step, self.cache)
 
 
-def build_model(config: ModelConfig, weights: Weights, block_size: int, batch_invariant: bool) -> Llama:
-    """A Llama whose row counts keep results independent of the batch, if wanted. Empties `weights`.
+def _prompt_logprobs(item: Scheduled, rows: np.ndarray) -> tuple[TokenLogprob, ...]:
+    """Of the prompt's tokens that follow the item's positions."""
+    sequence = item.sequence
+    following = sequence.tokens[item.start + 1 : min(item.start + item.num_new + 1, sequence.num_prompt)]
+    num_top = sequence.request.sampling.prompt_logprobs
+    return tuple(logprob_of(row, token_id, num_top) for row, token_id in zip(rows, following, strict=False))
+
+
+def build_model(config: ModelConfig, weights: Weights, block_size: int, batch_invariant: bool) -> Decoder:
+    """A model whose row counts keep results independent of the batch, if wanted. Empties `weights`.
 
     Raises ModelError if this machine cannot keep them so for weights of these shapes."""
-    model = Llama(config, weights, FREE)
+    model = Decoder(config, weights, FREE)
     if batch_invariant:
         try:
             model.ladder = measure_ladder(probe_weights(model), config.head_dim, tile_tokens(block_size))

@@ -1,22 +1,28 @@
-"""Planes: what a KV block is made of, and where each byte of it lies in the pool.
+"""Planes and groups: what a KV block is made of, and where each byte of it lies in the pool.
 
-Block manager, transfer and offload know planes, never models. A pool stores each plane as
-`[num_layers, num_blocks, *block_shape]`, planes one after another, so that one layer of one plane is a run of
-equal-sized block records: the unit that transfer frames cut.
+1. A *group* is layers that share a block table: they see equally far back. All groups of a model have the same number
+   of slots for layers, so that a block of any group has the same size and all share one pool and one free list. (A
+   group may leave slots unused.)
+2. A *plane* is one kind of state, of every slot. A pool stores it as `[slots, num_blocks, *block_shape]`, planes one
+   after another: one slot of one plane is a run of equal-sized block records, the unit that transfer frames cut.
+
+Block manager, transfer and offload know planes and groups, never models.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence as Windows
 from dataclasses import dataclass
 from enum import StrEnum
 
 # Raised by hand when bytes on the wire or in a block change (tests/kv_transfer guards it with golden bytes).
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 # Raised by hand when tokens may change for equal weights (tests/oracle guards it with golden tokens).
 NUMERICS_VERSION = 1
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}
+MAX_GROUPS_OF_A_WINDOW = 8  # each costs a block table per sequence
 
 
 class Split(StrEnum):
@@ -27,12 +33,19 @@ class Split(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Group:
+    """Layers with one block table; layer_ids[slot] lies in that slot of every plane."""
+
+    layer_ids: tuple[int, ...]
+    window: int | None = None  # positions that a query sees, its own included; None: all up to its own
+
+
+@dataclass(frozen=True, slots=True)
 class Plane:
     """One kind of per-token state. block_shape is of one layer's block, e.g. (num_kv_heads, tokens, head_dim)."""
 
     name: str
-    group: str  # planes of one group share a block table
-    layer_ids: tuple[int, ...]
+    num_slots: int
     tokens_per_block: int
     block_shape: tuple[int, ...]
     dtype: str
@@ -40,7 +53,7 @@ class Plane:
 
     @property
     def bytes_per_block(self) -> int:
-        """Bytes of one block in one layer."""
+        """Bytes of one block in one slot."""
         size = DTYPE_BYTES[self.dtype]
         for extent in self.block_shape:
             size *= extent
@@ -49,33 +62,61 @@ class Plane:
 
 @dataclass(frozen=True, slots=True)
 class CacheLayout:
-    """All planes of a model's cache, and the pool's geometry for `num_blocks` blocks."""
+    """All planes and groups of a model's cache, and the pool's geometry for `num_blocks` blocks."""
 
     planes: tuple[Plane, ...]
     block_size: int  # tokens per block
+    groups: tuple[Group, ...]
 
     @property
     def bytes_per_block(self) -> int:
-        """Bytes of one block over all planes and layers."""
-        return sum(plane.bytes_per_block * len(plane.layer_ids) for plane in self.planes)
+        """Bytes of one block over all planes and slots."""
+        return sum(plane.bytes_per_block * plane.num_slots for plane in self.planes)
 
     def plane_offset(self, index: int, num_blocks: int) -> int:
         """Byte offset in the pool of the plane with this index."""
-        return num_blocks * sum(plane.bytes_per_block * len(plane.layer_ids) for plane in self.planes[:index])
+        return num_blocks * sum(plane.bytes_per_block * plane.num_slots for plane in self.planes[:index])
 
-    def block_offset(self, plane_index: int, layer_index: int, block_id: int, num_blocks: int) -> int:
-        """Byte offset in the pool of one block of one layer (counted within the plane)."""
+    def block_offset(self, plane_index: int, slot: int, block_id: int, num_blocks: int) -> int:
+        """Byte offset in the pool of one block's record in one slot."""
         plane = self.planes[plane_index]
-        record = layer_index * num_blocks + block_id
+        record = slot * num_blocks + block_id
         return self.plane_offset(plane_index, num_blocks) + plane.bytes_per_block * record
 
+    def places(self) -> dict[int, tuple[int, int]]:
+        """(group, slot) of each layer."""
+        return {
+            layer: (index, slot)
+            for index, group in enumerate(self.groups)
+            for slot, layer in enumerate(group.layer_ids)
+        }
 
-def attention_layout(num_layers: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: str) -> CacheLayout:
-    """Planes `k` and `v` of grouped-query attention, heads outermost so that a head slice is contiguous."""
-    layers = tuple(range(num_layers))
+
+def attention_layout(
+    num_layers: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: str, windows: Windows[int | None] = ()
+) -> CacheLayout:
+    """Planes `k` and `v` of grouped-query attention, heads outermost so that a head slice is contiguous.
+
+    `windows` has one entry for each layer (none: no layer has a window)."""
+    groups = _group_layers(windows or [None] * num_layers)
     shape = (num_kv_heads, block_size, head_dim)
-    planes = tuple(Plane(name, "full", layers, block_size, shape, dtype, Split.HEADS) for name in ("k", "v"))
-    return CacheLayout(planes, block_size)
+    num_slots = max(len(group.layer_ids) for group in groups)
+    planes = tuple(Plane(name, num_slots, block_size, shape, dtype, Split.HEADS) for name in ("k", "v"))
+    return CacheLayout(planes, block_size, groups)
+
+
+def _group_layers(windows: Windows[int | None]) -> tuple[Group, ...]:
+    """Layers of equal window, cut into runs as long as the rarest kind has layers."""
+    kinds: dict[int | None, list[int]] = {}
+    for layer, window in enumerate(windows):
+        kinds.setdefault(window, []).append(layer)
+    counts = [len(layers) for layers in kinds.values()]
+    num_slots = max(min(counts), -(-max(counts) // MAX_GROUPS_OF_A_WINDOW))
+    return tuple(
+        Group(tuple(layers[start : start + num_slots]), window)
+        for window, layers in kinds.items()
+        for start in range(0, len(layers), num_slots)
+    )
 
 
 def layout_hash(layout: CacheLayout, model: str, revision: str) -> str:

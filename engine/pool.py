@@ -69,6 +69,6 @@ class SharedPool:
     def _plane_records(self, index: int) -> np.ndarray:
         """[layers, blocks, bytes] of one plane."""
         plane = self.layout.planes[index]
-        shape = (len(plane.layer_ids), self.num_blocks, plane.bytes_per_block)
+        shape = (plane.num_slots, self.num_blocks, plane.bytes_per_block)
         offset = self.layout.plane_offset(index, self.num_blocks)
         return np.frombuffer(self.memory, np.uint8, int(np.prod(shape)), offset).reshape(shape)

@@ -29,3 +29,8 @@ def extend_hashes(key: bytes, hashes: list[bytes], root: bytes, token_ids: Token
     for index in range(len(hashes), len(token_ids) // block_size):
         parent = hashes[-1] if hashes else root
         hashes.append(child_hash(key, parent, token_ids[index * block_size : (index + 1) * block_size]))
+
+
+def group_name(block_hash: bytes, group: int) -> bytes:
+    """The name of a group's block of this prefix: groups store different layers of the same tokens."""
+    return block_hash + group.to_bytes(2, "little") if group else block_hash

@@ -3,7 +3,8 @@
 Philox4x32-10 (Salmon et al., 2011) keyed by (seed, choice) at counter (position, token id): the noise of a token
 at a position depends on nothing else, so a stream can be resumed anywhere and is the same in any batch.
 temperature 0 takes the argmax (ties: the lowest id). top-k keeps ties of the k-th logit; top-p keeps the smallest
-set of most likely tokens whose probability reaches p, after top-k, as transformers' processors do.
+set of most likely tokens whose probability reaches p, after top-k; then come min-p and typical-p, all as transformers'
+warpers do. What changes logits before that is in engine/logits.py.
 """
 
 from __future__ import annotations
@@ -60,13 +61,18 @@ def sample(logits: np.ndarray, params: SamplingParams, position: int) -> int:
 
 
 def _keep_top(scaled: np.ndarray, params: SamplingParams) -> np.ndarray:
-    """Ids, rising, of the tokens that top-k and top-p leave."""
-    candidates = np.arange(len(scaled))
+    """Ids, rising, of the tokens that are not banned and that top-k, top-p, min-p and typical-p leave."""
+    candidates = np.arange(len(scaled)) if np.isfinite(scaled).all() else np.flatnonzero(scaled > -np.inf)
     if 0 < params.top_k < len(scaled):
         threshold = np.partition(scaled, -params.top_k)[-params.top_k]
-        candidates = np.flatnonzero(scaled >= threshold)
+        candidates = candidates[scaled[candidates] >= threshold]
     if params.top_p < 1:
         candidates = _keep_nucleus(scaled, candidates, params.top_p)
+    if params.min_p > 0:
+        kept = scaled[candidates]
+        candidates = candidates[kept >= kept.max() + np.log(params.min_p)]
+    if params.typical_p < 1:
+        candidates = _keep_typical(scaled, candidates, params.typical_p)
     return candidates
 
 
@@ -75,3 +81,15 @@ def _keep_nucleus(scaled: np.ndarray, candidates: np.ndarray, top_p: float) -> n
     weights = np.exp(scaled[order] - scaled[order[0]])
     before = np.concatenate(([0.0], np.cumsum(weights)[:-1])) / weights.sum()
     return np.sort(order[before < top_p])
+
+
+def _keep_typical(scaled: np.ndarray, candidates: np.ndarray, mass: float) -> np.ndarray:
+    """Tokens whose surprise is nearest to the expected one, up to `mass` (Meister et al., 2022); ties are kept."""
+    kept = scaled[candidates]
+    logprobs = kept - kept.max()
+    logprobs -= np.log(np.exp(logprobs).sum())
+    probabilities = np.exp(logprobs)
+    distance = np.abs(-logprobs + (probabilities * logprobs).sum())
+    order = np.argsort(distance, kind="stable")
+    last = min(int(np.count_nonzero(np.cumsum(probabilities[order]) < mass)), len(order) - 1)
+    return candidates[distance <= distance[order[last]]]

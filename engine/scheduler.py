@@ -13,12 +13,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence as TokenIds
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from engine.block_manager import BlockManager, Holder, HolderKind
-from engine.prefix import extend_hashes, root_hash
+from engine.block_table import BlockTable, first_needed, num_blocks_for
+from engine.planes import Group
+from engine.prefix import extend_hashes, group_name, root_hash
 from engine.sequence import Sequence
 from engine.types import Key
+
+COPY = Holder(HolderKind.COPY, Key("", 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,7 @@ class SchedulerLimits:
     prefill_chunk: int
     prefix_cache: bool = True
     lookahead: int = 0
+    groups: tuple[Group, ...] = (Group((0,)),)
 
 
 class Scheduler:
@@ -89,13 +95,13 @@ class Scheduler:
     def free(self, sequence: Sequence) -> None:
         """Give back all blocks of a sequence."""
         self.blocks.free(holder_of(sequence), sequence.block_ids)
-        sequence.block_ids.clear()
+        sequence.tables.clear()
         sequence.num_named = 0
 
     @property
     def num_blocks_wanted(self) -> int:
         """Blocks that the waiting sequences will need to start, cached ones included."""
-        return sum(self._num_blocks_for(len(sequence.tokens)) for sequence in self.waiting)
+        return sum(len(self.limits.groups) * self._num_blocks_for(len(sequence.tokens)) for sequence in self.waiting)
 
     @property
     def lacks_seats(self) -> bool:
@@ -123,8 +129,16 @@ class Scheduler:
             self.running.append(sequence)
             budget -= self._pick_chunk(sequence, budget, picked)
         self._make_room_for_drafts(picked)
-        copies, self._copies = tuple(self._copies), []
-        return Batch(tuple(picked), copies) if picked else None
+        return Batch(tuple(picked), tuple(self._copies)) if picked else None
+
+    def copied(self) -> None:
+        """The step has made its copies: their sources may go."""
+        self.blocks.free(COPY, self.copy_sources)
+        self._copies.clear()
+
+    @property
+    def copy_sources(self) -> list[int]:
+        return [source for source, _ in self._copies]
 
     def advance(self, item: Scheduled, accepted: TokenIds[int]) -> None:
         """Record a computed item. With drafts a step may accept 0 to lookahead + 1 tokens; whatever was stored
@@ -134,6 +148,7 @@ class Scheduler:
         sequence.computed = len(sequence.tokens) - 1 if item.samples else item.start + item.num_new
         self._name_full_blocks(sequence)
         self._shrink(sequence)
+        self._slide(sequence)
 
     def _pick_chunk(self, sequence: Sequence, budget: int, picked: list[Scheduled]) -> int:
         num_new = min(sequence.num_pending, self.limits.prefill_chunk, budget)
@@ -144,24 +159,95 @@ class Scheduler:
     def _admit(self, sequence: Sequence) -> bool:
         """Find cached blocks and allocate the rest for all known tokens; False (nothing held) if they do not fit."""
         self._update_hashes(sequence)
-        cached = self.blocks.match(sequence.hashes) if self.limits.prefix_cache else []
-        fresh_needed = self._num_blocks_for(len(sequence.tokens)) - len(cached)
+        num_cached = self._num_cached(sequence)
+        sequence.computed = min(num_cached * self.limits.block_size, len(sequence.tokens) - 1)
+        names = self._cached_names(sequence, num_cached)
+        cold = [name for group in names for name in group if self.blocks.find(name) is None]
+        with self.blocks.cold.pinned(cold) if self.blocks.cold and cold else nullcontext():
+            if not self._take_blocks(sequence, names):
+                sequence.computed = 0
+                return False
         # A whole-prompt hit still computes its last token, into a private copy of the last block.
-        fully_cached = bool(cached) and len(cached) * self.limits.block_size == len(sequence.tokens)
-        holder = holder_of(sequence)
-        self.blocks.share(holder, cached)
-        fresh = self.blocks.allocate(holder, fresh_needed + fully_cached)
-        if fresh is None:
-            self.blocks.free(holder, cached)
-            return False
-        if fully_cached:
-            self._copies.append((cached[-1], fresh[-1]))
-            self.blocks.free(holder, [cached.pop()])
-        sequence.block_ids = [*cached, *fresh]
-        sequence.num_named = len(cached)
-        sequence.computed = min((len(cached) + fully_cached) * self.limits.block_size, len(sequence.tokens) - 1)
+        sequence.num_named = num_cached - (num_cached * self.limits.block_size == len(sequence.tokens))
         self._count_prefix(sequence)
         return True
+
+    def _cached_names(self, sequence: Sequence, num_cached: int) -> list[list[bytes]]:
+        """Of each group: the names of the cached blocks from the first that the token at `computed` sees."""
+        firsts = [first_needed(group, sequence.computed, self.limits.block_size) for group in self.limits.groups]
+        return [
+            [group_name(block_hash, group) for block_hash in sequence.hashes[first:num_cached]]
+            for group, first in enumerate(firsts)
+        ]
+
+    def _take_blocks(self, sequence: Sequence, names: list[list[bytes]]) -> bool:
+        """Share the named blocks that the pool has, and allocate the others; those in the host tier are loaded."""
+        holder = holder_of(sequence)
+        found = [[self.blocks.find(name) for name in group] for group in names]
+        shared = [block_id for group in found for block_id in group if block_id is not None]
+        self.blocks.share(holder, shared)
+        firsts = [first_needed(group, sequence.computed, self.limits.block_size) for group in self.limits.groups]
+        total = self._num_blocks_for(len(sequence.tokens))
+        is_whole = (firsts[0] + len(names[0])) * self.limits.block_size == len(sequence.tokens)
+        num_copies = sum(group[-1] is not None for group in found) if is_whole else 0
+        fresh = self.blocks.allocate(holder, sum(total - first for first in firsts) - len(shared) + num_copies)
+        if fresh is None:
+            self.blocks.free(holder, shared)
+            return False
+        for first, group_names, group_found in zip(firsts, names, found, strict=True):
+            table = BlockTable(first)
+            for index, (name, block_id) in enumerate(zip(group_names, group_found, strict=True), start=1):
+                is_private = is_whole and index == len(group_names)
+                table.ids.append(self._cached_block(holder, name, block_id, is_private, fresh))
+            table.ids += [fresh.pop() for _ in range(total - table.stop)]
+            sequence.tables.append(table)
+        return True
+
+    def _cached_block(
+        self, holder: Holder, name: bytes, block_id: int | None, is_private: bool, fresh: list[int]
+    ) -> int:
+        """The block with the bytes of `name`: shared, loaded from the host tier, or (`is_private`) a copy."""
+        if block_id is not None and not is_private:
+            return block_id
+        taken = fresh.pop()
+        if block_id is None:
+            assert self.blocks.cold is not None
+            self.blocks.cold.load(name, taken)
+            if not is_private:
+                self.blocks.name(taken, name)
+            return taken
+        self._copies.append((block_id, taken))
+        self.blocks.pass_on(holder, COPY, [block_id])  # its bytes must stay until the step has copied them
+        return taken
+
+    def _num_cached(self, sequence: Sequence) -> int:
+        """The longest prefix, in blocks, after which all that the next token sees is cached in every group."""
+        wants_prompt = sequence.request.sampling.prompt_logprobs >= 0 and sequence.num_generated == 0
+        if not self.limits.prefix_cache or wants_prompt:  # cached positions give no logprobs
+            return 0
+        longest = len(sequence.hashes)
+        runs: list[list[int]] = []  # of each windowed group: how many blocks up to each are cached without a gap
+        for index, group in enumerate(self.limits.groups):
+            names = [group_name(block_hash, index) for block_hash in sequence.hashes]
+            if group.window is None:
+                known = (index for index, name in enumerate(names[:longest]) if not self.blocks.is_known(name))
+                longest = next(known, longest)
+            else:
+                runs.append(self._runs(names))
+        windowed = [group for group in self.limits.groups if group.window is not None]
+        for count in range(longest, 0, -1):
+            computed = min(count * self.limits.block_size, len(sequence.tokens) - 1)
+            needed = [count - first_needed(group, computed, self.limits.block_size) for group in windowed]
+            if all(run[count - 1] >= num for run, num in zip(runs, needed, strict=True)):
+                return count
+        return 0
+
+    def _runs(self, names: TokenIds[bytes]) -> list[int]:
+        runs, run = [], 0
+        for name in names:
+            run = run + 1 if self.blocks.is_known(name) else 0
+            runs.append(run)
+        return runs
 
     def _count_prefix(self, sequence: Sequence) -> None:
         if sequence.num_generated == 0:
@@ -180,9 +266,13 @@ class Scheduler:
 
     def _extend(self, sequence: Sequence, num_tokens: int) -> bool:
         """Blocks for this many positions in all, or none if there are not enough."""
-        missing = self._num_blocks_for(num_tokens) - len(sequence.block_ids)
-        fresh = self.blocks.allocate(holder_of(sequence), max(missing, 0))
-        sequence.block_ids.extend(fresh or ())
+        stop = self._num_blocks_for(num_tokens)
+        missing = [max(stop - table.stop, 0) for table in sequence.tables]
+        fresh = self.blocks.allocate(holder_of(sequence), sum(missing))
+        for table, count in zip(sequence.tables, missing, strict=True):
+            if fresh:
+                table.ids += fresh[:count]
+                del fresh[:count]
         return fresh is not None
 
     def _make_room_for_drafts(self, picked: list[Scheduled]) -> None:
@@ -196,23 +286,37 @@ class Scheduler:
         self.running.remove(sequence)
         self.free(sequence)
         sequence.computed = 0
+        sequence.prompt_logprobs.clear()
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
 
     def _shrink(self, sequence: Sequence) -> None:
+        """Give back the blocks past the last known token."""
         keep = self._num_blocks_for(len(sequence.tokens))
-        surplus = sequence.block_ids[keep:]
-        if surplus:
-            del sequence.block_ids[keep:]
-            self.blocks.free(holder_of(sequence), surplus)
+        for table in sequence.tables:
+            surplus = table.ids[max(0, keep - table.first) :]
+            if surplus:
+                del table.ids[-len(surplus) :]
+                self.blocks.free(holder_of(sequence), surplus)
+
+    def _slide(self, sequence: Sequence) -> None:
+        """Give back the blocks that have left their group's window; full ones stay cached."""
+        for table, group in zip(sequence.tables, self.limits.groups, strict=True):
+            first = min(first_needed(group, sequence.computed, self.limits.block_size), table.stop)
+            gone = table.ids[: first - table.first]
+            if gone:
+                del table.ids[: len(gone)]
+                table.first = first
+                self.blocks.free(holder_of(sequence), gone)
 
     def _name_full_blocks(self, sequence: Sequence) -> None:
         if not self.limits.prefix_cache:
             return
         self._update_hashes(sequence)
         num_full = sequence.computed // self.limits.block_size
-        for index in range(sequence.num_named, num_full):
-            self.blocks.name(sequence.block_ids[index], sequence.hashes[index])
+        for group, table in enumerate(sequence.tables):
+            for index in range(max(sequence.num_named, table.first), num_full):
+                self.blocks.name(table[index], group_name(sequence.hashes[index], group))
         sequence.num_named = max(sequence.num_named, num_full)
 
     def _update_hashes(self, sequence: Sequence) -> None:
@@ -222,7 +326,7 @@ class Scheduler:
             extend_hashes(self._hash_key, sequence.hashes, root, sequence.tokens, self.limits.block_size)
 
     def _num_blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.limits.block_size)
+        return num_blocks_for(num_tokens, self.limits.block_size)
 
 
 def holder_of(sequence: Sequence) -> Holder:

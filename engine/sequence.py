@@ -1,7 +1,7 @@
 """A Sequence: the state of one request in one engine.
 
-Three numbers are kept apart: `tokens` (known), `computed` (positions run through the model) and the entries stored
-in `block_ids` (equal to `computed` for plain attention; pruned or windowed groups will store fewer).
+Three numbers are kept apart: `tokens` (known), `computed` (positions run through the model) and what is stored in the
+block table of each group (all computed positions, or those that a window still reaches).
 A step always computes tokens[computed:computed + n]; there is no phase.
 """
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from engine.types import FinishReason, Key, Request
+from engine.block_table import BlockTable
+from engine.types import FinishReason, Key, Request, TokenLogprob
 
 
 @dataclass(slots=True, eq=False)
@@ -18,11 +19,12 @@ class Sequence:
     tokens: list[int]  # prompt, then generated
     handoff: bool = False  # leaves after its first new token
     computed: int = 0
-    block_ids: list[int] = field(default_factory=list)
+    tables: list[BlockTable] = field(default_factory=list)  # one for each group; none while it holds no blocks
     hashes: list[bytes] = field(default_factory=list)  # names of the full blocks of `tokens`, from the first
     num_named: int = 0  # of these, how many were recorded with the block manager
     cached_tokens: int = 0  # prompt tokens found in a prefix cache
     announced: bool = False  # of a hand-off: its first chunk was reported
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # as far as they are computed
 
     @classmethod
     def from_request(cls, request: Request, handoff: bool = False) -> Sequence:
@@ -31,6 +33,11 @@ class Sequence:
     @property
     def key(self) -> Key:
         return self.request.key
+
+    @property
+    def block_ids(self) -> list[int]:
+        """All blocks that it holds, group after group."""
+        return [block_id for table in self.tables for block_id in table.ids]
 
     @property
     def num_prompt(self) -> int:
@@ -50,7 +57,7 @@ class Sequence:
         return self.num_pending == 1 and self.num_generated > 0
 
     def finish_reason(self, eos_token_ids: frozenset[int], max_context: int) -> FinishReason | None:
-        """Why the sequence ends with its newest token, or None."""
+        """Why the sequence ends with its newest token, or None. (Before `min_tokens` no such token is sampled.)"""
         sampling = self.request.sampling
         last = self.tokens[-1]
         if last in sampling.stop_token_ids or (last in eos_token_ids and not sampling.ignore_eos):

@@ -43,10 +43,18 @@ def plan_engine(source: ModelSource, config: EngineConfig, hash_key: bytes) -> E
                 param="model.max_context",
             )
         model = replace(model, max_context=source.max_context)
-    layout = attention_layout(model.num_layers, model.num_kv_heads, model.head_dim, config.block_size, source.dtype)
-    limits = SchedulerLimits(
-        config.block_size, config.max_batch_tokens, config.max_batch_seqs, config.prefill_chunk, config.prefix_cache
+    layout = attention_layout(
+        model.num_layers,
+        model.num_kv_heads,
+        model.head_dim,
+        config.block_size,
+        source.dtype,
+        model.layer_windows,
     )
+    limits = SchedulerLimits(
+        config.block_size, config.max_batch_tokens, config.max_batch_seqs, config.prefill_chunk, config.prefix_cache,
+        groups=layout.groups,
+    )  # fmt: skip
     spec = EngineSpec(
         limits, config.num_blocks, model.max_context, model.vocab_size, frozenset(model.eos_token_ids), hash_key
     )

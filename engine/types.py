@@ -35,15 +35,29 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to choose tokens. temperature 0 is greedy; top_k 0 and top_p 1 are off; seed is always set."""
+    """How to choose tokens, and when to end. Each default is neutral; temperature 0 is greedy; seed is always set.
+
+    Applied in this order (engine/sampler.py): logit_bias, penalties, bad_words, min_tokens, temperature, top_k, top_p,
+    min_p, typical_p.
+    """
 
     max_tokens: int = 16
+    min_tokens: int = 0  # no end-of-sequence or stop token before as many are generated
     temperature: float = 1.0
-    top_k: int = 0
+    top_k: int = 0  # 0: off
     top_p: float = 1.0
+    min_p: float = 0.0  # of the most likely token's probability
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0  # of what is in the prompt or generated (CTRL)
+    presence_penalty: float = 0.0  # of what is generated, once
+    frequency_penalty: float = 0.0  # of what is generated, per occurrence
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that are never completed
     seed: int = 0  # 0 <= seed < 2**64
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
+    logprobs: int = -1  # of each token: -1 off, 0 its own, k also the k most likely tokens'
+    prompt_logprobs: int = -1  # the same of each prompt token after the first
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +82,15 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How likely a token was under the model's own distribution: before bias, penalties, temperature and truncation."""
+
+    logprob: float  # natural logarithm
+    rank: int  # 1: the most likely
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), the most likely first
+
+
+@dataclass(frozen=True, slots=True)
 class ErrorInfo:
     """A SteelyardError as a record: `code` is one of engine.errors.ERRORS."""
 
@@ -80,6 +103,8 @@ class TokenOutput:
     """New tokens of one request: the unit of the token stream.
 
     `first_index` counts generated tokens from 0. The owner takes only `first_index == next`.
+    `logprobs` are those of `token_ids`, one each, and `prompt_logprobs` those of the prompt's tokens after the first,
+    with the first output; both empty where they were not asked for.
     `cached_tokens` is how many prompt tokens came from a prefix cache; `stages` are (name, seconds).
     """
 
@@ -90,6 +115,20 @@ class TokenOutput:
     error: ErrorInfo | None = None
     cached_tokens: int = 0
     stages: tuple[tuple[str, float], ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What a model chose after one scheduled item: 0 to k + 1 tokens in order.
+
+    `logprobs` has one for each token where they are wanted; `prompt_logprobs` those of the prompt's tokens at positions
+    [start + 1, start + num_new + 1), as far as the prompt goes, where these are wanted."""
+
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,10 +205,11 @@ Command = Add | Reserve | Adopt | Release | Abort
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A hand-off sequence's KV is stored for positions [0, computed), in `block_ids` in order.
+    """`block_ids` of a hand-off are stored and will not change: the first ones of those to be transferred, in the
+    order of engine.block_table.transfer_entries.
 
-    The first event of a key says that its first chunk was scheduled (computed may be 0). `done` comes with
-    the first token: from then on nothing more is written to the blocks."""
+    The first event of a key says that its first chunk was scheduled (it may name no block). `done` comes with the
+    first token: now all are there. `computed` counts positions."""
 
     key: Key
     computed: int
@@ -179,7 +219,8 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Reserved:
-    """Answer to Reserve: the blocks, or None with the reason of the refusal."""
+    """Answer to Reserve: the blocks, in the order of engine.block_table.transfer_entries and with what the next token
+    needs after them; or None with the reason of the refusal."""
 
     key: Key
     block_ids: tuple[int, ...] | None
@@ -203,6 +244,10 @@ class EngineStats:
     num_preemptions: int = 0
     prefix_queries: int = 0  # prompt tokens looked up
     prefix_hits: int = 0  # of these, found
+    host_blocks: int = 0  # blocks in the host tier
+    host_queries: int = 0  # blocks looked up there, after the pool did not have them
+    host_hits: int = 0  # of these, loaded
+    host_saves: int = 0  # blocks that the pool evicted into it
 
 
 @dataclass(frozen=True, slots=True)

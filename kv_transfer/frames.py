@@ -75,7 +75,7 @@ def cut_frames(layout: CacheLayout, blocks: range, frame_bytes: int) -> list[Fra
     """Frames of at most `frame_bytes` (or one record, if that is larger) that cover these blocks once."""
     specs = []
     for index, plane in enumerate(layout.planes):
-        num_layers = len(plane.layer_ids)
+        num_layers = plane.num_slots
         records = max(1, frame_bytes // plane.bytes_per_block)
         layers_per_frame = min(num_layers, max(1, records // max(1, len(blocks))))
         blocks_per_frame = max(1, min(len(blocks), records // layers_per_frame))

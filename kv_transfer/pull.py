@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from engine.block_table import transfer_entries
 from engine.errors import FrameCorrupt, LeaseLost, TransferFailed
 from engine.planes import CacheLayout
 from engine.pool import BlockBytes
@@ -53,7 +54,7 @@ class Puller:
         self._digests: list[int] = []
         self._size_bytes = 0
         # Of each plane, which records have come: [num_layers, num_blocks]
-        self._came = [np.zeros((len(plane.layer_ids), len(block_ids)), dtype=bool) for plane in layout.planes]
+        self._came = [np.zeros((plane.num_slots, len(block_ids)), dtype=bool) for plane in layout.planes]
 
     async def run(self, timeout_s: float) -> Pulled:
         """Raises TransferFailed (or its kinds) when the blocks could not be had, whole and verified. A stream on
@@ -103,7 +104,7 @@ class Puller:
         spec = frame.spec
         if spec.plane >= len(self._layout.planes):
             raise FrameCorrupt(f"frame {frame.index} is of unknown plane {spec.plane}")
-        num_layers = len(self._layout.planes[spec.plane].layer_ids)
+        num_layers = self._layout.planes[spec.plane].num_slots
         inside = 0 <= spec.layers.start < spec.layers.stop <= num_layers
         inside = inside and 0 <= spec.blocks.start < spec.blocks.stop <= len(self._block_ids)
         if not inside or len(frame.payload) != payload_bytes(self._layout, spec):
@@ -115,7 +116,7 @@ class Puller:
                 f"COMMIT of {commit.num_frames} frames does not match the {len(self._digests)} that came"
             )
         handoff = HandOff.decode(commit.handoff)
-        covered = -(-handoff.computed // self._layout.block_size)
+        covered = len(transfer_entries(self._layout.groups, handoff.computed, self._layout.block_size))
         whole = covered <= len(self._block_ids) and all(came[:, :covered].all() for came in self._came)
         if not whole or self._size_bytes != covered * self._layout.bytes_per_block:
             raise FrameCorrupt(f"the {self._size_bytes} bytes that came do not make {covered} blocks")

@@ -2,7 +2,7 @@
 
 An entry's life:
 1. `grant` makes the lease; nothing can be read yet;
-2. `progress` cuts frames for the blocks that are full by now; readers wake;
+2. `progress` cuts frames for the blocks that are complete by now; readers wake;
 3. `commit` cuts the rest and adds the HandOff: readers get the COMMIT;
 4. `release` by the owner, `close` by the producer, or `expire` after `ttl_s` without a heartbeat: the entry is gone and
    readers get LeaseLost. `on_end` is told once, unless it was the producer itself.
@@ -26,8 +26,7 @@ from kv_transfer.lease import Lease
 class _Entry:
     lease: Lease
     expires_at: float
-    block_ids: tuple[int, ...] = ()
-    num_cut: int = 0  # blocks that frames cover
+    block_ids: tuple[int, ...] = ()  # which frames cover
     frames: list[FrameSpec] = field(default_factory=list)
     digests: list[int] = field(default_factory=list)  # of the frames read so far
     handoff: bytes | None = None
@@ -67,20 +66,18 @@ class Outbox:
         self._entries[key] = _Entry(lease, self._now() + self._ttl_s)
         return lease
 
-    def progress(self, key: Key, computed: int, block_ids: tuple[int, ...]) -> None:
-        """Positions [0, computed) are stored; full blocks become readable."""
+    def progress(self, key: Key, block_ids: tuple[int, ...]) -> None:
+        """These blocks are complete and become readable; the ones told before come first."""
         entry = self._entries.get(key)
         if entry is not None:
-            entry.block_ids = block_ids
-            self._cut(entry, computed // self._layout.block_size)
+            self._cut(entry, block_ids)
 
-    def commit(self, key: Key, computed: int, block_ids: tuple[int, ...], handoff: bytes) -> None:
+    def commit(self, key: Key, block_ids: tuple[int, ...], handoff: bytes) -> None:
         """All is computed: with the rest of the blocks readers get the COMMIT."""
         entry = self._entries.get(key)
         if entry is not None:
-            entry.block_ids = block_ids
             entry.handoff = handoff
-            self._cut(entry, -(-computed // self._layout.block_size))
+            self._cut(entry, block_ids)
 
     def close(self, key: Key) -> None:
         """The producer takes the entry back (the request has ended). Closing an unknown key is no error."""
@@ -136,10 +133,11 @@ class Outbox:
             raise LeaseLost(f"no such lease on {lease.key}")
         return entry
 
-    def _cut(self, entry: _Entry, num_full: int) -> None:
-        if num_full > entry.num_cut:
-            entry.frames += cut_frames(self._layout, range(entry.num_cut, num_full), self._frame_bytes)
-            entry.num_cut = num_full
+    def _cut(self, entry: _Entry, block_ids: tuple[int, ...]) -> None:
+        num_cut = len(entry.block_ids)
+        entry.block_ids = block_ids
+        if len(block_ids) > num_cut:
+            entry.frames += cut_frames(self._layout, range(num_cut, len(block_ids)), self._frame_bytes)
         entry.wake()
 
     def _frame(self, entry: _Entry, index: int) -> Frame:

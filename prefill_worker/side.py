@@ -155,7 +155,7 @@ class PrefillSide:
         if progress.done:
             self._commit(live, progress)
         else:
-            self._outbox.progress(progress.key, progress.computed, progress.block_ids)
+            self._outbox.progress(progress.key, progress.block_ids)
 
     def _start_offer(self, live: _Live) -> None:
         request, target = live.submission.request, live.submission.decode
@@ -206,7 +206,7 @@ class PrefillSide:
         )
         handoff = HandOff(handed, progress.computed, first.cached_tokens, live.submission.gateway_id)
         live.committed = True
-        self._outbox.commit(progress.key, progress.computed, progress.block_ids, handoff.encode())
+        self._outbox.commit(progress.key, progress.block_ids, handoff.encode())
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()

@@ -26,6 +26,11 @@ class WorkerView:
     num_blocks: int
     num_free_blocks: int
     num_leaked_blocks: int
+    prefix_queries: int = 0  # prompt tokens looked up in the prefix cache
+    prefix_hits: int = 0
+    host_blocks: int = 0  # in the host tier
+    host_queries: int = 0  # blocks looked up there
+    host_hits: int = 0
 
 
 @dataclass(frozen=True, slots=True)

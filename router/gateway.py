@@ -85,7 +85,8 @@ class _Front:
         return Answer(generation, replies, self.metrics, stream=bool(body.stream), include_usage=body.includes_usage)
 
     def _generate(self, request: Request, body: ChatBody | CompletionBody, ledger: Ledger) -> Generation:
-        outputs, texts = self.generator.generate(request), self.model.open_stream(body.stop)
+        outputs = self.generator.generate(request)
+        texts = self.model.open_stream(body.stop, request.sampling.min_tokens)
         return Generation(request.request_id, len(request.prompt_ids), outputs, texts, ledger)
 
 

@@ -109,6 +109,16 @@ class Metrics:
         return Counter(name, words, ["model_name"], registry=self.registry).labels(self._model_name)
 
 
+# Totals of a worker's present life; a hit rate is hits / queries.
+_CACHES: tuple[tuple[str, str, Callable[[WorkerView], float]], ...] = (
+    ("steelyard_prefix_queries", "Prompt tokens looked up in the prefix cache", lambda one: one.prefix_queries),
+    ("steelyard_prefix_hits", "Prompt tokens found in the prefix cache or the host tier", lambda one: one.prefix_hits),
+    ("steelyard_host_tier_blocks", "KV blocks in the host tier", lambda one: one.host_blocks),
+    ("steelyard_host_tier_queries", "KV blocks looked up in the host tier", lambda one: one.host_queries),
+    ("steelyard_host_tier_hits", "KV blocks found there and loaded", lambda one: one.host_hits),
+)
+
+
 class _HealthCollector(Collector):
     """The workers' gauges, from one health view per scrape."""
 
@@ -133,6 +143,8 @@ class _HealthCollector(Collector):
         yield self._per_worker(
             "steelyard_worker_connected", "1 if the gateway reaches the worker", view, lambda one: one.connected
         )
+        for name, words, value in _CACHES:
+            yield self._per_worker(name, words, view, value)
         yield _workers_per_role(view)
         yield GaugeMetricFamily("steelyard_healthy", "1 if a canary went through in time", view.healthy)
         yield GaugeMetricFamily(

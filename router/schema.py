@@ -27,6 +27,10 @@ from pydantic_core import PydanticCustomError
 MAX_STOPS = 4  # the API's own limit
 MAX_STOP_CHARS = 1024  # bounds the text that a stream may hold back
 MAX_INT = 2**31 - 1
+MAX_BIASES = 300  # of logit_bias
+MAX_STOP_TOKENS = 64
+MAX_BAD_WORDS = 64
+MAX_TOP_LOGPROBS = 20  # the API's own limit
 
 StrictBool = Annotated[bool, Strict()]
 StrictInt = Annotated[int, Strict(), Field(le=MAX_INT)]
@@ -58,7 +62,7 @@ Unsupported = Annotated[JsonValue, only(None)]
 UnsupportedList = Annotated[JsonValue, only(None, [])]
 UnsupportedFlag = Annotated[JsonValue, only(None, False)]
 OnlyZero = Annotated[JsonValue, only(None, 0)]
-NoBias = Annotated[JsonValue, only(None, {})]
+BadWord = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 NoTools = Annotated[JsonValue, only(None, "none", "auto")]
 OnlyOne = Annotated[StrictInt | None, only(None, 1)]
 
@@ -115,6 +119,22 @@ def _as_stops(value: object) -> object:
     return stops
 
 
+def _as_biases(value: object) -> object:
+    """The API's map from a token id, as a string, to its bias."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise PydanticCustomError("logit_bias_type", "Input should be a map from token ids to numbers")
+    if len(value) > MAX_BIASES:
+        raise PydanticCustomError("too_many_biases", "At most {limit} entries are allowed", {"limit": MAX_BIASES})
+    for key, bias in value.items():
+        if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10):
+            raise PydanticCustomError("logit_bias_key", "The keys are token ids")
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+            raise PydanticCustomError("logit_bias_value", "A bias is a number from -100 to 100")
+    return {int(key): float(bias) for key, bias in value.items()}
+
+
 class StreamOptions(ApiModel):
     include_usage: StrictBool | None = None
     include_obfuscation: StrictBool | None = Field(default=None, description="taken, without effect")
@@ -133,11 +153,27 @@ class GenerationBody(ApiModel):
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: StrictBool | None = Field(default=None, description="extension: go on to max_tokens")
+    min_p: Annotated[StrictFloat, Field(ge=0, le=1)] | None = Field(default=None, description="extension")
+    typical_p: Annotated[StrictFloat, Field(gt=0, le=1)] | None = Field(default=None, description="extension")
+    repetition_penalty: Annotated[StrictFloat, Field(gt=0, le=10)] | None = Field(
+        default=None, description="extension: above 1 discourages what occurred in prompt or answer"
+    )
+    min_tokens: Annotated[StrictInt, Field(ge=0)] | None = Field(
+        default=None, description="extension: nothing ends the answer before"
+    )
+    stop_token_ids: (
+        Annotated[tuple[Annotated[StrictInt, Field(ge=0)], ...], Field(max_length=MAX_STOP_TOKENS)] | None
+    ) = Field(default=None, description="extension")
+    bad_words: Annotated[tuple[BadWord, ...], Field(max_length=MAX_BAD_WORDS)] | None = Field(
+        default=None, description="extension: texts that the answer never contains"
+    )
     n: OnlyOne = None
     user: str | None = Field(default=None, description="taken, without effect")
-    frequency_penalty: OnlyZero = None
-    presence_penalty: OnlyZero = None
-    logit_bias: NoBias = None
+    frequency_penalty: Annotated[StrictFloat, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[StrictFloat, Field(ge=-2, le=2)] | None = None
+    logit_bias: Annotated[
+        dict[int, float], BeforeValidator(_as_biases, json_schema_input_type=dict[str, float] | None)
+    ] = Field(default_factory=dict)
 
     @field_validator("stream_options")
     @classmethod

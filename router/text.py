@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from engine.errors import InvalidRequest, ModelNotFound
@@ -57,10 +57,34 @@ class TextModel:
             field, prompt_ids = "prompt", await self._prompt_ids(body.prompt)
         max_tokens = self._max_tokens(body, field, len(prompt_ids))
         seed = new_seed() if body.seed is None else body.seed % 2**64
-        return Request(request_id, prompt_ids, _sampling(body, max_tokens, seed), timeout_s=timeout_s)
+        self._check_ids(body, max_tokens)
+        sampling = replace(_sampling(body, max_tokens, seed), bad_words=self._bad_words(body))
+        return Request(request_id, prompt_ids, sampling, timeout_s=timeout_s)
 
-    def open_stream(self, stops: tuple[str, ...]) -> TextStream:
-        return TextStream(self.new_detokenizer(), stops)
+    def _check_ids(self, body: ChatBody | CompletionBody, max_tokens: int) -> None:
+        """InvalidRequest for token ids that the model does not have, and for a minimum above the maximum."""
+        limit = self.tokenizer.vocab_size
+        for token_id in body.logit_bias:
+            if token_id >= limit:
+                field = f"logit_bias.{token_id}"
+                raise InvalidRequest(f"'{field}': token ids must be below {limit}", param=field)
+        for index, token_id in enumerate(body.stop_token_ids or ()):
+            if token_id >= limit:
+                field = f"stop_token_ids.{index}"
+                raise InvalidRequest(f"'{field}': token ids must be below {limit}", param=field)
+        if (body.min_tokens or 0) > max_tokens:
+            raise InvalidRequest(
+                f"'min_tokens': {body.min_tokens} exceeds max_tokens, {max_tokens}", param="min_tokens"
+            )
+
+    def _bad_words(self, body: ChatBody | CompletionBody) -> tuple[tuple[int, ...], ...]:
+        """Each text as it is and after a space, which most vocabularies tell apart; in ids, without repeats."""
+        texts = [form for words in body.bad_words or () for form in (words, f" {words.lstrip()}")]
+        ids = (tuple(self.tokenizer.encode(text, add_special=False)) for text in texts)
+        return tuple(dict.fromkeys(filter(None, ids)))
+
+    def open_stream(self, stops: tuple[str, ...], min_tokens: int = 0) -> TextStream:
+        return TextStream(self.new_detokenizer(), stops, min_tokens)
 
     async def _chat_ids(self, body: ChatBody) -> tuple[int, ...]:
         messages = [{"role": _known_role(message.role), "content": message.text} for message in body.messages]
@@ -114,4 +138,12 @@ def _sampling(body: ChatBody | CompletionBody, max_tokens: int, seed: int) -> Sa
         top_p=1.0 if body.top_p is None else body.top_p,
         seed=seed,
         ignore_eos=bool(body.ignore_eos),
+        min_tokens=body.min_tokens or 0,
+        min_p=body.min_p or 0.0,
+        typical_p=1.0 if body.typical_p is None else body.typical_p,
+        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias=tuple(body.logit_bias.items()),
+        stop_token_ids=tuple(body.stop_token_ids or ()),
     )

@@ -63,8 +63,10 @@ class StopScanner:
 class TextStream:
     """One generation's text. `num_tokens` counts what the output needed: none after the end of a stop string."""
 
-    def __init__(self, detokenizer: Detokenizer, stops: tuple[str, ...]) -> None:
+    def __init__(self, detokenizer: Detokenizer, stops: tuple[str, ...], min_tokens: int = 0) -> None:
+        """The text of the first `min_tokens` tokens is not searched for stop strings."""
         self.num_tokens = 0
+        self._min_tokens = min_tokens
         self._detokenizer = detokenizer
         self._scanner = StopScanner(stops)
         self._has_stops = bool(stops)
@@ -73,7 +75,8 @@ class TextStream:
         text = ""
         for ids in self._portions(token_ids):
             self.num_tokens += len(ids)
-            text += self._scanner.push(self._detokenizer.push(ids))
+            new = self._detokenizer.push(ids)
+            text += new if self._has_stops and self.num_tokens < self._min_tokens else self._scanner.push(new)
             if self._scanner.stopped:
                 return Piece(text, FinishReason.STOP)
         if finish is None:

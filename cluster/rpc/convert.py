@@ -16,6 +16,7 @@ from engine.types import (
     Request,
     SamplingParams,
     Submission,
+    TokenLogprob,
     TokenOutput,
 )
 from kv_transfer.lease import Lease, Offer
@@ -41,7 +42,7 @@ def submission_to(submission: Submission, role_epoch: int) -> request_pb2.Submit
     request = submission.request
     message = request_pb2.Request(
         key=key_to(request.key), prompt_ids=request.prompt_ids, generated_ids=request.generated_ids,
-        sampling=request_pb2.SamplingParams(**asdict(request.sampling)), namespace=request.namespace,
+        sampling=_sampling_to(request.sampling), namespace=request.namespace,
         timeout_s=request.timeout_s,
     )  # fmt: skip
     decode = None if submission.decode is None else endpoint_to(submission.decode)
@@ -51,20 +52,33 @@ def submission_to(submission: Submission, role_epoch: int) -> request_pb2.Submit
 
 
 def submission_from(message: request_pb2.SubmitRequest) -> Submission:
-    request, sampling = message.request, message.request.sampling
-    params = SamplingParams(
-        sampling.max_tokens, sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed, sampling.ignore_eos,
-        tuple(sampling.stop_token_ids),
-    )  # fmt: skip
+    request = message.request
     key = key_from(request.key)
     return Submission(
         Request(
-            key.request_id, tuple(request.prompt_ids), params, key.epoch, tuple(request.generated_ids),
-            request.namespace, request.timeout_s,
+            key.request_id, tuple(request.prompt_ids), _sampling_from(request.sampling), key.epoch,
+            tuple(request.generated_ids), request.namespace, request.timeout_s,
         ),
         message.gateway_id,
         endpoint_from(message.decode) if message.HasField("decode") else None,
     )  # fmt: skip
+
+
+def _sampling_to(params: SamplingParams) -> request_pb2.SamplingParams:
+    fields = asdict(params) | {
+        "logit_bias": [request_pb2.TokenBias(token_id=token_id, bias=bias) for token_id, bias in params.logit_bias],
+        "bad_words": [request_pb2.TokenIds(ids=ids) for ids in params.bad_words],
+    }
+    return request_pb2.SamplingParams(**fields)
+
+
+def _sampling_from(message: request_pb2.SamplingParams) -> SamplingParams:
+    fields = {field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields} | {
+        "stop_token_ids": tuple(message.stop_token_ids),
+        "logit_bias": tuple((one.token_id, one.bias) for one in message.logit_bias),
+        "bad_words": tuple(tuple(words.ids) for words in message.bad_words),
+    }
+    return SamplingParams(**fields)
 
 
 def offer_to(offer: Offer) -> request_pb2.OfferRequest:
@@ -121,6 +135,7 @@ def _output_to(output: TokenOutput) -> token_pb2.TokenOutput:
         key=key_to(output.key), first_index=output.first_index, token_ids=output.token_ids, finish=output.finish or "",
         error_code=error.code, error_message=error.message, cached_tokens=output.cached_tokens,
         stages=[token_pb2.Stage(name=name, seconds=seconds) for name, seconds in output.stages],
+        logprobs=map(_logprob_to, output.logprobs), prompt_logprobs=map(_logprob_to, output.prompt_logprobs),
     )  # fmt: skip
 
 
@@ -130,4 +145,14 @@ def _output_from(message: token_pb2.TokenOutput) -> TokenOutput:
         FinishReason(message.finish) if message.finish else None,
         ErrorInfo(message.error_code, message.error_message) if message.error_code else None,
         message.cached_tokens, tuple((stage.name, stage.seconds) for stage in message.stages),
+        tuple(map(_logprob_from, message.logprobs)), tuple(map(_logprob_from, message.prompt_logprobs)),
     )  # fmt: skip
+
+
+def _logprob_to(one: TokenLogprob) -> token_pb2.TokenLogprob:
+    top = [token_pb2.TopToken(token_id=token_id, logprob=logprob) for token_id, logprob in one.top]
+    return token_pb2.TokenLogprob(logprob=one.logprob, rank=one.rank, top=top)
+
+
+def _logprob_from(message: token_pb2.TokenLogprob) -> TokenLogprob:
+    return TokenLogprob(message.logprob, message.rank, tuple((one.token_id, one.logprob) for one in message.top))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as BlockIds
 
+from engine.block_table import BlockTable
 from engine.planes import CacheLayout, attention_layout
 
 NUM_LAYERS = 2
@@ -47,12 +48,12 @@ class StatePool:
 
     # --- states, for the modelled runner -------------------------------------------------------------------
 
-    def state(self, block_ids: BlockIds[int], position: int) -> bytes:
-        offset = self._offset(block_ids, position)
+    def state(self, blocks: BlockTable, position: int) -> bytes:
+        offset = self._offset(blocks, position)
         return b"".join(lane[offset : offset + RECORD_BYTES] for lane in self._lanes)
 
-    def store(self, block_ids: BlockIds[int], position: int, state: bytes) -> None:
-        offset = self._offset(block_ids, position)
+    def store(self, blocks: BlockTable, position: int, state: bytes) -> None:
+        offset = self._offset(blocks, position)
         for index, lane in enumerate(self._lanes):
             lane[offset : offset + RECORD_BYTES] = state[index * RECORD_BYTES : (index + 1) * RECORD_BYTES]
 
@@ -62,6 +63,6 @@ class StatePool:
         for lane in self._lanes:
             lane[target * size : (target + 1) * size] = lane[source * size : (source + 1) * size]
 
-    def _offset(self, block_ids: BlockIds[int], position: int) -> int:
+    def _offset(self, blocks: BlockTable, position: int) -> int:
         block, slot = divmod(position, self._block_size)
-        return (block_ids[block] * self._block_size + slot) * RECORD_BYTES
+        return (blocks[block] * self._block_size + slot) * RECORD_BYTES

@@ -19,7 +19,7 @@ from engine.engine import Engine, ModelRunner
 from engine.errors import WorkerLost
 from engine.scheduler import Batch, Scheduled
 from engine.step_runner import begin_turn
-from engine.types import Command, Request, StepOutputs
+from engine.types import Command, Request, Sampled, StepOutputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,19 +89,21 @@ class ModelledRunner:
         self._weights = weights
         self._pool = pool
 
-    def execute(self, batch: Batch) -> list[tuple[int, ...]]:
+    def execute(self, batch: Batch) -> list[Sampled]:
         for source, target in batch.copies:
             self._pool.copy(source, target)
         return [self._compute(item) for item in batch.scheduled]
 
-    def _compute(self, item: Scheduled) -> tuple[int, ...]:
+    def _compute(self, item: Scheduled) -> Sampled:
         tokens: TokenIds[int] = item.sequence.tokens
-        block_ids = item.sequence.block_ids
+        blocks = item.sequence.tables[0]
         state = b""
         for position in range(item.start, item.start + item.num_new):
-            state = self._weights.next_state(position, tokens[position], lambda at: self._pool.state(block_ids, at))
-            self._pool.store(block_ids, position, state)
-        return (self._weights.next_token(state, item.sequence.request.sampling.seed),) if item.samples else ()
+            state = self._weights.next_state(position, tokens[position], lambda at: self._pool.state(blocks, at))
+            self._pool.store(blocks, position, state)
+        if not item.samples:
+            return Sampled()
+        return Sampled((self._weights.next_token(state, item.sequence.request.sampling.seed),))
 
 
 class ModelledStepRunner:

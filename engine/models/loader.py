@@ -7,6 +7,8 @@ from pathlib import Path
 
 from engine.errors import ModelError
 from engine.models.config import ModelConfig
+from engine.models.config_gguf import config_from_gguf
+from engine.models.config_hf import config_from_hf
 from engine.models.gguf_file import GgufFile, read_gguf
 from engine.models.store import ModelFiles, ModelKind, read_json
 
@@ -20,7 +22,7 @@ def load_config(files: ModelFiles) -> ModelConfig:
         if files.kind is ModelKind.GGUF:
             return _gguf_config(read_gguf(files.path))
         generation = files.path / "generation_config.json"
-        return ModelConfig.from_hf(
+        return config_from_hf(
             read_json(files.path / "config.json"), read_json(generation) if generation.exists() else None
         )
     except ModelError as error:
@@ -30,7 +32,7 @@ def load_config(files: ModelFiles) -> ModelConfig:
 
 
 def _gguf_config(gguf: GgufFile) -> ModelConfig:
-    return ModelConfig.from_gguf(gguf.metadata, gguf.tensors.keys(), _rope_factors(gguf))
+    return config_from_gguf(gguf.metadata, gguf.tensors.keys(), _rope_factors(gguf))
 
 
 def _rope_factors(gguf: GgufFile) -> list[float] | None:

@@ -1,8 +1,10 @@
-"""Load a model's tensors, from safetensors or GGUF, under the names that Hugging Face's Llama uses.
+"""Load a model's tensors, from safetensors or GGUF, under the names that Hugging Face's families use.
+
+Names are those of Llama; experts have Qwen3-MoE's (mlp.gate, mlp.experts.0.up_proj), for Mixtral, too. A norm's weight
+is what it multiplies by: Gemma's checkpoints hold one less (its GGUF files do not).
 
 1. `expected_shapes` says from the config alone which tensors there must be.
-2. `iterate_tensors` reads them one by one from memory-mapped files; of GGUF it undoes the quantisation, llama.cpp's
-   names, and llama.cpp's order of the rows of q and k.
+2. `iterate_tensors` reads them one by one from memory-mapped files, under our names.
 3. `load_weights` compares the two: nothing missing, nothing unknown, every shape right.
 It knows no device: the model moves what it is given. A tensor of safetensors that already has the wanted type stays a
 view of the mapped file, which processes on one machine share.
@@ -14,30 +16,17 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from engine.errors import ModelError
 from engine.models.config import ModelConfig
-from engine.models.gguf_file import GgufTensor, read_gguf
 from engine.models.store import ModelFiles, ModelKind
+from engine.models.weights_gguf import iterate_gguf
 
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # old checkpoints carry it; it follows from the config
 
-_GGUF_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_GGUF_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_GGUF_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
-_GGUF_IGNORED = ("rope_freqs.weight",)  # read into the config
+_MIXTRAL_PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_MIXTRAL_EXPERT = re.compile(r"(.*\.)block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight")
 
 
 def load_weights(files: ModelFiles, config: ModelConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -66,8 +55,8 @@ def load_weights(files: ModelFiles, config: ModelConfig, dtype: torch.dtype) -> 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor by name; a projection's weight is [out_features, in_features]."""
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}
-    layer = _layer_shapes(config)
     for index in range(config.num_layers):
+        layer = _norm_shapes(config) | _attention_shapes(config) | _feed_forward_shapes(config, index)
         shapes.update((f"model.layers.{index}.{name}", shape) for name, shape in layer.items())
     shapes["model.norm.weight"] = (config.hidden_size,)
     if not config.tie_embeddings:
@@ -75,23 +64,43 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    attention = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, q)}
-    mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
-    shapes: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-    }
-    for group, projections, has_bias in (
-        ("self_attn", attention, config.attention_bias),
-        ("mlp", mlp, config.mlp_bias),
-    ):
-        for name, shape in projections.items():
-            shapes[f"{group}.{name}.weight"] = shape
-            if has_bias:
-                shapes[f"{group}.{name}.bias"] = shape[:1]
+def _norm_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    names = ["input_layernorm", "post_attention_layernorm"]
+    if config.sandwich_norms:
+        names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (config.hidden_size,) for name in names}
+    if config.qk_norm:
+        shapes |= {f"self_attn.{name}.weight": (config.head_dim,) for name in ("q_norm", "k_norm")}
+    return shapes
+
+
+def _attention_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    hidden, q, kv = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    qkv = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden)}
+    shapes = _projection_shapes("self_attn.", qkv, config.attention_bias or config.qkv_bias)
+    return shapes | _projection_shapes("self_attn.", {"o_proj": (hidden, q)}, config.attention_bias)
+
+
+def _feed_forward_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
+    if config.moe is None or not config.has_experts(layer):
+        return _mlp_shapes("mlp.", config.hidden_size, config.intermediate_size, config.mlp_bias)
+    shapes: dict[str, tuple[int, ...]] = {"mlp.gate.weight": (config.moe.num_experts, config.hidden_size)}
+    for index in range(config.moe.num_experts):
+        shapes |= _mlp_shapes(f"mlp.experts.{index}.", config.hidden_size, config.moe.intermediate_size, False)
+    return shapes
+
+
+def _mlp_shapes(prefix: str, hidden: int, inner: int, has_bias: bool) -> dict[str, tuple[int, ...]]:
+    parts = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    return _projection_shapes(prefix, parts, has_bias)
+
+
+def _projection_shapes(
+    prefix: str, projections: dict[str, tuple[int, int]], has_bias: bool
+) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {f"{prefix}{name}.weight": shape for name, shape in projections.items()}
+    if has_bias:
+        shapes |= {f"{prefix}{name}.bias": shape[:1] for name, shape in projections.items()}
     return shapes
 
 
@@ -100,71 +109,32 @@ def iterate_tensors(
 ) -> Iterator[tuple[str, torch.Tensor, Path]]:
     """Yield (name, tensor, file) for everything in the model's files, in the order it lies there."""
     if files.kind is ModelKind.GGUF:
-        yield from _iterate_gguf(files.path, config, dtype)
+        yield from iterate_gguf(files.path, config, dtype)
         return
     for path in files.weight_files:
-        yield from _iterate_safetensors(path, dtype)
+        for name, tensor in _iterate_safetensors(path):
+            if config.architecture == "Gemma3ForCausalLM" and name.endswith("norm.weight"):
+                tensor = tensor.float() + 1  # left in float32: bfloat16 would lose the digits of a small weight
+            else:
+                tensor = tensor.to(dtype).contiguous()
+            yield hf_name(name), tensor, path
 
 
-def _iterate_safetensors(path: Path, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor, Path]]:
+def hf_name(name: str) -> str:
+    """Our name of a tensor in a Hugging Face checkpoint: Mixtral's differ."""
+    expert = _MIXTRAL_EXPERT.fullmatch(name)
+    if expert:
+        prefix, index, part = expert.groups()
+        return f"{prefix}mlp.experts.{index}.{_MIXTRAL_PARTS[part]}.weight"
+    return name.replace(".block_sparse_moe.gate.", ".mlp.gate.")
+
+
+def _iterate_safetensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                yield name, file.get_tensor(name).to(dtype).contiguous(), path
+                yield name, file.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"cannot read {path}: {error}") from error
-
-
-# --- GGUF -----------------------------------------------------------------------------------------------------
-
-
-def _iterate_gguf(path: Path, config: ModelConfig, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor, Path]]:
-    data = np.memmap(path, dtype=np.uint8, mode="r")
-    for tensor in read_gguf(path).tensors.values():
-        if tensor.name in _GGUF_IGNORED:
-            continue
-        name = canonical_name(tensor.name)
-        if name is None:
-            raise ModelError(f"{path}: unknown tensor {tensor.name} {list(tensor.shape)}", param=tensor.name)
-        value = _dequantized(data, tensor, path).to(dtype)
-        yield name, _restore_rope_order(name, value, config), path
-
-
-def canonical_name(gguf_name: str) -> str | None:
-    """The Hugging Face name of a GGUF tensor, e.g. blk.0.attn_q.weight; None for one that Llama does not have."""
-    block = _GGUF_BLOCK.fullmatch(gguf_name)
-    if block:
-        layer, part, suffix = block.groups()
-        return f"model.layers.{layer}.{_GGUF_LAYER[part]}.{suffix}" if part in _GGUF_LAYER else None
-    part, _, suffix = gguf_name.rpartition(".")
-    return f"{_GGUF_TOP[part]}.{suffix}" if part in _GGUF_TOP else None
-
-
-def _dequantized(data: np.ndarray, tensor: GgufTensor, path: Path) -> torch.Tensor:
-    """One tensor, [*tensor.shape]: in its own type if that is F16, F32 or F64, else in float32."""
-    from gguf.constants import GGMLQuantizationType
-    from gguf.quants import dequantize
-
-    kind = GGMLQuantizationType(tensor.type_id)
-    raw = data[tensor.start : tensor.start + tensor.size_bytes]
-    try:
-        if kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.F64):
-            plain = raw.view({"F32": "<f4", "F16": "<f2", "F64": "<f8"}[kind.name])
-            return torch.from_numpy(plain.copy()).reshape(tensor.shape)
-        rows = raw.reshape(*tensor.shape[:-1], -1)  # [..., bytes of a row]
-        return torch.from_numpy(dequantize(rows, kind)).reshape(tensor.shape)
-    except (NotImplementedError, ValueError) as error:
-        raise ModelError(f"{path}: tensor {tensor.name} of type {kind.name} cannot be read: {error}") from error
-
-
-def _restore_rope_order(name: str, value: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """Undo the order of q and k rows: llama.cpp pairs dimensions (2i, 2i + 1), Hugging Face (i, i + head_dim / 2)."""
-    if not name.endswith(("q_proj.weight", "q_proj.bias", "k_proj.weight", "k_proj.bias")):
-        return value
-    num_heads = config.num_heads if ".q_proj." in name else config.num_kv_heads
-    if value.shape[0] != num_heads * config.head_dim:
-        return value  # of the wrong shape, which load_weights reports
-    paired = value.reshape(num_heads, config.head_dim // 2, 2, *value.shape[1:])
-    return paired.transpose(1, 2).reshape(value.shape)

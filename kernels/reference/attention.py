@@ -18,12 +18,12 @@ KV_TILE = 128  # positions; block tables are padded to whole tiles
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Sequences with equally many new tokens. Built once per step, used by every layer.
+    """Sequences with equally many new tokens. Built once per step, used by every layer that sees as far back.
 
     rows: which rows of the step's tokens, [num_seqs * num_new], sequence by sequence
-    blocks: [num_seqs, num_blocks] int64, padded with any valid id to whole tiles
+    blocks: [num_seqs, num_blocks] int64, whole tiles, padded with any valid id
     mask: [num_seqs, 1, padded_rows, num_keys] True where a query must not look; rows are (token, group) pairs
-    stale_from: first key position that is unused in any sequence; stale: [num_seqs, 1, num_keys - stale_from, 1]
+    stale_from: first key that is unused in any sequence; stale: [num_seqs, 1, num_keys - stale_from, 1]
     row_tile: most rows of one product, where the machine needs a fixed count (RowLadder.tile)
     """
 
@@ -42,22 +42,38 @@ def tile_tokens(block_size: int) -> int:
     return -(-KV_TILE // block_size) * block_size
 
 
+def first_key(position: int, window: int | None, block_size: int) -> int:
+    """Where the keys of a query at `position` begin: the start of the tile with the first one that it sees."""
+    tile = tile_tokens(block_size)
+    return 0 if window is None else max(0, position - window + 1) // tile * tile
+
+
 def make_segment(
     rows: slice, positions: torch.Tensor, blocks: torch.Tensor, num_tokens: list[int], groups: int,
-    block_size: int, ladder: RowLadder,
+    block_size: int, ladder: RowLadder, window: int | None = None,
 ) -> Segment:  # fmt: skip
-    """positions: [num_seqs, num_new] of the new tokens; num_tokens: stored positions of each after the step."""
+    """positions: [num_seqs, num_new] of the new tokens, rising; num_tokens: stored positions of each after the step;
+    blocks: of each sequence from `first_key` of its first new token on. A query sees `window` positions, its own
+    included (None: all up to its own)."""
     num_seqs, num_new = positions.shape
     num_keys = blocks.shape[1] * block_size
     assert num_keys % tile_tokens(block_size) == 0, "block tables must be padded to whole tiles"
-    keys = torch.arange(num_keys, device=positions.device)
-    mask = keys > positions.repeat_interleave(groups, dim=1)[..., None]  # [num_seqs, num_new * groups, num_keys]
+    keys = torch.arange(num_keys, device=positions.device).expand(num_seqs, -1)
+    lengths = torch.tensor(num_tokens, device=positions.device)[:, None]
+    queries = positions.repeat_interleave(groups, dim=1)[..., None]  # [num_seqs, num_new * groups, 1]
+    if window is None:
+        stale_from = min(num_tokens)
+        mask, stale = keys[:, None] > queries, keys >= lengths
+    else:
+        starts = [first_key(position, window, block_size) for position in positions[:, 0].tolist()]
+        keys = keys + torch.tensor(starts, device=positions.device)[:, None]
+        stale_from = 0
+        mask = (keys[:, None] > queries) | (keys[:, None] <= queries - window)
+        stale = (keys >= lengths) | (keys <= positions[:, :1] - window)
     padded = torch.zeros(num_seqs, ladder.pad(num_new * groups), num_keys, dtype=torch.bool, device=positions.device)
     padded[:, : mask.shape[1]] = mask
-    stale_from = min(num_tokens)
-    lengths = torch.tensor(num_tokens, device=positions.device)
-    stale = keys[stale_from:] >= lengths[:, None]
-    return Segment(num_seqs, num_new, rows, blocks, padded[:, None], stale_from, stale[:, None, :, None], ladder.tile)
+    stale = stale[:, None, stale_from:, None]
+    return Segment(num_seqs, num_new, rows, blocks, padded[:, None], stale_from, stale, ladder.tile)
 
 
 def paged_attention(
@@ -106,7 +122,7 @@ def _gather(cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
 def _weigh_by_tiles(weights: torch.Tensor, values: torch.Tensor, tile: int, row_tile: int | None) -> torch.Tensor:
     """Softmax-weighted sum, tile by tile in order of position. weights: [batch, rows, keys], unnormalised, float32."""
     batch, rows, num_keys = weights.shape
-    # cumsum adds in order, so trailing tiles of zeros change nothing
+    # cumsum adds in order, so tiles of zeros before and after change nothing
     total = weights.view(batch, rows, num_keys // tile, tile).sum(-1).cumsum(-1)[..., -1:]
     out = _multiply(weights[..., :tile].to(values.dtype), values[:, :tile], row_tile).float()
     for start in range(tile, num_keys, tile):

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Root-mean-square norm over the last axis, in float32 (Zhang and Sennrich, 2019)."""
-    wide = x.float()
-    scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
-    return weight * (wide * scale).to(x.dtype)
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, wide: bool = False) -> torch.Tensor:
+    """Root-mean-square norm over the last axis, in float32 (Zhang and Sennrich, 2019).
+
+    `wide`: the product with the weight is in float32, too, and rounded last."""
+    full = x.float()
+    scale = torch.rsqrt(full.square().mean(dim=-1, keepdim=True) + eps)
+    if wide:
+        return (full * scale * weight.float()).to(x.dtype)
+    return weight * (full * scale).to(x.dtype)
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -25,6 +31,16 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     gate, up = x.chunk(2, dim=-1)
     wide = gate.float()
     return (wide / wide.neg().exp_().add_(1)).to(x.dtype) * up
+
+
+def gelu_tanh_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """gelu(gate) * up with gelu's tanh approximation (Hendrycks and Gimpel, 2016). Shapes as in silu_and_mul.
+
+    g (1 + tanh u) / 2 = g / (1 + exp(-2u)) with u = sqrt(2 / pi) (g + 0.044715 g^3): exp for silu_and_mul's reason."""
+    gate, up = x.chunk(2, dim=-1)
+    wide = gate.float()
+    inner = (wide.square().mul_(0.044715).add_(1)).mul_(wide).mul_(-2 * math.sqrt(2 / math.pi))
+    return (wide / inner.exp_().add_(1)).to(x.dtype) * up
 
 
 def store_kv(cache: torch.Tensor, new: torch.Tensor, block_ids: torch.Tensor, offsets: torch.Tensor) -> None:

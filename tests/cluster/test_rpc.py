@@ -35,6 +35,7 @@ from engine.types import (
 from kv_transfer.lease import Lease, Offer
 from router.membership import Member
 from tests.kv_transfer.fakes import transfer
+from tests.strategies import SAMPLING_PARAMS, TOKEN_LOGPROBS
 from tests.virtual import until
 
 U32, U64 = (st.integers(0, 2**bits - 1) for bits in (32, 64))
@@ -43,15 +44,14 @@ FLOATS = st.floats(allow_nan=False)
 TEXT = st.text(max_size=20)
 KEYS = st.builds(Key, TEXT, U32)
 ENDPOINTS = st.builds(Endpoint, TEXT, TEXT, TEXT, TEXT)
-PARAMS = st.builds(SamplingParams, U32, FLOATS, U32, FLOATS, U64, st.booleans(), IDS)
-REQUESTS = st.builds(Request, TEXT, IDS, PARAMS, U32, IDS, TEXT, FLOATS)
+REQUESTS = st.builds(Request, TEXT, IDS, SAMPLING_PARAMS, U32, IDS, TEXT, FLOATS)
 SUBMISSIONS = st.builds(Submission, REQUESTS, TEXT, st.none() | ENDPOINTS)
 OFFERS = st.builds(Offer, st.builds(Lease, KEYS, TEXT, TEXT, TEXT, TEXT, TEXT), U32, U32, TEXT, FLOATS)
 STATS = st.builds(EngineStats, **{each.name: U32 for each in fields(EngineStats)})
 OUTPUTS = st.builds(
     TokenOutput, KEYS, U32, IDS, st.none() | st.sampled_from(FinishReason),
     st.none() | st.builds(ErrorInfo, st.text(min_size=1), TEXT), U32,
-    st.lists(st.tuples(TEXT, FLOATS), max_size=3).map(tuple),
+    st.lists(st.tuples(TEXT, FLOATS), max_size=3).map(tuple), TOKEN_LOGPROBS, TOKEN_LOGPROBS,
 )  # fmt: skip
 BATCHES = st.builds(StreamBatch, st.lists(OUTPUTS, max_size=4).map(tuple), STATS)
 

@@ -21,6 +21,7 @@ from engine.types import (
     Request,
     Reserve,
     Reserved,
+    Sampled,
     SamplingParams,
     StepOutputs,
     TokenOutput,
@@ -37,8 +38,8 @@ class Script:
     def __init__(self, *token_ids: int) -> None:
         self._token_ids = iter(token_ids)
 
-    def execute(self, batch: Batch) -> list[tuple[int, ...]]:
-        return [(next(self._token_ids, 9),) if item.samples else () for item in batch.scheduled]
+    def execute(self, batch: Batch) -> list[Sampled]:
+        return [Sampled((next(self._token_ids, 9),)) if item.samples else Sampled() for item in batch.scheduled]
 
 
 def make_engine(num_blocks: int = 16, max_context: int = 200, chunk: int = 8, lookahead: int = 0) -> Engine:
@@ -203,7 +204,7 @@ def test_nothing_is_told_beyond_the_token_that_ends(accepted: tuple[int, ...], w
     turn(engine, Script(8))
     batch = engine.begin()
     assert batch is not None
-    engine.finish(batch, [accepted])
+    engine.finish(batch, [Sampled(accepted)])
     (output,) = engine.take_outputs().tokens
     assert (output.first_index, output.token_ids, output.finish) == (1, wanted, FinishReason.STOP)
     assert_empty(engine)
@@ -381,15 +382,15 @@ def test_a_hand_off_is_announced_before_its_first_chunk_is_computed_and_done_wit
     leaving = request(prompt=range(5, 26))
     engine.handle(Add(leaving, handoff=True))
     turns = [turn(engine, Script(11)) for _ in range(3)]
-    block_ids = turns[0][0].progress[0].block_ids if turns[0] else ()
+    block_ids = turns[2][1].progress[0].block_ids if turns[2] else ()
     assert len(block_ids) == 6
     news = [(*before.progress, *after.progress) for before, after in filter(None, turns)]
     assert news == [
-        (Progress(leaving.key, 0, block_ids), Progress(leaving.key, 8, block_ids)),
-        (Progress(leaving.key, 16, block_ids),),
+        (Progress(leaving.key, 0, ()), Progress(leaving.key, 8, block_ids[:2])),
+        (Progress(leaving.key, 16, block_ids[:4]),),
         (Progress(leaving.key, 21, block_ids, done=True),),
     ]
-    assert turns[0] and turns[0][0].progress == (Progress(leaving.key, 0, block_ids),), "the announcement goes ahead"
+    assert turns[0] and turns[0][0].progress == (Progress(leaving.key, 0, ()),), "the announcement goes ahead"
     assert [after.tokens for _, after in filter(None, turns)][:2] == [(), ()]
     assert turns[2] and turns[2][1].tokens == (TokenOutput(leaving.key, 0, (11,)),)
 

@@ -14,7 +14,7 @@ from engine.build import BuiltEngine
 from engine.errors import ModelError
 from engine.model_runner import build_model
 from engine.models.config import ModelConfig, RopeScaling
-from engine.models.llama import Weights
+from engine.models.decoder import Weights
 from engine.types import Add, Key, Request
 from tests.engine.tiny import (
     LogitRecorder,

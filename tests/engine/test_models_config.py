@@ -14,6 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from engine.errors import ModelError
 from engine.models.config import ModelConfig, RopeScaling
+from engine.models.config_hf import config_from_hf
 from engine.models.loader import load_config
 from engine.models.store import resolve
 
@@ -65,27 +66,27 @@ def test_the_default_model_reads_as_transformers_reads_it(smollm2_files):
 
 
 def test_old_and_new_rope_keys_mean_the_same():
-    old = ModelConfig.from_hf(BASE | {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3"} | LLAMA3})
-    older = ModelConfig.from_hf(BASE | {"rope_theta": 5e5, "rope_scaling": {"type": "llama3"} | LLAMA3})
-    new = ModelConfig.from_hf(BASE | {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5} | LLAMA3})
+    old = config_from_hf(BASE | {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3"} | LLAMA3})
+    older = config_from_hf(BASE | {"rope_theta": 5e5, "rope_scaling": {"type": "llama3"} | LLAMA3})
+    new = config_from_hf(BASE | {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5} | LLAMA3})
     assert old == older == new
     assert new.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
     assert new.rope_theta == 5e5
 
 
 def test_linear_scaling_is_read():
-    config = ModelConfig.from_hf(BASE | {"rope_scaling": {"type": "linear", "factor": 4}})
+    config = config_from_hf(BASE | {"rope_scaling": {"type": "linear", "factor": 4}})
     assert config.rope_scaling == RopeScaling("linear", 4.0)
 
 
 def test_generation_config_adds_its_end_tokens_first():
-    config = ModelConfig.from_hf(BASE | {"eos_token_id": 2}, {"eos_token_id": [7, 2], "bos_token_id": 1})
+    config = config_from_hf(BASE | {"eos_token_id": 2}, {"eos_token_id": [7, 2], "bos_token_id": 1})
     assert config.eos_token_ids == (7, 2)
     assert config.bos_token_id == 1
 
 
 def test_null_fields_take_the_architecture_s_defaults():
-    config = ModelConfig.from_hf(BASE | {"num_key_value_heads": None, "head_dim": None, "rope_scaling": None})
+    config = config_from_hf(BASE | {"num_key_value_heads": None, "head_dim": None, "rope_scaling": None})
     assert (config.num_kv_heads, config.head_dim, config.rope_scaling) == (4, 8, None)
 
 
@@ -98,7 +99,7 @@ def test_null_fields_take_the_architecture_s_defaults():
         ({"hidden_size": "32"}, "hidden_size"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"num_key_value_heads": 3}, "num_kv_heads"),
@@ -110,7 +111,7 @@ def test_null_fields_take_the_architecture_s_defaults():
 )
 def test_a_config_that_cannot_be_served_names_its_field(change, field):
     with pytest.raises(ModelError, match=field) as caught:
-        ModelConfig.from_hf(BASE | change)
+        config_from_hf(BASE | change)
     assert caught.value.param == field
 
 
@@ -132,9 +133,11 @@ def test_a_broken_config_file_is_named(tiny_llama):
     ("change", "field"),
     [
         ({"architecture": "mamba"}, "general.architecture"),
-        ({"llama.expert_count": 8}, "llama.expert_count"),
+        ({"llama.expert_count": 8}, "llama.expert_used_count"),
+        ({"llama.final_logit_softcapping": 30.0}, "llama.final_logit_softcapping"),
+        ({"llama.expert_shared_count": 1}, "llama.expert_shared_count"),
         ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count"),
-        ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type"),
+        ({"llama.rope.scaling.type": "longrope"}, "llama.rope.scaling.type"),
         ({"llama.attention.head_count": "four"}, "llama.attention.head_count"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine.kv_cache import KVCache
-from engine.planes import CacheLayout, Plane, Split, attention_layout, layout_hash
+from engine.planes import CacheLayout, Group, Plane, Split, attention_layout, layout_hash
 from engine.pool import SharedPool
 
 NUM_BLOCKS = 7
@@ -20,10 +20,11 @@ LAYOUTS = {
     "bfloat16": attention_layout(3, 2, 8, 4, "bfloat16"),
     "unequal planes": CacheLayout(
         (
-            Plane("latent", "full", (0, 1, 2), 4, (4, 12), "float32", Split.REPLICATED),
-            Plane("rope", "full", (0, 2), 4, (4, 3), "bfloat16", Split.REPLICATED),
+            Plane("latent", 3, 4, (4, 12), "float32", Split.REPLICATED),
+            Plane("rope", 2, 4, (4, 3), "bfloat16", Split.REPLICATED),
         ),
         block_size=4,
+        groups=(Group((0, 1, 2)),),
     ),
 }
 BLOCKS = ([3], [0, 1, 2], [6, 2, 5, 0])  # one, neighbours, any order
@@ -46,7 +47,7 @@ def places(layout: CacheLayout) -> list[tuple[int, range, list[int]]]:
     return [
         (index, layers, block_ids)
         for index, plane in enumerate(layout.planes)
-        for layers in (range(1), range(1, len(plane.layer_ids)), range(len(plane.layer_ids)))
+        for layers in (range(1), range(1, plane.num_slots), range(plane.num_slots))
         for block_ids in BLOCKS
     ]
 
@@ -90,7 +91,7 @@ def test_blocks_may_lie_elsewhere_at_the_target(layout: CacheLayout, pool: Share
     fill(source, seed=3)
     back = KVCache(layout, NUM_BLOCKS, "cpu", None)
     for index, plane in enumerate(layout.planes):
-        layers = range(len(plane.layer_ids))
+        layers = range(plane.num_slots)
         pool.write(index, layers, [5, 0, 6], memoryview(source.read(index, layers, [1, 2, 4])))
         back.write(index, layers, [2, 4, 1], memoryview(pool.read(index, layers, [0, 6, 5])))
         tensor = back.planes[plane.name]
@@ -134,7 +135,7 @@ def test_a_new_pool_is_zero_and_as_long_as_its_layout_says(layout: CacheLayout, 
 def test_block_offsets_tile_the_pool(layout: CacheLayout) -> None:
     spans = []
     for index, plane in enumerate(layout.planes):
-        for layer, block in itertools.product(range(len(plane.layer_ids)), range(NUM_BLOCKS)):
+        for layer, block in itertools.product(range(plane.num_slots), range(NUM_BLOCKS)):
             start = layout.block_offset(index, layer, block, NUM_BLOCKS)
             spans.append((start, start + plane.bytes_per_block))
     spans.sort()
@@ -160,19 +161,21 @@ def test_copies_move_whole_blocks_in_all_planes(layout: CacheLayout, pool: Share
 
 # --- the cohort -----------------------------------------------------------------------------------------------
 
-PLANE = Plane("k", "full", (0, 1), 16, (2, 16, 8), "float32", Split.HEADS)
+GROUPS = (Group((0, 1)),)
+PLANE = Plane("k", 2, 16, (2, 16, 8), "float32", Split.HEADS)
 OTHER_PLANES = [
-    replace(PLANE, name="v"), replace(PLANE, group="window"), replace(PLANE, layer_ids=(0, 1, 2)),
+    replace(PLANE, name="v"), replace(PLANE, num_slots=3),
     replace(PLANE, tokens_per_block=8), replace(PLANE, block_shape=(2, 8, 16)), replace(PLANE, dtype="bfloat16"),
     replace(PLANE, split=Split.REPLICATED),
 ]  # fmt: skip
 
 
 def test_the_layout_hash_changes_with_each_field() -> None:
-    layout = CacheLayout((PLANE,), block_size=16)
+    layout = CacheLayout((PLANE,), block_size=16, groups=GROUPS)
     layouts = [
-        layout, CacheLayout((PLANE,), block_size=8), CacheLayout((PLANE, PLANE), block_size=16),
-        *(CacheLayout((plane,), block_size=16) for plane in OTHER_PLANES),
+        layout, replace(layout, block_size=8), replace(layout, planes=(PLANE, PLANE)),
+        replace(layout, groups=(Group((0, 1), window=64),)), replace(layout, groups=(Group((0,)), Group((1,)))),
+        *(replace(layout, planes=(plane,)) for plane in OTHER_PLANES),
     ]  # fmt: skip
     hashes = [layout_hash(each, "model", "revision") for each in layouts]
     hashes += [layout_hash(layout, "another", "revision"), layout_hash(layout, "model", "another")]
@@ -186,5 +189,5 @@ def test_the_layout_hash_of_equal_layouts_is_equal_and_has_32_digits() -> None:
 
 
 def test_the_layout_hash_does_not_confuse_where_one_name_ends() -> None:
-    layout = CacheLayout((PLANE,), block_size=16)
+    layout = CacheLayout((PLANE,), block_size=16, groups=GROUPS)
     assert layout_hash(layout, "ab", "c") != layout_hash(layout, "a", "bc")

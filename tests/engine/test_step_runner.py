@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncGenerator, Callable
-from collections.abc import Sequence as Items
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,7 @@ from engine.pool import SharedPool
 from engine.scheduler import Batch
 from engine.setup import EngineSetup, plan_engine
 from engine.step_runner import LENGTH, ProcessStepRunner, StepRunner, ThreadStepRunner
-from engine.types import Abort, Add, FinishReason, Key, Reserve, StepOutputs
+from engine.types import Abort, Add, FinishReason, Key, Reserve, Sampled, StepOutputs
 from tests.engine.tiny import request
 
 TIMEOUT_S = 120.0  # a child imports torch on a machine that may be busy
@@ -101,7 +100,7 @@ async def test_a_stopped_thread_is_gone_and_says_so(setup: EngineSetup) -> None:
 
 async def test_a_fault_of_the_model_is_the_end_of_the_engine_and_is_told(setup: EngineSetup) -> None:
     class Broken:
-        def execute(self, batch: Batch) -> Items[tuple[int, ...]]:
+        def execute(self, batch: Batch) -> list[Sampled]:
             raise RuntimeError("out of memory")
 
     async with thread_runner(build_engine(setup, None), Broken()) as runner:

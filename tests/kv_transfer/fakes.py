@@ -55,7 +55,7 @@ def poisoned_pool(layout: CacheLayout = LAYOUT) -> SharedPool:
 def block_bytes(pool: SharedPool, block_id: int) -> bytes:
     """All that one block holds, over planes and layers."""
     planes = enumerate(pool.layout.planes)
-    return b"".join(pool.read(index, range(len(plane.layer_ids)), [block_id]) for index, plane in planes)
+    return b"".join(pool.read(index, range(plane.num_slots), [block_id]) for index, plane in planes)
 
 
 Fault = Callable[[int, bytes], Sequence[bytes]]  # (number of the message on this link, its bytes) -> what arrives
@@ -137,11 +137,11 @@ class Transfer:
 
     def compute(self, num_tokens: int) -> None:
         """The next chunk of the prompt is stored, up to here."""
-        self.outbox.progress(self.lease.key, num_tokens, self.source_ids)
+        self.outbox.progress(self.lease.key, self.source_ids[: num_tokens // LAYOUT.block_size])
 
     def commit(self, handoff: HandOff | None = None) -> None:
         data = (handoff or handoff_of(self.num_tokens)).encode()
-        self.outbox.commit(self.lease.key, self.num_tokens, self.source_ids, data)
+        self.outbox.commit(self.lease.key, self.source_ids, data)
 
     def puller(self, **options: bool) -> Puller:
         return Puller(self.target.layout, self.target, self.target_ids, self.link, self.lease, **options)

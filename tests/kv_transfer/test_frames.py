@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import FrameCorrupt
-from engine.planes import WIRE_VERSION, CacheLayout, Plane, Split
+from engine.planes import WIRE_VERSION, CacheLayout, Group, Plane, Split
 from kv_transfer.frames import (
     HEADER_BYTES,
     Commit,
@@ -40,11 +40,11 @@ def layouts(draw: st.DrawFn) -> CacheLayout:
     block_size = draw(st.sampled_from((1, 4, 16)))
     dtypes = st.sampled_from(("float32", "bfloat16", "uint8"))
     planes = tuple(
-        Plane(f"p{i}", "full", tuple(range(draw(st.integers(1, 5)))), block_size, (draw(st.integers(1, 40)),),
+        Plane(f"p{i}", draw(st.integers(1, 5)), block_size, (draw(st.integers(1, 40)),),
               draw(dtypes), Split.REPLICATED)
         for i in range(draw(st.integers(1, 3)))
     )  # fmt: skip
-    return CacheLayout(planes, block_size)
+    return CacheLayout(planes, block_size, (Group((0,)),))
 
 
 @given(st.one_of(FRAMES, COMMITS))
@@ -58,7 +58,7 @@ def test_the_bytes_on_the_wire_change_only_with_the_wire_version() -> None:
     frame = Frame(7, spec, b"payload!", frame_digest(7, spec, b"payload!"))
     commit = Commit(8, commit_digest([frame.digest], b"handoff"), b"handoff")
     golden = {
-        1: (
+        2: (
             "535946310100010002000400050000000600000007000000167ba1e06c8ade7f08000000000000007061796c6f616421",
             "535946310200000000000000000000000000000008000000e8265191c9126403070000000000000068616e646f6666",
         )
@@ -75,7 +75,7 @@ def test_frames_cover_every_record_exactly_once_and_are_no_larger_than_asked(
     wanted = {
         (index, layer, block)
         for index, plane in enumerate(layout.planes)
-        for layer in range(len(plane.layer_ids))
+        for layer in range(plane.num_slots)
         for block in blocks
     }
     assert len(records) == len(wanted)

@@ -8,23 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import TransferFailed
-from engine.types import Request, SamplingParams
+from engine.types import Request
 from kv_transfer.handoff import HANDOFF_VERSION, HandOff
 from tests.kv_transfer.fakes import handoff_of
+from tests.strategies import SAMPLING_PARAMS
 
 IDS = st.lists(st.integers(0, 2**32 - 1), max_size=20).map(tuple)
 FLOATS = st.floats(allow_nan=False)
-PARAMS = st.builds(
-    SamplingParams,
-    st.integers(1, 2**31),
-    FLOATS,
-    st.integers(0, 2**31),
-    FLOATS,
-    st.integers(0, 2**64 - 1),
-    st.booleans(),
-    IDS,
+REQUESTS = st.builds(
+    Request, st.text(), IDS.filter(len), SAMPLING_PARAMS, st.integers(0, 2**32 - 1), IDS, st.text(), FLOATS
 )
-REQUESTS = st.builds(Request, st.text(), IDS.filter(len), PARAMS, st.integers(0, 2**32 - 1), IDS, st.text(), FLOATS)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text() | st.binary(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
@@ -84,8 +77,8 @@ def test_a_missing_required_part_is_refused(name: str) -> None:
 
 def test_an_unknown_sampling_parameter_is_refused_because_it_would_change_the_tokens() -> None:
     sampling = next(value for name, _, value in parts_of(handoff_of(5)) if name == "sampling")
-    with pytest.raises(TransferFailed, match="presence_penalty"):
-        HandOff.decode(with_part("sampling", sampling | {"presence_penalty": 1.0}))
+    with pytest.raises(TransferFailed, match="mirostat_tau"):
+        HandOff.decode(with_part("sampling", sampling | {"mirostat_tau": 1.0}))
 
 
 @pytest.mark.parametrize("version", [0, HANDOFF_VERSION + 1, "1", None])

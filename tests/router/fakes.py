@@ -139,7 +139,7 @@ class FakeGenerator:
 
 
 def worker(worker_id: str = "p0", role: str = "prefill", num_leaked_blocks: int = 0) -> WorkerView:
-    return WorkerView(worker_id, "i1", role, "127.0.0.1:1", True, 2, 1, 100, 75, num_leaked_blocks)
+    return WorkerView(worker_id, "i1", role, "127.0.0.1:1", True, 2, 1, 100, 75, num_leaked_blocks, 40, 30, 5, 8, 6)
 
 
 def healthy(*workers: WorkerView) -> HealthView:

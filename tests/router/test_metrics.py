@@ -76,6 +76,9 @@ async def test_workers_are_shown_as_they_are_at_the_scrape() -> None:
     assert value(samples, "vllm:num_requests_running", engine="p0", role="prefill") == 2
     assert value(samples, "vllm:num_requests_waiting", engine="d0", role="decode") == 1
     assert value(samples, "vllm:kv_cache_usage_perc", engine="d0", role="decode") == 0.25
+    assert value(samples, "steelyard_prefix_hits", model_name=MODEL, engine="d0", role="decode") == 30
+    assert value(samples, "steelyard_host_tier_hits", model_name=MODEL, engine="d0", role="decode") == 6
+    assert value(samples, "steelyard_host_tier_queries", model_name=MODEL, engine="d0", role="decode") == 8
     assert value(samples, "steelyard_kv_leaked_blocks", model_name=MODEL, engine="d0", role="decode") == 4
     assert value(samples, "steelyard_workers", role="prefill") == 1
     assert value(samples, "steelyard_membership_version") == 7

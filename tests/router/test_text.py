@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from engine.errors import InvalidRequest, ModelNotFound
-from engine.types import Request
+from engine.types import Request, SamplingParams
 from router.schema import ChatBody, CompletionBody
 from router.text import DEFAULT_CHAT_TOKENS, DEFAULT_COMPLETION_TOKENS
 from tests.router.fakes import BOS, MAX_CONTEXT, ByteTokenizer, chat, completion, text_model
@@ -86,3 +86,25 @@ async def test_only_long_texts_leave_the_loop() -> None:
         assert (witness.thread is threading.current_thread()) is stays
         await model.prepare(ChatBody.model_validate(chat("x" * length)), "r1", lambda: 7, timeout_s=60.0)
         assert (witness.thread is threading.current_thread()) is stays
+
+
+async def test_every_sampling_parameter_reaches_the_engine() -> None:
+    asked = {
+        "temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.1, "typical_p": 0.8, "repetition_penalty": 1.2,
+        "presence_penalty": -1.0, "frequency_penalty": 0.5, "min_tokens": 2, "max_tokens": 5, "ignore_eos": True,
+    }  # fmt: skip
+    body = completion("a") | asked | {"logit_bias": {"7": -3, "9": 1.5}, "stop_token_ids": [4, 5]}
+    sampling = (await prepare(body)).sampling
+    assert {name: getattr(sampling, name) for name in asked} == asked
+    assert sampling.logit_bias == ((7, -3.0), (9, 1.5)) and sampling.stop_token_ids == (4, 5)
+
+
+@pytest.mark.parametrize("absent", [{}, {"min_p": None, "logit_bias": None, "bad_words": None, "stop_token_ids": None}])
+async def test_what_is_absent_or_null_is_neutral(absent: dict) -> None:
+    sampling = (await prepare(completion("a") | absent)).sampling
+    assert sampling == SamplingParams(max_tokens=sampling.max_tokens, seed=7)
+
+
+async def test_bad_words_are_banned_as_written_and_after_a_space() -> None:
+    body = completion("a") | {"bad_words": ["no", " no", "x"]}
+    assert (await prepare(body)).sampling.bad_words == tuple(tuple(text.encode()) for text in ("no", " no", "x", " x"))

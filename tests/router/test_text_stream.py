@@ -68,3 +68,11 @@ def test_a_stop_string_may_come_with_the_flush() -> None:
     stream = TextStream(ByteDetokenizer(), ("�",))
     piece = stream.push((ord("a"), 0xC3), FinishReason.LENGTH)
     assert (piece.text, piece.finish) == ("a", FinishReason.STOP)
+
+
+def test_a_stop_string_within_the_first_tokens_does_not_end_the_text() -> None:
+    stream = TextStream(ByteDetokenizer(), ("ab",), min_tokens=4)
+    pieces = [stream.push((byte,), None) for byte in b"abxxab"]
+    assert "".join(piece.text for piece in pieces) == "abxx"
+    assert [piece.finish for piece in pieces] == [None] * 5 + [FinishReason.STOP]
+    assert stream.num_tokens == 6

@@ -1,0 +1,71 @@
+"""The feed-forward part of a layer: one gated MLP, or a mixture of experts that are such MLPs.
+
+A token's result does not depend on the rest of the batch: the rows of each expert are padded to a rung of the ladder,
+and what a token's experts give is added up in rising order of expert id.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from engine.models.config import ModelConfig
+from kernels.reference.ladder import RowLadder, linear
+from kernels.reference.layers import gelu_tanh_and_mul, silu_and_mul
+
+
+@dataclass(frozen=True, slots=True)
+class Mlp:
+    """down(act(gate(x)) * up(x))."""
+
+    gate_up: torch.Tensor  # [2 * intermediate, hidden]
+    gate_up_bias: torch.Tensor | None
+    down: torch.Tensor  # [hidden, intermediate]
+    down_bias: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """Mlps of which a router picks a few for each token."""
+
+    router: torch.Tensor  # [num_experts, hidden]
+    experts: tuple[Mlp, ...]
+
+
+def feed_forward(x: torch.Tensor, part: Mlp | Experts, config: ModelConfig, ladder: RowLadder) -> torch.Tensor:
+    """x: [rows on a rung, hidden] -> the same shape."""
+    return _mlp(x, part, config, ladder) if isinstance(part, Mlp) else _mixture(x, part, config, ladder)
+
+
+def _mlp(x: torch.Tensor, mlp: Mlp, config: ModelConfig, ladder: RowLadder) -> torch.Tensor:
+    gate_and_mul = silu_and_mul if config.activation == "silu" else gelu_tanh_and_mul
+    gated = gate_and_mul(linear(x, mlp.gate_up, mlp.gate_up_bias, ladder))
+    return linear(gated, mlp.down, mlp.down_bias, ladder)
+
+
+def _mixture(x: torch.Tensor, part: Experts, config: ModelConfig, ladder: RowLadder) -> torch.Tensor:
+    assert config.moe is not None
+    logits = linear(x, part.router, None, ladder)
+    weights, expert_ids = route(logits, config.moe.experts_per_token, config.moe.normalize)
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert_id, expert in enumerate(part.experts):
+        rows, choices = torch.nonzero(expert_ids == expert_id, as_tuple=True)
+        if len(rows) == 0:
+            continue
+        padded = F.pad(x[rows], (0, 0, 0, ladder.pad(len(rows)) - len(rows)))
+        result = _mlp(padded, expert, config, ladder)[: len(rows)]
+        out[rows] += result.float() * weights[rows, choices, None]
+    return out.to(x.dtype)
+
+
+def route(logits: torch.Tensor, experts_per_token: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """[rows, num_experts] -> weights (float32) and ids, both [rows, experts_per_token], greatest first.
+
+    Softmax over all experts, then the greatest ones; of equal ones the lower id. `normalize`: they add up to one."""
+    wide = logits.float()
+    powers = (wide - wide.amax(dim=-1, keepdim=True)).exp_()
+    shares, ids = (powers / powers.sum(dim=-1, keepdim=True)).sort(dim=-1, descending=True, stable=True)
+    shares, ids = shares[:, :experts_per_token], ids[:, :experts_per_token]
+    return (shares / shares.sum(dim=-1, keepdim=True) if normalize else shares), ids
