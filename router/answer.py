@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -22,6 +22,7 @@ from engine.types import FinishReason, TokenOutput
 from router.boundary import log_failure
 from router.errors import as_steelyard_error, error_event
 from router.ledger import Ledger
+from router.logprobs import score
 from router.metrics import Metrics
 from router.replies import STREAM_END, Replies, Usage, usage_of
 from router.text_stream import Piece, TextStream
@@ -44,7 +45,9 @@ class Generation:
     outputs: AsyncGenerator[TokenOutput]
     texts: TextStream
     ledger: Ledger
+    token_text: Callable[[int], str]
     num_cached: int = 0
+    num_chars: int = 0  # of the tokens that were scored
     end: FinishReason = FinishReason.ABORT  # what it counts as, unless it comes to something better
 
     @property
@@ -61,10 +64,20 @@ class Generation:
             raise Unavailable("The generation was cancelled")
         self.num_cached = max(self.num_cached, output.cached_tokens)
         self.ledger.add_stages(output.stages)
-        piece = self.texts.push(output.token_ids, output.finish)
+        piece = self._scored(output, self.texts.push(output.token_ids, output.finish))
         if piece.finish is not None:
             await self.outputs.aclose()  # its blocks are free before a slow client has read the end
         return piece
+
+    def _scored(self, output: TokenOutput, piece: Piece) -> Piece:
+        """With its tokens, if they have logprobs: those that count, none after a stop string."""
+        if not output.logprobs:
+            return piece
+        num_after = output.first_index + len(output.token_ids) - self.texts.num_tokens
+        counted = output.logprobs[: len(output.logprobs) - num_after]
+        tokens = score(output.token_ids, counted, self.token_text, self.num_chars)
+        self.num_chars += sum(len(one.text) for one in tokens)
+        return replace(piece, tokens=tokens)
 
 
 class Answer(Response):
@@ -99,13 +112,14 @@ class Answer(Response):
 
     async def _send_whole(self, piece: Piece, send: Send) -> None:
         one = self._generation
-        texts = [piece.text]
+        texts, tokens = [piece.text], [*piece.tokens]
         self._count_sent()
         while piece.finish is None:
             piece = await one.next_piece()
             texts.append(piece.text)
+            tokens += piece.tokens
             self._count_sent()
-        body = self._replies.whole("".join(texts), piece.finish, one.usage)
+        body = self._replies.whole("".join(texts), piece.finish, one.usage, tokens)
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
@@ -128,7 +142,7 @@ class Answer(Response):
         await send({"type": "http.response.body", "body": last})
 
     def _events(self, piece: Piece) -> list[bytes]:
-        events = [self._replies.text(piece.text)] if piece.text else []
+        events = [self._replies.text(piece.text, piece.tokens)] if piece.text or piece.tokens else []
         return [*events, self._replies.closing(piece.finish)] if piece.finish else events
 
     async def _send_events(self, send: Send, *events: bytes) -> None:

@@ -87,7 +87,9 @@ class _Front:
     def _generate(self, request: Request, body: ChatBody | CompletionBody, ledger: Ledger) -> Generation:
         outputs = self.generator.generate(request)
         texts = self.model.open_stream(body.stop, request.sampling.min_tokens)
-        return Generation(request.request_id, len(request.prompt_ids), outputs, texts, ledger)
+        return Generation(
+            request.request_id, len(request.prompt_ids), outputs, texts, ledger, self.model.tokenizer.token_text
+        )
 
 
 def _add_generation_routes(app: FastAPI, front: _Front) -> None:

@@ -7,12 +7,14 @@ of text, a closing, the usage; or all of it at once. A field that was not set is
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from pydantic import BaseModel
 
 from engine.types import FinishReason
+from router.logprobs import ChatLogprobs, CompletionLogprobs, ScoredToken, chat_logprobs, completion_logprobs
 
 Finish = Literal["stop", "length"]
 STREAM_END = b"data: [DONE]\n\n"
@@ -50,7 +52,7 @@ class ReplyMessage(BaseModel):
 class ChatChoice(BaseModel):
     index: int
     message: ReplyMessage
-    logprobs: None
+    logprobs: ChatLogprobs | None
     finish_reason: Finish
 
 
@@ -71,7 +73,7 @@ class Delta(BaseModel):
 class ChunkChoice(BaseModel):
     index: int
     delta: Delta
-    logprobs: None
+    logprobs: ChatLogprobs | None
     finish_reason: Finish | None
 
 
@@ -90,7 +92,7 @@ class ChatChunk(BaseModel):
 class CompletionChoice(BaseModel):
     index: int
     text: str
-    logprobs: None
+    logprobs: CompletionLogprobs | None
     finish_reason: Finish | None
 
 
@@ -127,11 +129,11 @@ class ModelList(BaseModel):
 class Replies(Protocol):
     """One generation in the words of one endpoint, as JSON."""
 
-    def whole(self, text: str, finish: FinishReason, usage: Usage) -> bytes: ...
+    def whole(self, text: str, finish: FinishReason, usage: Usage, tokens: Tokens[ScoredToken] = ()) -> bytes: ...
 
     def opening(self) -> Iterator[bytes]: ...
 
-    def text(self, text: str) -> bytes: ...
+    def text(self, text: str, tokens: Tokens[ScoredToken] = ()) -> bytes: ...
 
     def closing(self, finish: FinishReason) -> bytes: ...
 
@@ -160,9 +162,9 @@ class ChatReplies:
     created: int
     has_usage: bool = False
 
-    def whole(self, text: str, finish: FinishReason, usage: Usage) -> bytes:
+    def whole(self, text: str, finish: FinishReason, usage: Usage, tokens: Tokens[ScoredToken] = ()) -> bytes:
         message = ReplyMessage(role="assistant", content=text, refusal=None)
-        choice = ChatChoice(index=0, message=message, logprobs=None, finish_reason=_finish(finish))
+        choice = ChatChoice(index=0, message=message, logprobs=chat_logprobs(tokens), finish_reason=_finish(finish))
         name = f"chatcmpl-{self.request_id}"
         return _json(
             ChatReply(
@@ -173,8 +175,8 @@ class ChatReplies:
     def opening(self) -> Iterator[bytes]:
         yield self._chunk(Delta(role="assistant", content=""), None)
 
-    def text(self, text: str) -> bytes:
-        return self._chunk(Delta(content=text), None)
+    def text(self, text: str, tokens: Tokens[ScoredToken] = ()) -> bytes:
+        return self._chunk(Delta(content=text), None, tokens)
 
     def closing(self, finish: FinishReason) -> bytes:
         return self._chunk(Delta(), _finish(finish))
@@ -182,8 +184,9 @@ class ChatReplies:
     def usage(self, usage: Usage) -> bytes:
         return self._event([], usage)
 
-    def _chunk(self, delta: Delta, finish: Finish | None) -> bytes:
-        return self._event([ChunkChoice(index=0, delta=delta, logprobs=None, finish_reason=finish)], None)
+    def _chunk(self, delta: Delta, finish: Finish | None, tokens: Tokens[ScoredToken] = ()) -> bytes:
+        choice = ChunkChoice(index=0, delta=delta, logprobs=chat_logprobs(tokens), finish_reason=finish)
+        return self._event([choice], None)
 
     def _event(self, choices: list[ChunkChoice], usage: Usage | None) -> bytes:
         name = f"chatcmpl-{self.request_id}"
@@ -202,14 +205,14 @@ class CompletionReplies:
     created: int
     has_usage: bool = False
 
-    def whole(self, text: str, finish: FinishReason, usage: Usage) -> bytes:
-        return _json(self._reply(text, _finish(finish)).model_copy(update={"usage": usage}))
+    def whole(self, text: str, finish: FinishReason, usage: Usage, tokens: Tokens[ScoredToken] = ()) -> bytes:
+        return _json(self._reply(text, _finish(finish), tokens).model_copy(update={"usage": usage}))
 
     def opening(self) -> Iterator[bytes]:
         yield from ()
 
-    def text(self, text: str) -> bytes:
-        return self._event(self._reply(text, None), None)
+    def text(self, text: str, tokens: Tokens[ScoredToken] = ()) -> bytes:
+        return self._event(self._reply(text, None, tokens), None)
 
     def closing(self, finish: FinishReason) -> bytes:
         return self._event(self._reply("", _finish(finish)), None)
@@ -217,8 +220,8 @@ class CompletionReplies:
     def usage(self, usage: Usage) -> bytes:
         return self._event(self._reply("", None).model_copy(update={"choices": []}), usage)
 
-    def _reply(self, text: str, finish: Finish | None) -> CompletionReply:
-        choice = CompletionChoice(index=0, text=text, logprobs=None, finish_reason=finish)
+    def _reply(self, text: str, finish: Finish | None, tokens: Tokens[ScoredToken] = ()) -> CompletionReply:
+        choice = CompletionChoice(index=0, text=text, logprobs=completion_logprobs(tokens), finish_reason=finish)
         name = f"cmpl-{self.request_id}"
         return CompletionReply(
             id=name, object="text_completion", created=self.created, model=self.model, choices=[choice]

@@ -30,7 +30,8 @@ MAX_INT = 2**31 - 1
 MAX_BIASES = 300  # of logit_bias
 MAX_STOP_TOKENS = 64
 MAX_BAD_WORDS = 64
-MAX_TOP_LOGPROBS = 20  # the API's own limit
+MAX_TOP_LOGPROBS = 20  # the API's own limits, of chat and of plain completions
+MAX_COMPLETION_LOGPROBS = 5
 
 StrictBool = Annotated[bool, Strict()]
 StrictInt = Annotated[int, Strict(), Field(le=MAX_INT)]
@@ -61,7 +62,6 @@ def only(*neutral: JsonValue) -> AfterValidator:
 Unsupported = Annotated[JsonValue, only(None)]
 UnsupportedList = Annotated[JsonValue, only(None, [])]
 UnsupportedFlag = Annotated[JsonValue, only(None, False)]
-OnlyZero = Annotated[JsonValue, only(None, 0)]
 BadWord = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 NoTools = Annotated[JsonValue, only(None, "none", "auto")]
 OnlyOne = Annotated[StrictInt | None, only(None, 1)]
@@ -203,7 +203,7 @@ class ChatBody(GenerationBody):
     audio: Unsupported = None
     function_call: NoTools = None
     functions: UnsupportedList = None
-    logprobs: UnsupportedFlag = None
+    logprobs: StrictBool | None = None
     modalities: Annotated[JsonValue, only(None, ["text"])] = None
     moderation: Unsupported = None
     parallel_tool_calls: StrictBool | None = Field(default=None, description="taken, without effect")
@@ -216,9 +216,16 @@ class ChatBody(GenerationBody):
     store: UnsupportedFlag = None
     tool_choice: NoTools = None
     tools: UnsupportedList = None
-    top_logprobs: OnlyZero = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     verbosity: Annotated[JsonValue, only(None, "medium")] = None
     web_search_options: Unsupported = None
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _only_with_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value and not info.data.get("logprobs"):
+            raise PydanticCustomError("top_logprobs", "Only allowed when 'logprobs' is true")
+        return value
 
     @field_validator("max_completion_tokens")
     @classmethod
@@ -248,5 +255,5 @@ class CompletionBody(GenerationBody):
     prompt: Annotated[str | tuple[int, ...], BeforeValidator(_as_prompt)]
     best_of: OnlyOne = None
     echo: UnsupportedFlag = None
-    logprobs: Unsupported = None
+    logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
     suffix: Annotated[JsonValue, only(None, "")] = None

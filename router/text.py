@@ -31,6 +31,8 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str, add_special: bool) -> list[int]: ...
 
+    def token_text(self, token_id: int) -> str: ...
+
     def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The prompt of a conversation. InvalidRequest when the model's template refuses it."""
         ...
@@ -146,4 +148,12 @@ def _sampling(body: ChatBody | CompletionBody, max_tokens: int, seed: int) -> Sa
         frequency_penalty=body.frequency_penalty or 0.0,
         logit_bias=tuple(body.logit_bias.items()),
         stop_token_ids=tuple(body.stop_token_ids or ()),
+        logprobs=_num_logprobs(body),
     )
+
+
+def _num_logprobs(body: ChatBody | CompletionBody) -> int:
+    """As SamplingParams.logprobs counts: -1 is off."""
+    if isinstance(body, ChatBody):
+        return (body.top_logprobs or 0) if body.logprobs else -1
+    return -1 if body.logprobs is None else body.logprobs

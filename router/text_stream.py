@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from engine.types import FinishReason
+from router.logprobs import ScoredToken
 
 
 class Detokenizer(Protocol):
@@ -24,10 +25,12 @@ class Detokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one output gave: text to send (may be empty), and whether it is the last."""
+    """What one output gave: text to send (may be empty), whether it is the last, and its tokens where their logprobs
+    were asked for."""
 
     text: str
     finish: FinishReason | None
+    tokens: tuple[ScoredToken, ...] = ()
 
 
 class StopScanner:

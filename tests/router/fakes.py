@@ -7,12 +7,13 @@ import codecs
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 
 import httpx
 from fastapi import FastAPI
 
 from engine.errors import InvalidRequest
-from engine.types import FinishReason, Request, TokenOutput
+from engine.types import FinishReason, Request, TokenLogprob, TokenOutput
 from router.api import HealthView, WorkerView
 from router.config import RouterConfig
 from router.gateway import create_app
@@ -35,6 +36,9 @@ class ByteTokenizer:
 
     def encode(self, text: str, add_special: bool) -> list[int]:
         return [BOS] * add_special + list(text.encode())
+
+    def token_text(self, token_id: int) -> str:
+        return bytes([token_id]).decode("utf-8", "replace") if token_id < 256 else ""
 
     def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         if any(message["content"] == "unspeakable" for message in messages):
@@ -76,6 +80,21 @@ def say(text: str, size: int = 1, finish: FinishReason = FinishReason.LENGTH) ->
             await asyncio.sleep(0)
             last = start + size >= len(ids)
             yield output(request, start, ids[start : start + size], finish if last else None)
+
+    return script
+
+
+def say_with_logprobs(text: str, size: int = 1) -> Script:
+    """This text; a token's logprob is minus its byte / 100, and the next bytes are the likelier ones."""
+
+    async def script(request: Request) -> AsyncIterator[TokenOutput]:
+        def scored(byte: int) -> TokenLogprob:
+            top = tuple((byte + step, -step / 100) for step in range(1, request.sampling.logprobs + 1))
+            return TokenLogprob(-byte / 100, 2, top)
+
+        async for one in say(text, size)(request):
+            wanted = request.sampling.logprobs >= 0
+            yield replace(one, logprobs=tuple(map(scored, one.token_ids)) if wanted else ())
 
     return script
 

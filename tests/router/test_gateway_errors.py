@@ -81,8 +81,9 @@ BAD = [
     ("stream option unknown", CHAT, chat(stream=True, stream_options={"x": 1}), "stream_options.x"),
     ("n 2", CHAT, chat(n=2), "n"),
     ("n true", CHAT, chat(n=True), "n"),
-    ("logprobs", CHAT, chat(logprobs=True), "logprobs"),
-    ("top_logprobs", CHAT, chat(top_logprobs=3), "top_logprobs"),
+    ("logprobs a number", CHAT, chat(logprobs=1), "logprobs"),
+    ("top_logprobs without logprobs", CHAT, chat(top_logprobs=3), "top_logprobs"),
+    ("too many top_logprobs", CHAT, chat(logprobs=True, top_logprobs=21), "top_logprobs"),
     ("tools", CHAT, chat(tools=[{"type": "function"}]), "tools"),
     ("tool_choice", CHAT, chat(tool_choice="required"), "tool_choice"),
     ("response_format", CHAT, chat(response_format={"type": "json_object"}), "response_format"),
@@ -121,7 +122,7 @@ BAD = [
     ("best_of", COMPLETIONS, completion(best_of=2), "best_of"),
     ("echo", COMPLETIONS, completion(echo=True), "echo"),
     ("suffix", COMPLETIONS, completion(suffix="x"), "suffix"),
-    ("logprobs of completions", COMPLETIONS, completion(logprobs=0), "logprobs"),
+    ("too many logprobs of completions", COMPLETIONS, completion(logprobs=6), "logprobs"),
     ("messages in a completion", COMPLETIONS, completion(messages=[]), "messages"),
 ]
 

@@ -1,0 +1,90 @@
+"""Logprobs in the API's words: for each token of an answer its text, how likely it was, and what was likelier.
+
+Texts are those of single tokens: the parts of a character that several tokens share read U+FFFD, and have no bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pydantic import BaseModel
+
+from engine.types import TokenLogprob
+
+UNKNOWN = "\ufffd"
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredToken:
+    """One token of the answer. `offset` counts the characters of the tokens before it; `top`: (text, logprob)."""
+
+    text: str
+    logprob: float
+    offset: int
+    top: tuple[tuple[str, float], ...]
+
+
+def score(
+    token_ids: Sequence[int], logprobs: Sequence[TokenLogprob], text_of: Callable[[int], str], offset: int
+) -> tuple[ScoredToken, ...]:
+    """The tokens that have logprobs, the first of them at `offset`."""
+    scored = []
+    for token_id, one in zip(token_ids, logprobs, strict=False):
+        text = text_of(token_id)
+        top = tuple((text_of(likely), logprob) for likely, logprob in one.top)
+        scored.append(ScoredToken(text, one.logprob, offset, top))
+        offset += len(text)
+    return tuple(scored)
+
+
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChatLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ChatLogprob]
+    refusal: None
+
+
+class CompletionLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+def chat_logprobs(tokens: Sequence[ScoredToken]) -> ChatLogprobs | None:
+    """None where none were asked for."""
+    content = [
+        ChatLogprob(
+            token=one.text,
+            logprob=one.logprob,
+            bytes=_bytes_of(one.text),
+            top_logprobs=[TopLogprob(token=text, logprob=lp, bytes=_bytes_of(text)) for text, lp in one.top],
+        )
+        for one in tokens
+    ]
+    return ChatLogprobs(content=content, refusal=None) if content else None
+
+
+def completion_logprobs(tokens: Sequence[ScoredToken]) -> CompletionLogprobs | None:
+    """None where none were asked for. The chosen token is always among the likely ones."""
+    if not tokens:
+        return None
+    return CompletionLogprobs(
+        tokens=[one.text for one in tokens],
+        token_logprobs=[one.logprob for one in tokens],
+        top_logprobs=[dict(one.top) | {one.text: one.logprob} for one in tokens],
+        text_offset=[one.offset for one in tokens],
+    )
+
+
+def _bytes_of(text: str) -> list[int] | None:
+    return None if UNKNOWN in text else list(text.encode())
