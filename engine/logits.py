@@ -54,11 +54,14 @@ def _penalize_repetition(logits: np.ndarray, tokens: Sequence[int], penalty: flo
 
 def _completed_bad_words(bad_words: Iterable[Sequence[int]], tokens: Sequence[int]) -> list[int]:
     """Last tokens of the sequences whose beginning the text ends with."""
-    return [
-        words[-1]
-        for words in bad_words
-        if len(words) <= len(tokens) + 1 and list(words[:-1]) == list(tokens[len(tokens) + 1 - len(words) :])
-    ]
+    return [words[-1] for words in bad_words if _ends_with(tokens, words[:-1])]
+
+
+def _ends_with(tokens: Sequence[int], beginning: Sequence[int]) -> bool:
+    count = len(beginning)
+    if count == 0:
+        return True
+    return count <= len(tokens) and tokens[-1] == beginning[-1] and list(tokens[-count:]) == list(beginning)
 
 
 def _ban(logits: np.ndarray, token_ids: Iterable[int]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 from engine.errors import InvalidRequest, ModelNotFound
@@ -60,7 +61,7 @@ class TextModel:
         max_tokens = self._max_tokens(body, field, len(prompt_ids))
         seed = new_seed() if body.seed is None else body.seed % 2**64
         self._check_ids(body, max_tokens)
-        sampling = replace(_sampling(body, max_tokens, seed), bad_words=self._bad_words(body))
+        sampling = replace(_sampling(body, max_tokens, seed), bad_words=await self._bad_words(body.bad_words or ()))
         return Request(request_id, prompt_ids, sampling, timeout_s=timeout_s)
 
     def _check_ids(self, body: ChatBody | CompletionBody, max_tokens: int) -> None:
@@ -79,10 +80,12 @@ class TextModel:
                 f"'min_tokens': {body.min_tokens} exceeds max_tokens, {max_tokens}", param="min_tokens"
             )
 
-    def _bad_words(self, body: ChatBody | CompletionBody) -> tuple[tuple[int, ...], ...]:
+    async def _bad_words(self, texts: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
         """Each text as it is and after a space, which most vocabularies tell apart; in ids, without repeats."""
-        texts = [form for words in body.bad_words or () for form in (words, f" {words.lstrip()}")]
-        ids = (tuple(self.tokenizer.encode(text, add_special=False)) for text in texts)
+        forms = [form for text in texts for form in (text, f" {text.lstrip()}")]
+        num_chars = sum(map(len, forms))
+        encode = partial(self.tokenizer.encode, add_special=False)
+        ids = [await _off_loop_if_long(num_chars, partial(encode, form)) for form in forms]
         return tuple(dict.fromkeys(filter(None, ids)))
 
     def open_stream(self, stops: tuple[str, ...], min_tokens: int = 0) -> TextStream:

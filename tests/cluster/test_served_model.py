@@ -23,6 +23,9 @@ import openai
 import pytest
 
 from cluster.guard import processes_of
+from engine.models.loader import load_config
+from engine.models.store import resolve
+from engine.models.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.ray
 
@@ -95,6 +98,28 @@ def test_the_openai_client_chats_streaming_and_not(served: Served):
     assert len(pieces) > 5
 
 
+def test_sampling_parameters_and_logprobs_work_through_the_cluster(served: Served):
+    client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none")
+
+    def ask(**more: Any):
+        more = {"messages": CAPITAL, "max_tokens": 12, "logprobs": True, "top_logprobs": 3} | more
+        return client.chat.completions.create(model=MODEL, **more).choices[0]
+
+    greedy = ask(temperature=0)
+    content = greedy.logprobs.content
+    assert "".join(one.token for one in content).startswith("The capital of France is Paris.")
+    assert all(one.logprob == one.top_logprobs[0].logprob and len(one.top_logprobs) == 3 for one in content)
+    without = ask(temperature=0, extra_body={"bad_words": ["Paris"], "min_tokens": 10})
+    assert "Paris" not in without.message.content and len(without.logprobs.content) >= 10
+    paris = next(one for one in content if one.token.strip() == "Paris")
+    files = resolve(MODEL)
+    (paris_id,) = load_tokenizer(files, load_config(files)).encode(paris.token, add_special=False)
+    biased = ask(temperature=0, max_tokens=3, logit_bias={str(paris_id): 100})
+    assert biased.message.content == paris.token * 3
+    sampling = {"temperature": 1.2, "seed": 11, "frequency_penalty": 0.7, "extra_body": {"min_p": 0.05}}
+    assert ask(**sampling).message.content == ask(**sampling).message.content
+
+
 def test_bad_input_is_refused_by_field_and_the_cluster_serves_on(served: Served):
     client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
     with pytest.raises(openai.NotFoundError, match="nobody"):
@@ -133,7 +158,8 @@ def test_workers_killed_while_idle_are_replaced_and_the_cluster_serves_again(ser
 
 
 def test_an_engine_killed_mid_stream_pauses_the_stream_and_changes_no_token(served: Served):
-    body = {"model": MODEL, "prompt": "Count: 1, 2, 3,", "max_tokens": 60, "temperature": 0, "ignore_eos": True}
+    body: dict[str, object] = {"model": MODEL, "prompt": "Count: 1, 2, 3,", "max_tokens": 60, "ignore_eos": True}
+    body |= {"temperature": 0.8, "seed": 7, "frequency_penalty": 0.4, "repetition_penalty": 1.1, "typical_p": 0.95}
     undisturbed = httpx.post(f"{served.url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
     disturbed = asyncio.run(stream_and_kill(served, body))
     assert disturbed == undisturbed
