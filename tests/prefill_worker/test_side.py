@@ -401,7 +401,7 @@ async def test_an_abort_after_the_commit_ends_the_lease_for_its_reader() -> None
         h.side.abort(KEY)
         with pytest.raises(LeaseLost):
             await anext(stream)
-        assert h.sent[1:] == [Abort(KEY)]
+        assert h.sent[1:] == [Release(KEY)]
         assert h.is_clean()
 
 
@@ -412,7 +412,7 @@ async def test_an_abort_of_an_unknown_key_or_a_second_one_is_no_error() -> None:
         await h.to_commit()
         h.side.abort(KEY)
         h.side.abort(KEY)
-        assert {type(command) for command in h.sent[1:]} == {Add, Abort}
+        assert {type(command) for command in h.sent[1:]} == {Add, Abort, Release}
         assert h.is_clean()
 
 
