@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 
 from engine.errors import ModelNotFound
 from engine.types import Request
-from router.answer import Answer, Generation
+from router.answer import Answer, Choice, Generation
 from router.api import Generator
 from router.body import read_body
 from router.boundary import Boundary, arrival_of
@@ -85,11 +85,14 @@ class _Front:
         return Answer(generation, replies, self.metrics, stream=bool(body.stream), include_usage=body.includes_usage)
 
     def _generate(self, request: Request, body: ChatBody | CompletionBody, ledger: Ledger) -> Generation:
-        outputs = self.generator.generate(request)
-        texts = self.model.open_stream(body.stop, request.sampling.min_tokens)
-        return Generation(
-            request.request_id, len(request.prompt_ids), outputs, texts, ledger, self.model.tokenizer.token_text
-        )
+        siblings = self.model.siblings_of(request, body.num_choices)
+        choices = {
+            one.request_id: Choice(index, self.model.open_stream(body.stop, request.sampling.min_tokens))
+            for index, one in enumerate((request, *siblings))
+        }
+        outputs = self.generator.generate(request, *siblings)
+        token_text = self.model.tokenizer.token_text
+        return Generation(request, outputs, self.generator.cancel, choices, ledger, token_text)
 
 
 def _add_generation_routes(app: FastAPI, front: _Front) -> None:

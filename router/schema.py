@@ -30,6 +30,7 @@ MAX_INT = 2**31 - 1
 MAX_BIASES = 300  # of logit_bias
 MAX_STOP_TOKENS = 64
 MAX_BAD_WORDS = 64
+MAX_CHOICES = 128  # the API's own limit
 MAX_TOP_LOGPROBS = 20  # the API's own limits, of chat and of plain completions
 MAX_COMPLETION_LOGPROBS = 5
 
@@ -167,7 +168,10 @@ class GenerationBody(ApiModel):
     bad_words: Annotated[tuple[BadWord, ...], Field(max_length=MAX_BAD_WORDS)] | None = Field(
         default=None, description="extension: texts that the answer never contains"
     )
-    n: OnlyOne = None
+    n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] | None = None
+    prompt_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
+        default=None, description="extension: logprobs of the prompt's tokens, not with 'stream'"
+    )
     user: str | None = Field(default=None, description="taken, without effect")
     frequency_penalty: Annotated[StrictFloat, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[StrictFloat, Field(ge=-2, le=2)] | None = None
@@ -181,6 +185,17 @@ class GenerationBody(ApiModel):
         if value is not None and not info.data.get("stream"):
             raise PydanticCustomError("stream_options", "Only allowed when 'stream' is true")
         return value
+
+    @field_validator("prompt_logprobs")
+    @classmethod
+    def _not_with_stream(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("stream"):
+            raise PydanticCustomError("prompt_logprobs", "Not available when 'stream' is true")
+        return value
+
+    @property
+    def num_choices(self) -> int:
+        return self.n or 1
 
     @property
     def includes_usage(self) -> bool:

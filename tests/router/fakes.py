@@ -129,12 +129,32 @@ class FakeGenerator:
         self.script = script
         self.requests: list[Request] = []
         self.live: dict[str, Request] = {}
+        self.cancelled: list[str] = []
         self.started = asyncio.Event()
         self.closed = asyncio.Event()
         self.view = healthy()
         self._num_ids = 0
 
-    async def generate(self, request: Request) -> AsyncGenerator[TokenOutput, None]:
+    async def generate(self, request: Request, *siblings: Request) -> AsyncGenerator[TokenOutput, None]:
+        """One output of each in turn; those that were cancelled say ABORT."""
+        scripts = [self._generate(one) for one in (request, *siblings)]
+        open_scripts = dict(zip((request, *siblings), scripts, strict=True))
+        try:
+            while open_scripts:
+                for one, script in list(open_scripts.items()):
+                    is_cancelled = one.request_id in self.cancelled
+                    said = output(one, 0, (), FinishReason.ABORT) if is_cancelled else await anext(script)
+                    if said.finish:
+                        del open_scripts[one]
+                    yield said
+        finally:
+            for script in scripts:
+                await script.aclose()
+
+    def cancel(self, request_id: str) -> None:
+        self.cancelled.append(request_id)
+
+    async def _generate(self, request: Request) -> AsyncGenerator[TokenOutput, None]:
         self.requests.append(request)
         self.live[request.request_id] = request
         self.started.set()
