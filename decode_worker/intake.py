@@ -181,7 +181,8 @@ class Intake:
         lease = arrival.offer.lease
         try:
             carrier = self._carriers.carrier(lease)
-            puller = Puller(self._layout, self._pool, block_ids, carrier, lease, self._transfer.digests)
+            digests, siblings = self._transfer.digests, arrival.offer.siblings
+            puller = Puller(self._layout, self._pool, block_ids, carrier, lease, digests, siblings)
             pulled = await puller.run(self._transfer.pull_timeout_s)
         except asyncio.CancelledError:
             self._give_back(lease.key)
