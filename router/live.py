@@ -6,11 +6,11 @@ second token and more may overtake the first (it comes from another worker). Wha
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass, field, replace
 
 from engine.errors import SteelyardError, WorkerLost, error_from_code
 from engine.types import FinishReason, Key, Request, TokenOutput
+from router.merge import Backlog
 from router.policy import Placement
 
 
@@ -29,7 +29,7 @@ class LiveRequest:
     _first_index: int = 0  # of the first token of this placement
     _next_index: int = 0  # of the next token to be queued for the client
     _held: list[TokenOutput] = field(default_factory=list)  # what follows a gap, itself without one
-    _events: asyncio.Queue[TokenOutput | SteelyardError] = field(default_factory=asyncio.Queue)
+    _events: Backlog = field(default_factory=Backlog)  # what the client has not taken yet
 
     @property
     def key(self) -> Key:
@@ -43,7 +43,7 @@ class LiveRequest:
         self.handed_off = False
         self._held = []
         self._first_index = self._next_index = len(self.tokens)
-        self._events = asyncio.Queue()
+        self._events = Backlog()
 
     def placed_request(self, now: float) -> Request:
         """The request as workers get it: with the tokens that the client has."""
