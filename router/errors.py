@@ -26,6 +26,11 @@ class BodyTooLarge(SteelyardError):
     status = 413
 
 
+class HeadTooLarge(SteelyardError):
+    code = "head_too_large"
+    status = 431
+
+
 class RequestTimeout(SteelyardError):
     """The body did not arrive in time. The rest of it may still come, so the connection cannot be used again."""
 
