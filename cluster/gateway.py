@@ -55,7 +55,7 @@ class SystemNames:
         return secrets.randbits(63)
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """uvicorn without its signal handlers: signals belong to whoever runs us."""
 
     @contextlib.contextmanager
@@ -79,7 +79,7 @@ class Gateway:
         self._dispatcher = Dispatcher(router, self._gateway_id, GrpcConnector(self._channels), SystemNames())
         self._door = Door(self._dispatcher)
         app = create_app(self._door, model, router, wall_clock=time.time, version=our_version())
-        self._server = _Server(server_config(app, router))
+        self._server = Server(server_config(app, router))
         self._serving = asyncio.create_task(self._serve(self._server, listener))
         self._dispatcher.canary.start()
         host, port = listener.getsockname()[:2]

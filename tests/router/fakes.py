@@ -169,12 +169,12 @@ def text_model() -> TextModel:
     return TextModel(MODEL, MAX_CONTEXT, ByteTokenizer(), ByteDetokenizer)
 
 
-def make_app(generator: FakeGenerator, **settings: int) -> FastAPI:
+def make_app(generator: FakeGenerator, **settings: float) -> FastAPI:
     config = RouterConfig.model_validate(settings)
     return create_app(generator, text_model(), config, wall_clock=lambda: CREATED + 0.5, version="1.2.3")
 
 
-def make_client(generator: FakeGenerator, **settings: int) -> httpx.AsyncClient:
+def make_client(generator: FakeGenerator, **settings: float) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(make_app(generator, **settings)), base_url="http://gateway")
 
 
