@@ -15,6 +15,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import socket
+import struct
 from http import HTTPStatus
 from typing import Any
 
@@ -31,6 +33,7 @@ from router.patience import HANG_UP
 MAX_HEAD_BYTES = 64 * 2**10  # request line and headers; common servers take 8 to 64 KiB
 WRITE_BUFFER_BYTES = 16 * 2**10  # some fifty events of a stream
 RETRY_AFTER_S = 1.0
+AT_ONCE = struct.pack("ii", 1, 0)  # struct linger: on, for no time
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +95,7 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._head_bytes = 0
-        self.scope["extensions"] = {HANG_UP: {"call": self.transport.abort}}
+        self.scope["extensions"] = {HANG_UP: {"call": self._drop}}
 
     def on_url(self, url: bytes) -> None:
         super().on_url(url)
@@ -151,6 +154,11 @@ class Connection(HttpToolsProtocol):
             self._expect_reader()
             return
         log.warning("a connection was closed: its client took nothing for %g s", self._bounds.write_timeout_s)
+        self._drop()
+
+    def _drop(self) -> None:
+        """Throw away what was not taken, in the kernel too, which would else hold it for a client that has stopped."""
+        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, AT_ONCE)
         self.transport.abort()
 
     def _cancel_timers(self) -> None:
