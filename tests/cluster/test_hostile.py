@@ -182,9 +182,11 @@ async def nothing_is_left(cluster: LocalCluster, tasks_before: Counter[str]) -> 
     """No connection, no task of an HTTP request, and no task that was not there before."""
     assert cluster.gateway._server is not None
     state = cluster.gateway._server.server_state
+
+    def left() -> list[object]:
+        return [*state.connections, *state.tasks, *(names_of_tasks() - tasks_before)]
+
     deadline = asyncio.get_running_loop().time() + BOUND_S
-    while asyncio.get_running_loop().time() < deadline:
-        if not (left := [*state.connections, *state.tasks, *(names_of_tasks() - tasks_before)]):
-            return
+    while left() and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110 (these tables have no event)
         await asyncio.sleep(0.05)
-    raise AssertionError(left)
+    assert left() == []
