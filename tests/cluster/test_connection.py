@@ -189,6 +189,19 @@ async def test_a_client_that_never_reads_is_let_go(stream: bool, caplog: pytest.
     assert f'steelyard_clients_let_go_total{{model_name="tiny/bytes"}} {float(stream)}' in metrics
 
 
+async def test_a_client_that_takes_a_whole_answer_slowly_is_not_let_go() -> None:
+    async with serve(FakeGenerator(say(LONG * 50, size=1000)), write_timeout_s=0.4) as served:
+        async with connect(served.port, RECEIVE_BYTES) as client:
+            await send(client, post(CHAT, json.dumps(chat()).encode(), "Connection: close"))
+            loop, received = asyncio.get_running_loop(), bytearray()
+            async with asyncio.timeout(PATIENCE_S):
+                while chunk := await loop.sock_recv(client, 2**16):
+                    received += chunk
+                    await asyncio.sleep(0.005)
+        assert received.count(b"x" * 1000) == len(LONG) * 50 // 1000
+        await until_closed(served)
+
+
 async def test_a_slow_client_holds_up_nobody_and_gets_everything_when_it_reads_on() -> None:
     num_made = 0
 
