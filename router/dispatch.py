@@ -139,15 +139,15 @@ class Dispatcher:
 
     async def _follow_all(self, lives: list[LiveRequest]) -> AsyncGenerator[TokenOutput]:
         """The outputs of all as they come; what fails one fails all."""
-        news: asyncio.Queue[TokenOutput | Exception] = asyncio.Queue()
+        news: asyncio.Queue[TokenOutput | Exception] = asyncio.Queue(1)  # what waits for a slow reader waits in lives
 
         async def follow(live: LiveRequest) -> None:
             try:
                 async with aclosing(self._follow(live)) as outputs:
                     async for output in outputs:
-                        news.put_nowait(output)
+                        await news.put(output)
             except Exception as error:  # whatever it is, the reader gets it
-                news.put_nowait(error)
+                await news.put(error)
 
         tasks = [asyncio.get_running_loop().create_task(follow(live)) for live in lives]
         num_open = len(tasks)

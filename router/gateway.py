@@ -1,6 +1,7 @@
 """The HTTP face: OpenAI's API in front of a Generator.
 
-1. `Boundary` names the request and notes its arrival; `read_body` takes no more than the limit.
+1. `Patience` bounds the waits for the client; `Boundary` names the request and notes its arrival; `read_body` takes
+   no more than the limit.
 2. `TextModel.prepare` makes the engine Request; `Generator.generate` owns it from there.
 3. `Answer` sends what comes back, and gives the request up when its client does.
 
@@ -29,6 +30,7 @@ from router.config import RouterConfig
 from router.errors import ErrorReply, as_steelyard_error, error_response, shown
 from router.ledger import Ledger
 from router.metrics import CONTENT_TYPE, Metrics
+from router.patience import Patience
 from router.replies import ChatReplies, ChatReply, CompletionReplies, CompletionReply, ModelCard, ModelList
 from router.schema import ChatBody, CompletionBody
 from router.text import TextModel
@@ -49,6 +51,7 @@ def create_app(
     metrics = Metrics(model.name, generator.health)
     app = FastAPI(title="Steelyard", version=version, redirect_slashes=False)
     app.add_middleware(Boundary, new_request_id=generator.new_request_id, on_refused=metrics.count_refused)
+    app.add_middleware(Patience, config=config, on_let_go=metrics.count_let_go)  # the last one added is the outermost
 
     async def routing_error(_request: HttpRequest, error: Exception) -> Response:
         known = as_steelyard_error(error)

@@ -9,11 +9,11 @@ is placed with it, and when that placement fails, placed again with it.
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass, field, replace
 
 from engine.errors import SteelyardError, WorkerLost, error_from_code
 from engine.types import FinishReason, Key, Request, TokenOutput
+from router.merge import Backlog
 from router.policy import Placement
 
 
@@ -34,7 +34,7 @@ class LiveRequest:
     _first_index: int = 0  # of the first token of this placement
     _next_index: int = 0  # of the next token to be queued for the client
     _held: list[TokenOutput] = field(default_factory=list)  # what follows a gap, itself without one
-    _events: asyncio.Queue[TokenOutput | SteelyardError] = field(default_factory=asyncio.Queue)
+    _events: Backlog = field(default_factory=Backlog)  # what the client has not taken yet
 
     @property
     def key(self) -> Key:
@@ -48,8 +48,7 @@ class LiveRequest:
         self.handed_off = False
         self._held = []
         self._first_index = self._next_index = len(self.tokens)
-        while not self._events.empty():
-            self._events.get_nowait()
+        self._events.clear()
 
     def follow(self, leader: LiveRequest) -> None:
         self.leader = leader

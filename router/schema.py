@@ -129,7 +129,7 @@ def _as_biases(value: object) -> object:
     if len(value) > MAX_BIASES:
         raise PydanticCustomError("too_many_biases", "At most {limit} entries are allowed", {"limit": MAX_BIASES})
     for key, bias in value.items():
-        if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10):
+        if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10 and key == str(int(key))):
             raise PydanticCustomError("logit_bias_key", "The keys are token ids")
         if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
             raise PydanticCustomError("logit_bias_value", "A bias is a number from -100 to 100")

@@ -143,10 +143,12 @@ class FakeGenerator:
             while open_scripts:
                 for one, script in list(open_scripts.items()):
                     is_cancelled = one.request_id in self.cancelled
-                    said = output(one, 0, (), FinishReason.ABORT) if is_cancelled else await anext(script)
-                    if said.finish:
+                    cancelled = output(one, 0, (), FinishReason.ABORT) if is_cancelled else None
+                    said = cancelled or await anext(script, None)
+                    if said is None or said.finish:
                         del open_scripts[one]
-                    yield said
+                    if said is not None:
+                        yield said
         finally:
             for script in scripts:
                 await script.aclose()
@@ -189,12 +191,12 @@ def text_model() -> TextModel:
     return TextModel(MODEL, MAX_CONTEXT, ByteTokenizer(), ByteDetokenizer)
 
 
-def make_app(generator: FakeGenerator, **settings: int) -> FastAPI:
+def make_app(generator: FakeGenerator, **settings: float) -> FastAPI:
     config = RouterConfig.model_validate(settings)
     return create_app(generator, text_model(), config, wall_clock=lambda: CREATED + 0.5, version="1.2.3")
 
 
-def make_client(generator: FakeGenerator, **settings: int) -> httpx.AsyncClient:
+def make_client(generator: FakeGenerator, **settings: float) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(make_app(generator, **settings)), base_url="http://gateway")
 
 

@@ -92,6 +92,7 @@ BAD = [
     ("response_format", CHAT, chat(response_format={"type": "json_object"}), "response_format"),
     ("logit_bias a list", CHAT, chat(logit_bias=[1]), "logit_bias"),
     ("logit_bias of a word", CHAT, chat(logit_bias={"the": 5}), "logit_bias"),
+    ("logit_bias of a token by two names", CHAT, chat(logit_bias={"1": 5, "01": 4}), "logit_bias"),
     ("logit_bias too strong", CHAT, chat(logit_bias={"1": 101}), "logit_bias"),
     ("logit_bias not a number", CHAT, chat(logit_bias={"1": "5"}), "logit_bias"),
     ("logit_bias of too many", CHAT, chat(logit_bias={str(i): 1 for i in range(301)}), "logit_bias"),
