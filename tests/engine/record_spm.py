@@ -1,6 +1,7 @@
 """`python -m tests.engine.record_spm` trains small vocabularies with SentencePiece itself and writes spm_golden.json.
 
 It needs the PyPI package `sentencepiece` (0.2.3 wrote the present file), which nothing else does: tests read the file.
+What transformers makes of Gemma's real file is recorded beside it, since it takes half a minute to read it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.models.gguf_vocabulary import TokenType
+from engine.models.store import resolve
 from tests.oracle.prompts import OWN_TEXTS, REPOSITORY
 
 GOLDEN_PATH = Path(__file__).with_name("spm_golden.json")
@@ -35,6 +37,22 @@ TEXTS = (
     "▁literal ▁▁ marks",
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
     "licence licensed licensor licensing unlicensed",
+)
+GEMMA_TEXTS = (
+    "",
+    " ",
+    "\t",
+    "x" + " " * 31 + "y" + " " * 7,
+    "\n" * 31 + "x" + "\n" * 40,
+    "\t\tif x:\r\n\t\t\treturn  1",
+    "<start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\n",
+    "<bos>a<eos> <unused42><pad>",
+    "<start_of_turn almost <0x41> <unk>",
+    "<table><tr><td> x </td></tr></table>",
+    "Привет мир שלום مرحبا नमस्ते 안녕하세요 これは",
+    "𝔘𝔫𝔦𠀀 \u200b\u00a0\ufeff ½ ² Ⅷ ٣٤٥",
+    "\x00\x01\x7f control",
+    "https://example.org/a?b=c&d=%20#frag",
 )
 
 
@@ -71,9 +89,18 @@ def record(settings: dict[str, Any]) -> dict[str, object]:
     }
 
 
+def record_gemma() -> dict[str, list[int]]:
+    from transformers import AutoTokenizer
+
+    path = resolve("gemma-3-270m").path
+    theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return {text: theirs.encode(text) for text in (*TEXTS, *GEMMA_TEXTS, *(text for _, text in OWN_TEXTS))}
+
+
 def main() -> None:
     variants = {name: record(settings) for name, settings in VARIANTS.items()}
-    whole = {"sentencepiece": version("sentencepiece"), "variants": variants}
+    versions = {name: version(name) for name in ("sentencepiece", "transformers")}
+    whole = {"versions": versions, "variants": variants, "gemma-3-270m": record_gemma()}
     GOLDEN_PATH.write_text(json.dumps(whole, ensure_ascii=False) + "\n", "utf-8")
 
 

@@ -31,6 +31,7 @@ from engine.config import EngineConfig, ModelSource
 from engine.engine import Engine, ModelRunner
 from engine.kv_cache import KVCache
 from engine.model_runner import TorchRunner, build_model
+from engine.models.decoder import Weights
 from engine.models.loader import load_config
 from engine.models.store import resolve
 from engine.models.weights import load_weights
@@ -128,11 +129,12 @@ def run(engine: Engine, model: ModelRunner, requests: Iterable[Request]) -> dict
 class EngineLab:
     """One loaded model for many engines."""
 
-    def __init__(self, name: str = MODEL) -> None:
+    def __init__(self, name: str = MODEL, weights: Weights | None = None) -> None:
+        """`weights` are the model's own, where they are loaded already; the model takes them out of the dict."""
         torch.set_num_threads(1)
         files = resolve(name)
         config = load_config(files)
-        weights = load_weights(files, config, torch.float32)
+        weights = weights or load_weights(files, config, torch.float32)
         self._source = ModelSource(name=name)
         with torch.inference_mode():
             # Both block sizes give attention tiles of 128, so that one measured ladder fits both.

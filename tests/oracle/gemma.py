@@ -9,9 +9,13 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
+import torch
+
+from engine.models.decoder import Weights
 from engine.models.loader import load_config
 from engine.models.store import ModelFiles, resolve
 from engine.models.tokenizer import Tokenizer, load_tokenizer
+from engine.models.weights import load_weights
 from tests.oracle.prompts import OraclePrompt, own_texts
 
 MODEL = "gemma-3-270m"
@@ -24,6 +28,11 @@ LENGTHS = (5, 7, 9, 12, 15, 19, 24, 30, 38, 48, 61, 77, 97, 150, 230, 350, 505, 
 @cache
 def files() -> ModelFiles:
     return resolve(MODEL)
+
+
+@cache
+def weights() -> Weights:
+    return load_weights(files(), load_config(files()), torch.float32)
 
 
 @cache

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
+from engine.models.loader import load_config
 from engine.planes import NUMERICS_VERSION
 from tests.oracle import gemma
 from tests.oracle.compare import NEAR_TIE, Expected
@@ -51,7 +52,7 @@ def record(reference: Reference, prompts: Sequence[OraclePrompt], num_new: int) 
 
 def main() -> None:
     if sys.argv[1:] == ["gemma"]:
-        results = record(Reference(gemma.files()), gemma.prompts(), gemma.NUM_NEW)
+        results = record(Reference(load_config(gemma.files()), gemma.weights()), gemma.prompts(), gemma.NUM_NEW)
         gemma.GOLDEN_PATH.write_text(as_json(gemma.MODEL, gemma.NUM_NEW, results), "utf-8")
         return
     if not has_data():

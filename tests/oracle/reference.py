@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.models.config import ModelConfig
+from engine.models.decoder import Weights
 from engine.models.loader import load_config
-from engine.models.store import ModelFiles
 from engine.models.weights import load_weights
 from tests.oracle.compare import Expected
 from tests.oracle.prompts import digest_of, model_files
@@ -34,16 +34,14 @@ CLOSE_GAP = 1e-2  # gaps below it are recorded
 
 
 class Reference:
-    """transformers' model with the weights of `files`, on the CPU."""
+    """transformers' model with these weights of ours, on the CPU."""
 
-    def __init__(self, files: ModelFiles) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
         from transformers import Gemma3ForCausalLM, LlamaForCausalLM  # seconds to import
 
         torch.set_num_threads(1)  # see tests/oracle/combinations.py
-        config = load_config(files)
-        weights = load_weights(files, config, torch.float32)
         if config.tie_embeddings:
-            weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+            weights = {**weights, "lm_head.weight": weights["model.embed_tokens.weight"]}
         if config.architecture == "Gemma3ForCausalLM":
             self._model = Gemma3ForCausalLM(_gemma_config(config)).eval()
             weights = {name: _their_norm(name, weight) for name, weight in weights.items()}
@@ -90,7 +88,7 @@ def _gemma_config(config: ModelConfig) -> Gemma3TextConfig:
         num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
         num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim, rms_norm_eps=config.rms_norm_eps,
         max_position_embeddings=config.max_context, tie_word_embeddings=config.tie_embeddings,
-        query_pre_attn_scalar=config.query_scalar or config.head_dim,
+        query_pre_attn_scalar=int(config.query_scalar or config.head_dim),
         sliding_window=next(window for window in config.layer_windows if window is not None),
         layer_types=["full_attention" if window is None else "sliding_attention" for window in config.layer_windows],
         rope_parameters={
@@ -107,7 +105,8 @@ def _their_norm(name: str, weight: torch.Tensor) -> torch.Tensor:
 
 @cache
 def load_reference() -> Reference:
-    return Reference(model_files())
+    config = load_config(model_files())
+    return Reference(config, load_weights(model_files(), config, torch.float32))
 
 
 # --- golden.json ----------------------------------------------------------------------------------------------

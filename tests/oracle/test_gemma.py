@@ -6,19 +6,19 @@ transformers now. Both take the weights that our loader read, so those are compa
 
 from __future__ import annotations
 
+import json
 import re
 
 import gguf
 import numpy as np
 import pytest
-import torch
 from gguf.quants import dequantize
 
 from engine.errors import ModelError
 from engine.models.loader import load_config
-from engine.models.weights import load_weights
 from engine.planes import NUMERICS_VERSION
 from engine.types import Request, SamplingParams
+from tests.engine.record_spm import GOLDEN_PATH as SPM_GOLDEN_PATH
 from tests.oracle import gemma
 from tests.oracle.combinations import Combination, EngineLab, Tally, run
 from tests.oracle.compare import Verdict, compare
@@ -27,6 +27,7 @@ from tests.oracle.reference import Reference, read_golden
 pytestmark = pytest.mark.slow
 
 GREEDY = SamplingParams(max_tokens=gemma.NUM_NEW, temperature=0.0, ignore_eos=True)
+SPACE = "▁"  # reads as a space
 LIVE = 8  # the prompt that transformers is asked for now
 
 
@@ -51,7 +52,7 @@ def test_the_record_is_of_these_prompts_and_this_numerics_version():
 def test_one_engine_gives_transformers_tokens(total: Tally):
     one = Combination(chunk=64, batch=20, prefix_cache=True, shuffled=True, block_size=16)
     golden, prompts = read_golden(gemma.GOLDEN_PATH), gemma.prompts()
-    engine, model = EngineLab(gemma.MODEL).make(one, num_blocks=4000)
+    engine, model = EngineLab(gemma.MODEL, dict(gemma.weights())).make(one, num_blocks=2000)
     results = run(engine, model, [Request(prompt.digest, prompt.ids, GREEDY) for prompt in prompts])
     tally = Tally()
     for prompt in prompts:
@@ -64,9 +65,17 @@ def test_one_engine_gives_transformers_tokens(total: Tally):
 
 def test_the_record_is_what_transformers_says_now():
     prompt = gemma.prompts()[LIVE]
-    now = Reference(gemma.files()).greedy(prompt.ids, gemma.NUM_NEW)
+    now = Reference(load_config(gemma.files()), gemma.weights()).greedy(prompt.ids, gemma.NUM_NEW)
     outcome = compare(read_golden(gemma.GOLDEN_PATH).expected(prompt.ids), now.tokens)
     assert outcome.verdict is not Verdict.WRONG, outcome.details
+
+
+def test_ids_and_text_are_those_of_transformers():
+    """Recorded by `python -m tests.engine.record_spm`: transformers takes half a minute to read the vocabulary."""
+    ours = gemma.tokenizer()
+    for text, ids in json.loads(SPM_GOLDEN_PATH.read_text("utf-8"))[gemma.MODEL].items():
+        assert ours.encode(text) == ids, text
+        assert SPACE in text or ours.decode(ids[1:], skip_special=False) == text
 
 
 # --- the weights ----------------------------------------------------------------------------------------------
@@ -76,9 +85,8 @@ COMPARED = re.compile(r"token_embd\.|output_norm\.|blk\.(0|5|17)\.")  # a local 
 
 def test_the_weights_are_those_that_the_gguf_package_reads():
     """Its own reader, dequantisation, and map of names from Hugging Face's."""
-    config = load_config(gemma.files())
-    weights = load_weights(gemma.files(), config, torch.float32)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, config.num_layers)
+    weights = gemma.weights()
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, load_config(gemma.files()).num_layers)
     of_gguf = {names.get_name(name, try_suffixes=(".weight",)): name for name in weights}
     assert None not in of_gguf and len(of_gguf) == len(weights)
     tensors = gguf.GGUFReader(gemma.files().path).tensors
