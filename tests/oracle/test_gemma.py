@@ -95,6 +95,7 @@ def test_the_weights_are_those_that_the_gguf_package_reads():
     for tensor in tensors:
         if COMPARED.match(tensor.name):
             kinds.add(tensor.tensor_type.name)
-            read = dequantize(np.asarray(tensor.data), tensor.tensor_type)
-            assert np.array_equal(weights[of_gguf[tensor.name]].numpy(), read), tensor.name
+            rows = slice(None, None, 64 if tensor.name == "token_embd.weight" else 1)  # of 262,144 tokens every 64th
+            read = dequantize(np.asarray(tensor.data)[rows], tensor.tensor_type)
+            assert np.array_equal(weights[of_gguf[tensor.name]].numpy()[rows], read), tensor.name
     assert kinds == {"F32", "Q5_0", "Q4_K", "Q8_0", "Q6_K"}
