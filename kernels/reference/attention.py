@@ -41,7 +41,7 @@ class Segment:
 
     rows: which rows of the step's tokens, [num_seqs * num_new], sequence by sequence
     blocks: [num_seqs, num_blocks] int64, whole tiles, padded with any valid id
-    stale_from: first key that is unused in any sequence; stale: [num_seqs, 1, num_keys - stale_from, 1]
+    stale: gathered keys that no query of a sequence may see, as (sequence, which): what lies there may be anything
     key_tile: positions in a tile of keys
     row_tile: most rows of one product, where the machine needs a fixed count (RowLadder.tile)
     """
@@ -51,8 +51,7 @@ class Segment:
     rows: slice
     blocks: torch.Tensor
     tiles: tuple[QueryTile, ...]
-    stale_from: int
-    stale: torch.Tensor
+    stale: tuple[tuple[int, slice], ...]
     key_tile: int
     row_tile: int | None
 
@@ -81,14 +80,12 @@ def make_segment(
     cuts = [slice(first, min(first + query_tile, num_new)) for first in range(0, num_new, query_tile)]
     device = blocks.device
     tiles = tuple(_query_tile(starts, cut, groups, block_size, ladder, window, device) for cut in cuts)
-    begun, stale_from = torch.tensor(starts)[:, None], 0 if window is not None else min(starts) + num_new
-    keys = torch.arange(stale_from, num_keys)
-    stale = keys >= begun + num_new
+    stale = [(index, start + num_new, num_keys) for index, start in enumerate(starts)]
     if window is not None:
-        stale |= keys <= begun - window
-    stale = stale[:, None, :, None].to(device)
+        stale += [(index, 0, start - window + 1) for index, start in enumerate(starts)]
+    stale = tuple((index, slice(first, stop)) for index, first, stop in stale if first < stop)
     key_tile = tile_tokens(block_size)
-    return Segment(len(starts), num_new, rows, blocks, tiles, stale_from, stale, key_tile, ladder.tile)
+    return Segment(len(starts), num_new, rows, blocks, tiles, stale, key_tile, ladder.tile)
 
 
 def _query_tile(
@@ -122,8 +119,8 @@ def paged_attention(
     num_seqs, num_kv_heads, head_dim = segment.num_seqs, k_cache.shape[1], q.shape[2]
     keys = _gather(k_cache, segment.blocks).transpose(1, 2)  # [num_seqs * num_kv_heads, head_dim, num_keys]
     values = _gather(v_cache, segment.blocks)  # [num_seqs * num_kv_heads, num_keys, head_dim]
-    stale = values.view(num_seqs, num_kv_heads, -1, head_dim)[:, :, segment.stale_from :]
-    stale.masked_fill_(segment.stale, 0)  # 0 * NaN would be NaN
+    for index, which in segment.stale:
+        values[index * num_kv_heads : (index + 1) * num_kv_heads, which].zero_()  # 0 * NaN would be NaN
     # [num_seqs, num_kv_heads, num_new, groups, head_dim]: queries that share a KV head side by side
     queries = (q * scale).view(num_seqs, segment.num_new, num_kv_heads, -1, head_dim).transpose(1, 2)
     out = torch.empty_like(queries)
