@@ -19,12 +19,13 @@ import torch
 
 from engine.models.config import ModelConfig
 from engine.models.loader import load_config
+from engine.models.store import ModelFiles
 from engine.models.weights import load_weights
 from tests.oracle.compare import Expected
 from tests.oracle.prompts import digest_of, model_files
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig
+    from transformers import LlamaConfig, LlamaForCausalLM
 
 GOLDEN_PATH = Path(__file__).with_name("golden.json")
 NUM_NEW = 64
@@ -35,15 +36,8 @@ class Reference:
     """transformers' Llama with the default model's weights, on the CPU."""
 
     def __init__(self) -> None:
-        from transformers import LlamaForCausalLM  # seconds to import
-
         torch.set_num_threads(1)  # see tests/oracle/combinations.py
-        config = load_config(model_files())
-        weights = load_weights(model_files(), config, torch.float32)
-        self._model = LlamaForCausalLM(_llama_config(config)).eval()
-        if config.tie_embeddings:
-            weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-        self._model.load_state_dict(weights)
+        self._model = load_model(model_files())
 
     @torch.inference_mode()
     def greedy(self, prompt_ids: Sequence[int], count: int = NUM_NEW) -> Expected:
@@ -59,6 +53,19 @@ class Reference:
             new, past = torch.tensor([tokens[-1:]]), out.past_key_values
         close = {step: gap for step, gap in enumerate(gaps) if gap < CLOSE_GAP}
         return Expected(tuple(tokens), min(gaps), close)
+
+
+def load_model(files: ModelFiles) -> LlamaForCausalLM:
+    """transformers' model with the weights of these files, in float32."""
+    from transformers import LlamaForCausalLM  # seconds to import
+
+    config = load_config(files)
+    weights = load_weights(files, config, torch.float32)
+    model = LlamaForCausalLM(_llama_config(config)).eval()
+    if config.tie_embeddings:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    model.load_state_dict(weights)
+    return model
 
 
 def _llama_config(config: ModelConfig) -> LlamaConfig:
