@@ -54,6 +54,7 @@ test-gpu: $(INSTALLED) ## what needs a CUDA device: make test-gpu [PYTHON=python
 
 bench: $(INSTALLED) ## print the figures of the README
 	$(PYTHON) -m benchmarks.step_jitter
+	$(PYTHON) -m benchmarks.engine
 	$(PYTHON) -m benchmarks.serve
 
 bench-gpu: $(INSTALLED) ## the figures that need a CUDA device: make bench-gpu [PYTHON=python3]

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from rich.console import Console
@@ -19,21 +20,23 @@ Row = dict[str, object]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A figure that was promised. `most` is the largest value that meets it."""
+    """A figure that was promised: at most or at least `bound`."""
 
     name: str
     value: float
-    most: float
+    bound: float
+    kind: Literal["most", "least"]
 
     @property
     def met(self) -> bool:
-        return self.value <= self.most
+        return self.value <= self.bound if self.kind == "most" else self.value >= self.bound
 
 
 def target(benchmark: str, name: str, value: float) -> Target:
     """The target of this name, as benchmarks/targets.yaml has it, with what was measured."""
     promised = yaml.safe_load(TARGETS.read_text())[benchmark][name]
-    return Target(name, value, float(promised["most"]))
+    kind = "least" if "least" in promised else "most"
+    return Target(name, value, float(promised[kind]), kind)
 
 
 def median(values: Sequence[float]) -> float:
@@ -57,14 +60,19 @@ def print_table(title: str, rows: Sequence[Row]) -> None:
 
 def print_targets(targets: Sequence[Target]) -> None:
     for item in targets:
-        print(f"{'met ' if item.met else 'MISSED'}  {item.name}: {item.value:.3g} (target: at most {item.most:g})")
+        print(
+            f"{'met ' if item.met else 'MISSED'}  {item.name}: {item.value:.3g} (target: at {item.kind} {item.bound:g})"
+        )
 
 
 def write_json(path: str | None, rows: Sequence[Row], targets: Sequence[Target]) -> None:
-    """`{"rows": [...], "targets": [{"name", "value", "target", "met"}], "machine": ...}`."""
+    """`{"rows": [...], "targets": [{"name", "value", "target", "kind", "met"}], "machine": ...}`."""
     if path is None:
         return
-    listed = [{"name": item.name, "value": item.value, "target": item.most, "met": item.met} for item in targets]
+    listed = [
+        {"name": item.name, "value": item.value, "target": item.bound, "kind": item.kind, "met": item.met}
+        for item in targets
+    ]
     Path(path).write_text(json.dumps({"machine": machine(), "rows": list(rows), "targets": listed}, indent=1) + "\n")
 
 

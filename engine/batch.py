@@ -10,10 +10,9 @@ import torch
 from engine.block_table import BlockTable
 from engine.planes import Group
 from engine.scheduler import Batch, Scheduled
+from kernels.dispatch import query_tile
 from kernels.reference.attention import Segment, first_key, make_segment, tile_tokens
-from kernels.reference.ladder import RowLadder
-
-QUERY_TILE = 256  # most new tokens of one sequence in one attention call: bounds the score matrix
+from kernels.reference.ladder import Ladders, RowLadder
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +53,7 @@ def num_rows_of(item: Scheduled) -> int:
 
 
 def build_input(
-    batch: Batch, groups: Groups[Group], block_size: int, heads_per_kv: int, ladder: RowLadder, device: str
+    batch: Batch, groups: Groups[Group], block_size: int, heads_per_kv: int, ladders: Ladders, device: str
 ) -> StepInput:
     """Lay out a batch: sequences with one new token first, bucketed by context length, then chunks."""
     items = sorted(batch.scheduled, key=lambda item: (item.num_new > 1, _num_tiles(item, block_size)))
@@ -65,9 +64,10 @@ def build_input(
         starts.append(rows.count)
         for item in bucket:
             rows.add(item)
-    make = _SegmentMaker(block_size, heads_per_kv, ladder, device)
-    spans = [span for bucket, start in zip(buckets, starts, strict=True) for span in _spans(bucket, start)]
+    make = _SegmentMaker(block_size, heads_per_kv, ladders.attention, device)
+    spans = [_span(bucket, start) for bucket, start in zip(buckets, starts, strict=True)]
     samples = [row for item in batch.scheduled for row in rows.sample_rows(item)]
+    ladder = ladders.linear
     padded = ladder.pad(rows.count)
     return StepInput(
         num_tokens=rows.count,
@@ -141,25 +141,20 @@ def _fits(item: Scheduled, head: Scheduled, block_size: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Span:
-    """One attention call: `count` new tokens of each item, the first of them `first` after the item's start."""
+    """One attention call: all new tokens, equally many, of each item."""
 
     items: tuple[Scheduled, ...]
-    first: int
     count: int
     rows: slice
 
     @property
-    def stops(self) -> list[int]:
-        return [item.start + self.first + self.count for item in self.items]
+    def starts(self) -> list[int]:
+        return [item.start for item in self.items]
 
 
-def _spans(bucket: list[Scheduled], row: int) -> list[_Span]:
-    spans, num_new = [], bucket[0].num_new
-    for first in range(0, num_new, QUERY_TILE):
-        count = min(QUERY_TILE, num_new - first)
-        rows = slice(row + first, row + first + count * len(bucket))
-        spans.append(_Span(tuple(bucket), first, count, rows))
-    return spans
+def _span(bucket: list[Scheduled], row: int) -> _Span:
+    count = bucket[0].num_new
+    return _Span(tuple(bucket), count, slice(row, row + count * len(bucket)))
 
 
 class _SegmentMaker:
@@ -177,19 +172,19 @@ class _SegmentMaker:
         made = self._made.get((span.rows.start, window))
         if made is not None:
             return replace(made, blocks=blocks)
-        where = torch.tensor([list(range(stop - span.count, stop)) for stop in span.stops], device=self._device)
         made = make_segment(
-            span.rows, where, blocks, span.stops, self._heads_per_kv, self._block_size, self._ladder, window
-        )
+            span.rows, span.starts, span.count, blocks, self._heads_per_kv, self._block_size, self._ladder,
+            query_tile(blocks.device), window,
+        )  # fmt: skip
         self._made[(span.rows.start, window)] = made
         return made
 
     def _blocks(self, span: _Span, group: int, window: int | None) -> torch.Tensor:
         """[num_seqs, whole tiles of blocks]; places without a block of the sequence repeat one that it has."""
         tile, size = tile_tokens(self._block_size), self._block_size
-        starts = [first_key(stop - span.count, window, size) for stop in span.stops]
-        num_tiles = max(-(-(stop - start) // tile) for start, stop in zip(starts, span.stops, strict=True))
-        width = num_tiles * tile // size
+        starts = [first_key(position, window, size) for position in span.starts]
+        num_keys = max(first + span.count - start for first, start in zip(span.starts, starts, strict=True))
+        width = -(-num_keys // tile) * tile // size
         tables = [item.sequence.tables[group] for item in span.items]
         rows = [_row(table, start // size, width) for table, start in zip(tables, starts, strict=True)]
         return torch.tensor(rows, device=self._device)

@@ -18,7 +18,7 @@ from engine.sampler import sample
 from engine.scheduler import Batch, Scheduled
 from engine.types import Sampled, SamplingParams, TokenLogprob
 from kernels.reference.attention import tile_tokens
-from kernels.reference.ladder import FREE, measure_ladder
+from kernels.reference.ladder import FREE_LADDERS, Ladders, measure_attention, measure_linear
 
 
 class TorchRunner:
@@ -55,7 +55,7 @@ class TorchRunner:
     def logits(self, batch: Batch) -> torch.Tensor:
         """[rows, vocab] float32: as many rows of each item as num_rows_of says, in the batch's order."""
         groups = self.model.config.num_heads // self.model.config.num_kv_heads
-        step = build_input(batch, self.cache.layout.groups, self.block_size, groups, self.model.ladder, self.device)
+        step = build_input(batch, self.cache.layout.groups, self.block_size, groups, self.model.ladders, self.device)
         return self.model.forward(step, self.cache)
 
 
@@ -77,10 +77,11 @@ def build_model(config: ModelConfig, weights: Weights, block_size: int, batch_in
     """A model whose row counts keep results independent of the batch, if wanted. Empties `weights`.
 
     Raises ModelError if this machine cannot keep them so for weights of these shapes."""
-    model = Decoder(config, weights, FREE)
+    model = Decoder(config, weights, FREE_LADDERS)
     if batch_invariant:
         try:
-            model.ladder = measure_ladder(probe_weights(model), config.head_dim, tile_tokens(block_size))
+            attention = measure_attention(config.head_dim, tile_tokens(block_size), model.embedding, model.weigh)
+            model.ladders = Ladders(measure_linear(probe_weights(model)), attention)
         except ArithmeticError as error:
             raise ModelError(f"batch_invariant cannot be had for this model: {error}") from error
     return model

@@ -41,13 +41,20 @@ def gumbel_noise(token_ids: np.ndarray, seed: int, position: int, choice: int = 
     """Gumbel(0, 1) noise of these tokens at a position: [n] int -> [n] float64.
 
     Four neighbouring token ids share one counter (token id // 4, position); a token's lane is its id modulo 4."""
-    groups, inverse = np.unique(token_ids // 4, return_inverse=True)
-    counters = np.zeros((len(groups), 4), dtype=np.uint32)
-    counters[:, 0] = groups
+    groups = token_ids >> 2
+    is_wanted = np.zeros(int(groups.max(initial=-1)) + 1, dtype=bool)
+    is_wanted[groups] = True
+    wanted = np.flatnonzero(is_wanted)
+    counters = np.zeros((len(wanted), 4), dtype=np.uint32)
+    counters[:, 0] = wanted
     counters[:, 1] = position
-    bits = philox(counters, seed, choice)[inverse, token_ids % 4]
-    uniform = (bits.astype(np.float64) + 0.5) * 2.0**-32
-    return -np.log(-np.log(uniform))
+    first_lanes = (np.cumsum(is_wanted) - 1) << 2
+    noise = philox(counters, seed, choice).ravel()[first_lanes[groups] + (token_ids & 3)].astype(np.float64)
+    noise += 0.5
+    noise *= 2.0**-32
+    for _ in range(2):
+        np.negative(np.log(noise, out=noise), out=noise)
+    return noise
 
 
 def sample(logits: np.ndarray, params: SamplingParams, position: int) -> int:

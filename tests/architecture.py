@@ -167,7 +167,7 @@ LAYERS = {
     "decode_worker": Layer(may=("kv_transfer",), may_torch_free=("engine",), must_not=("ray",)),
     "router": Layer(may_torch_free=("engine",), must_not=("torch", "triton", "ray")),
     "cluster": Layer(may=(*ENGINE_SIDE, "router")),
-    "benchmarks": Layer(may=PACKAGES),
+    "benchmarks": Layer(may=(*PACKAGES, "tests.oracle")),
 }
 NOWHERE = ("transformers",)  # a test oracle
 LOCAL_PIPES = ("engine/step_runner.py", "engine/process.py")  # between a parent and its own child: sockets, pickle

@@ -16,9 +16,11 @@ from engine.kv_cache import KVCache
 from engine.models.config import ModelConfig
 from engine.models.moe import Experts, Mlp, feed_forward
 from engine.models.rope import rope_tables
+from kernels.dispatch import prepare, weigh_for
 from kernels.reference.attention import paged_attention
-from kernels.reference.ladder import RowLadder, linear
+from kernels.reference.ladder import Ladders, linear
 from kernels.reference.layers import apply_rope, rms_norm, store_kv
+from kernels.reference.matrix import Matrix
 
 Weights = dict[str, torch.Tensor]
 
@@ -28,11 +30,11 @@ class Layer:
     """One layer. Projections that read the same input are stacked: [out, in]."""
 
     attention_norm: torch.Tensor
-    qkv: torch.Tensor  # [(num_heads + 2 * num_kv_heads) * head_dim, hidden]
+    qkv: Matrix  # [(num_heads + 2 * num_kv_heads) * head_dim, hidden]
     qkv_bias: torch.Tensor | None
     q_norm: torch.Tensor | None  # [head_dim]
     k_norm: torch.Tensor | None
-    out: torch.Tensor  # [hidden, num_heads * head_dim]
+    out: Matrix  # [hidden, num_heads * head_dim]
     out_bias: torch.Tensor | None
     attention_out_norm: torch.Tensor | None
     mlp_norm: torch.Tensor
@@ -54,12 +56,13 @@ class _Place:
 class Decoder:
     """forward: a step's tokens -> logits of its sampled rows. Writes the new KV, reads all of it from the cache."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, ladder: RowLadder) -> None:
-        """Takes the layers' tensors out of `weights`, so that those which are stacked are freed."""
+    def __init__(self, config: ModelConfig, weights: Weights, ladders: Ladders) -> None:
+        """Takes the layers' tensors out of `weights`, so that those which are stacked or packed are freed."""
         self.config = config
-        self.ladder = ladder
+        self.ladders = ladders
         self.embedding = weights["model.embed_tokens.weight"]  # [vocab, hidden]
-        self.head = self.embedding if config.tie_embeddings else weights["lm_head.weight"]
+        self.head = prepare(self.embedding if config.tie_embeddings else weights.pop("lm_head.weight"))
+        self.weigh = weigh_for(self.embedding.device, self.embedding.dtype)
         self.norm = weights["model.norm.weight"]
         self.layers = [_layer(config, weights, index) for index in range(config.num_layers)]
         self.rope, self.local_rope = rope_tables(config, self.embedding.device)
@@ -72,10 +75,10 @@ class Decoder:
         for layer, place in zip(self.layers, self._places(step, cache), strict=True):
             attended = self._attend(layer, self._normed(hidden, layer.attention_norm), place, step)
             hidden = hidden + self._normed(attended, layer.attention_out_norm)
-            fed = feed_forward(self._normed(hidden, layer.mlp_norm), layer.mlp, self.config, self.ladder)
+            fed = feed_forward(self._normed(hidden, layer.mlp_norm), layer.mlp, self.config, self.ladders.linear)
             hidden = hidden + self._normed(fed, layer.mlp_out_norm)
         rows = self._normed(hidden[step.sample_rows], self.norm)
-        return linear(rows, self.head, None, self.ladder)[: step.num_samples].float()
+        return linear(rows, self.head, None, self.ladders.linear)[: step.num_samples].float()
 
     def _places(self, step: StepInput, cache: KVCache) -> list[_Place]:
         whole, local = self.rope.at(step.positions), self.local_rope.at(step.positions)
@@ -90,7 +93,7 @@ class Decoder:
     def _attend(self, layer: Layer, x: torch.Tensor, place: _Place, step: StepInput) -> torch.Tensor:
         config, count, group = self.config, step.num_tokens, place.group
         heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-        qkv = linear(x, layer.qkv, layer.qkv_bias, self.ladder)
+        qkv = linear(x, layer.qkv, layer.qkv_bias, self.ladders.linear)
         q, k, v = qkv.view(len(qkv), -1, config.head_dim).split(heads, dim=1)
         q = apply_rope(self._normed(q, layer.q_norm), place.cos, place.sin)
         k = apply_rope(self._normed(k, layer.k_norm), place.cos, place.sin)
@@ -98,9 +101,10 @@ class Decoder:
         store_kv(place.v_cache, v[:count], group.block_ids, step.offsets)
         out = torch.zeros_like(q)
         for segment in group.segments:
-            rows = q[segment.rows]
-            out[segment.rows] = paged_attention(rows, place.k_cache, place.v_cache, segment, config.attention_scale)
-        return linear(out.flatten(1), layer.out, layer.out_bias, self.ladder)
+            out[segment.rows] = paged_attention(
+                q[segment.rows], place.k_cache, place.v_cache, segment, config.attention_scale, self.weigh
+            )
+        return linear(out.flatten(1), layer.out, layer.out_bias, self.ladders.linear)
 
     def _normed(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         """x itself where the family has no such norm."""
@@ -109,8 +113,8 @@ class Decoder:
         return rms_norm(x, weight, self.config.rms_norm_eps, wide=self.config.wide_norms)
 
 
-def probe_weights(model: Decoder) -> list[torch.Tensor]:
-    """One weight of each shape, for measuring a RowLadder."""
+def probe_weights(model: Decoder) -> list[Matrix]:
+    """One weight of each shape, for measuring ladders."""
     shapes = {}
     for layer in model.layers:
         for weight in (layer.qkv, layer.out, *_mlp_weights(layer.mlp), model.head):
@@ -118,7 +122,7 @@ def probe_weights(model: Decoder) -> list[torch.Tensor]:
     return list(shapes.values())
 
 
-def _mlp_weights(part: Mlp | Experts) -> tuple[torch.Tensor, ...]:
+def _mlp_weights(part: Mlp | Experts) -> tuple[Matrix, ...]:
     if isinstance(part, Mlp):
         return part.gate_up, part.down
     return part.router, part.experts[0].gate_up, part.experts[0].down
@@ -148,15 +152,16 @@ def _layer(config: ModelConfig, weights: Weights, index: int) -> Layer:
 def _experts(config: ModelConfig, weights: Weights, prefix: str) -> Experts:
     assert config.moe is not None
     experts = tuple(_mlp(weights, f"{prefix}mlp.experts.{index}.") for index in range(config.moe.num_experts))
-    return Experts(weights.pop(f"{prefix}mlp.gate.weight"), experts)
+    return Experts(prepare(weights.pop(f"{prefix}mlp.gate.weight")), experts)
 
 
 def _mlp(weights: Weights, prefix: str) -> Mlp:
     return Mlp(*_stack(weights, prefix, ("gate_proj", "up_proj")), *_stack(weights, prefix, ("down_proj",)))
 
 
-def _stack(weights: Weights, prefix: str, names: Names[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _stack(weights: Weights, prefix: str, names: Names[str]) -> tuple[Matrix, torch.Tensor | None]:
     """Stacked weights and biases of projections that read the same input; takes the parts out of `weights`."""
     parts = [weights.pop(f"{prefix}{name}.weight") for name in names]
     biases = [bias for name in names if (bias := weights.pop(f"{prefix}{name}.bias", None)) is not None]
-    return torch.cat(parts) if len(parts) > 1 else parts[0], torch.cat(biases) if biases else None
+    weight = prepare(torch.cat(parts) if len(parts) > 1 else parts[0])
+    return weight, torch.cat(biases) if biases else None

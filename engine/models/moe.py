@@ -14,15 +14,16 @@ import torch.nn.functional as F
 from engine.models.config import ModelConfig
 from kernels.reference.ladder import RowLadder, linear
 from kernels.reference.layers import gelu_tanh_and_mul, silu_and_mul
+from kernels.reference.matrix import Matrix
 
 
 @dataclass(frozen=True, slots=True)
 class Mlp:
     """down(act(gate(x)) * up(x))."""
 
-    gate_up: torch.Tensor  # [2 * intermediate, hidden]
+    gate_up: Matrix  # [2 * intermediate, hidden]
     gate_up_bias: torch.Tensor | None
-    down: torch.Tensor  # [hidden, intermediate]
+    down: Matrix  # [hidden, intermediate]
     down_bias: torch.Tensor | None
 
 
@@ -30,7 +31,7 @@ class Mlp:
 class Experts:
     """Mlps of which a router picks a few for each token."""
 
-    router: torch.Tensor  # [num_experts, hidden]
+    router: Matrix  # [num_experts, hidden]
     experts: tuple[Mlp, ...]
 
 

@@ -7,7 +7,7 @@ is what it multiplies by: Gemma's checkpoints hold one less (its GGUF files do n
 2. `iterate_tensors` reads them one by one from memory-mapped files, under our names.
 3. `load_weights` compares the two: nothing missing, nothing unknown, every shape right.
 It knows no device: the model moves what it is given. A tensor of safetensors that already has the wanted type stays a
-view of the mapped file, which processes on one machine share.
+view of the mapped file, which processes on one machine share until a model packs it (kernels/dispatch.py).
 """
 
 from __future__ import annotations

@@ -221,7 +221,8 @@ class PlaceMatters(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        return out + torch.arange(len(out))[:, None] if func is torch.nn.functional.linear else out
+        is_linear = func in (torch.nn.functional.linear, torch.ops.mkldnn._linear_pointwise)
+        return out + torch.arange(len(out))[:, None] if is_linear else out
 
 
 def test_a_machine_that_cannot_keep_rows_alike_is_refused_where_batch_invariance_is_wanted() -> None:

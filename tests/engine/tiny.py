@@ -252,7 +252,7 @@ class LogitRecorder:
         runner, model = self.runner, self.runner.model
         groups = model.config.num_heads // model.config.num_kv_heads
         layout = runner.cache.layout
-        step = build_input(batch, layout.groups, layout.block_size, groups, model.ladder, "cpu")
+        step = build_input(batch, layout.groups, layout.block_size, groups, model.ladders, "cpu")
         wanted = torch.zeros(len(step.token_ids), dtype=torch.int64)
         wanted[: step.num_tokens] = torch.arange(step.num_tokens)
         logits = model.forward(replace(step, sample_rows=wanted, num_samples=step.num_tokens), runner.cache)

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from kernels.reference.attention import KV_TILE, make_segment, paged_attention, tile_tokens
-from kernels.reference.ladder import FREE, RowLadder, measure_ladder
+from kernels.cpu.attention import weigh
+from kernels.reference.attention import KV_TILE, make_segment, paged_attention, tile_tokens, weigh_by_tiles
+from kernels.reference.ladder import FREE, RowLadder, Weigh, measure_attention
 
 NAN = float("nan")
 COARSE = RowLadder((24, 64), high=False)  # pads and cuts more than any real machine
+WEIGHS = pytest.mark.parametrize("weigh", [weigh_by_tiles, weigh], ids=["reference", "cpu"])
 
 
 @pytest.fixture(autouse=True)
@@ -66,16 +68,20 @@ def make_case(
     return Case(queries, keys, values, k_cache, v_cache, blocks)
 
 
-def attend(case: Case, ladder: RowLadder = FREE, blocks: torch.Tensor | None = None) -> torch.Tensor:
+def attend(
+    case: Case, ladder: RowLadder = FREE, blocks: torch.Tensor | None = None, weigh: Weigh = weigh_by_tiles,
+    query_tile: int = 128,
+) -> torch.Tensor:  # fmt: skip
     """[num_seqs, num_new, num_heads, head_dim]"""
     q = torch.cat(case.queries)
     num_new, num_heads, head_dim = case.queries[0].shape
-    positions = torch.stack([torch.arange(length - num_new, length) for length in case.lengths])
+    positions = [length - num_new for length in case.lengths]
     groups, block_size = num_heads // case.k_cache.shape[1], case.k_cache.shape[2]
     segment = make_segment(
-        slice(0, len(q)), positions, case.blocks if blocks is None else blocks, case.lengths, groups, block_size, ladder
-    )
-    out = paged_attention(q, case.k_cache, case.v_cache, segment, head_dim**-0.5)
+        slice(0, len(q)), positions, num_new, case.blocks if blocks is None else blocks, groups, block_size, ladder,
+        query_tile,
+    )  # fmt: skip
+    out = paged_attention(q, case.k_cache, case.v_cache, segment, head_dim**-0.5, weigh)
     assert out.shape == q.shape and out.dtype == q.dtype
     return out.view(-1, num_new, num_heads, head_dim)
 
@@ -110,12 +116,16 @@ CASES = {
 }
 
 
+@WEIGHS
 @pytest.mark.parametrize("ladder", [FREE, COARSE], ids=["free", "coarse"])
 @pytest.mark.parametrize("block_size", [1, 4, 16, 48])
 @pytest.mark.parametrize(("lengths", "num_new"), CASES.values(), ids=CASES)
-def test_it_equals_an_explicit_softmax(lengths: list[int], num_new: int, block_size: int, ladder: RowLadder) -> None:
+def test_it_equals_an_explicit_softmax(
+    lengths: list[int], num_new: int, block_size: int, ladder: RowLadder, weigh: Weigh
+) -> None:
     case = make_case(lengths, num_new, block_size=block_size, seed=block_size)
-    check(case, attend(case, ladder))
+    for query_tile in (5, 128):
+        check(case, attend(case, ladder, weigh=weigh, query_tile=query_tile))
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(1, 1), (4, 4), (6, 2), (8, 2), (9, 3), (5, 1)])
@@ -125,12 +135,13 @@ def test_heads_share_keys_in_groups(num_heads: int, num_kv_heads: int, head_dim:
     check(case, attend(case, COARSE))
 
 
-def test_large_logits_stay_finite_and_right() -> None:
+@WEIGHS
+def test_large_logits_stay_finite_and_right(weigh: Weigh) -> None:
     """Scores of +-1e4, where exp alone would overflow."""
     case = make_case([140, 9], 4, scale=60.0)
     scores = case.keys[0][:, 0] @ case.queries[0][0, 0] / 4
     assert scores.abs().max() > 1e4 and scores.min() < -3e3
-    out = attend(case)
+    out = attend(case, weigh=weigh)
     assert out.isfinite().all()
     check(case, out, tolerance=2e-3)  # a score of 1e4 has an error of 1e-3 in float32
 
@@ -140,41 +151,58 @@ def test_bfloat16_is_as_close_as_bfloat16_can_be() -> None:
     check(case, attend(case, COARSE), tolerance=2e-2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_entries_past_the_end_may_point_anywhere(dtype: torch.dtype) -> None:
+KINDS = pytest.mark.parametrize(
+    ("dtype", "weigh"),
+    [(torch.float32, weigh_by_tiles), (torch.float32, weigh), (torch.bfloat16, weigh_by_tiles)],
+    ids=["float32, reference", "float32, cpu", "bfloat16, reference"],
+)
+
+
+@KINDS
+def test_entries_past_the_end_may_point_anywhere(dtype: torch.dtype, weigh: Weigh) -> None:
     case = make_case([20, 150], 3, dtype=dtype)
-    wanted = attend(case)
+    wanted = attend(case, weigh=weigh)
     for block_id in range(0, len(case.k_cache), 7):
         blocks = case.blocks.clone()
         blocks[0, 2:] = block_id
         blocks[1, 10:] = block_id
-        assert torch.equal(attend(case, blocks=blocks), wanted)
+        assert torch.equal(attend(case, blocks=blocks, weigh=weigh), wanted)
 
 
-def test_what_lies_in_unused_slots_changes_no_bit() -> None:
+@WEIGHS
+def test_what_lies_in_unused_slots_changes_no_bit(weigh: Weigh) -> None:
     case = make_case([20, 150], 3)
-    wanted = attend(case)
+    wanted = attend(case, weigh=weigh)
     for rubbish in (0.0, 1e30, float("inf"), float("-inf")):
         for cache in (case.k_cache, case.v_cache):
             cache[cache.isnan()] = rubbish
-        assert torch.equal(attend(case), wanted)
+        assert torch.equal(attend(case, weigh=weigh), wanted)
         for cache in (case.k_cache, case.v_cache):
             cache[cache == rubbish] = NAN
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_sequence_has_the_same_bits_beside_others_as_alone(dtype: torch.dtype) -> None:
+@KINDS
+def test_a_sequence_has_the_same_bits_beside_others_as_alone(dtype: torch.dtype, weigh: Weigh) -> None:
     lengths = [5, 140, 129, 17, 250]
     case = make_case(lengths, 1, dtype=dtype)
-    ladder = measure_ladder([torch.zeros(16, 16, dtype=dtype)], 16, KV_TILE)
-    together = attend(case, ladder)
+    ladder = measure_attention(16, KV_TILE, torch.zeros(1, dtype=dtype), weigh)
+    together = attend(case, ladder, weigh=weigh)
     for index, length in enumerate(lengths):
         width = -(-length // KV_TILE) * KV_TILE // 16
         alone = Case(
             [case.queries[index]], [case.keys[index]], [case.values[index]], case.k_cache, case.v_cache,
             case.blocks[index : index + 1, :width],
         )  # fmt: skip
-        assert torch.equal(attend(alone, ladder)[0], together[index])
+        assert torch.equal(attend(alone, ladder, weigh=weigh)[0], together[index])
+
+
+@KINDS
+def test_a_query_has_the_same_bits_in_any_query_tile(dtype: torch.dtype, weigh: Weigh) -> None:
+    case = make_case([700], 300, num_heads=9, num_kv_heads=3, head_dim=64, dtype=dtype)
+    ladder = measure_attention(64, KV_TILE, torch.zeros(1, dtype=dtype), weigh)
+    wanted = attend(case, ladder, weigh=weigh, query_tile=1)
+    for query_tile in (3, 64, 100, 512):
+        assert torch.equal(attend(case, ladder, weigh=weigh, query_tile=query_tile), wanted)
 
 
 def test_a_table_that_is_not_padded_to_whole_tiles_is_refused() -> None:

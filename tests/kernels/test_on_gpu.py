@@ -8,9 +8,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.reference.attention import make_segment, paged_attention, tile_tokens
-from kernels.reference.ladder import FREE, linear, measure_ladder
+from kernels.reference.attention import make_segment, paged_attention, tile_tokens, weigh_by_tiles
+from kernels.reference.ladder import FREE, linear, measure_linear
 from kernels.reference.layers import rms_norm, silu_and_mul
+from kernels.reference.matrix import PlainMatrix
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,9 +29,9 @@ def attend(device: str) -> torch.Tensor:
     k_cache, v_cache = (randn(NUM_BLOCKS, KV_HEADS, BLOCK_SIZE, HEAD_DIM) for _ in range(2))
     width = tile_tokens(BLOCK_SIZE) // BLOCK_SIZE
     blocks = torch.randperm(NUM_BLOCKS, generator=generator)[: 2 * width].view(2, width).to(device)
-    positions = torch.tensor([[40], [99]], device=device)
-    segment = make_segment(slice(0, 2), positions, blocks, [41, 100], GROUPS, BLOCK_SIZE, FREE)
-    return paged_attention(randn(2, KV_HEADS * GROUPS, HEAD_DIM), k_cache, v_cache, segment, HEAD_DIM**-0.5)
+    segment = make_segment(slice(0, 2), [40, 99], 1, blocks, GROUPS, BLOCK_SIZE, FREE)
+    q = randn(2, KV_HEADS * GROUPS, HEAD_DIM)
+    return paged_attention(q, k_cache, v_cache, segment, HEAD_DIM**-0.5, weigh_by_tiles)
 
 
 def test_paged_attention_on_the_device_equals_that_on_the_processor():
@@ -45,8 +46,8 @@ def test_layers_on_the_device_equal_those_on_the_processor():
 
 
 def test_rows_on_the_ladder_do_not_depend_on_their_number_on_the_device():
-    weight = torch.randn(256, 128, generator=torch.Generator().manual_seed(3)).cuda()
-    ladder = measure_ladder([weight], HEAD_DIM, 128)
+    weight = PlainMatrix(torch.randn(256, 128, generator=torch.Generator().manual_seed(3)).cuda())
+    ladder = measure_linear([weight])
     x = torch.randn(64, 128, generator=torch.Generator().manual_seed(4)).cuda()
     whole = linear(x, weight, None, ladder)
     for rows in ladder.rungs:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.reference.attention import first_key, make_segment, paged_attention, tile_tokens
-from kernels.reference.ladder import FREE, measure_ladder
+from kernels.cpu.attention import weigh
+from kernels.reference.attention import first_key, make_segment, paged_attention, tile_tokens, weigh_by_tiles
+from kernels.reference.ladder import FREE, RowLadder, Weigh, measure_attention
 
 NAN = float("nan")
 BLOCK, HEADS, KV_HEADS, DIM = 16, 4, 2, 16
 SCALE = DIM**-0.5
+WEIGHS = pytest.mark.parametrize("weigh", [weigh_by_tiles, weigh], ids=["reference", "cpu"])
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +31,9 @@ class Case:
         self.num_blocks = -(-length // BLOCK) + 3
         self.order = torch.randperm(self.num_blocks, generator=generator).tolist()
 
-    def attend(self, start: int, num_new: int, ladder=FREE) -> torch.Tensor:
+    def attend(
+        self, start: int, num_new: int, weigh: Weigh, ladder: RowLadder = FREE, query_tile: int = 128
+    ) -> torch.Tensor:
         """Queries [start, start + num_new) -> [num_new, heads, dim]."""
         stop = start + num_new
         caches = torch.full((2, self.num_blocks, KV_HEADS, BLOCK, DIM), NAN)
@@ -43,10 +47,10 @@ class Case:
             for index in range(width)
         ]
         segment = make_segment(
-            slice(0, num_new), torch.arange(start, stop)[None], torch.tensor([ids]), [stop], HEADS // KV_HEADS, BLOCK,
-            ladder, self.window,
+            slice(0, num_new), [start], num_new, torch.tensor([ids]), HEADS // KV_HEADS, BLOCK, ladder, query_tile,
+            self.window,
         )  # fmt: skip
-        return paged_attention(self.q[start:stop], caches[0], caches[1], segment, SCALE)
+        return paged_attention(self.q[start:stop], caches[0], caches[1], segment, SCALE, weigh)
 
     def explicit(self, start: int, num_new: int) -> torch.Tensor:
         rows = []
@@ -59,19 +63,24 @@ class Case:
         return torch.stack(rows)
 
 
+@WEIGHS
+@pytest.mark.parametrize("query_tile", [7, 128])
 @pytest.mark.parametrize("window", [1, 5, 16, 130, 1000])
 @pytest.mark.parametrize(("start", "num_new"), [(0, 1), (0, 40), (150, 1), (127, 3), (300, 17), (383, 1)])
-def test_a_query_sees_its_window_and_nothing_that_lies_outside(window: int, start: int, num_new: int) -> None:
+def test_a_query_sees_its_window_and_nothing_that_lies_outside(
+    window: int, start: int, num_new: int, query_tile: int, weigh: Weigh
+) -> None:
     case = Case(start + num_new, window)
-    torch.testing.assert_close(
-        case.attend(start, num_new).double(), case.explicit(start, num_new), rtol=1e-5, atol=1e-5
-    )
+    got = case.attend(start, num_new, weigh, query_tile=query_tile)
+    torch.testing.assert_close(got.double(), case.explicit(start, num_new), rtol=1e-5, atol=1e-5)
 
 
+@WEIGHS
 @pytest.mark.parametrize("window", [5, 200])
-def test_results_are_equal_bit_for_bit_for_any_chunking(window: int) -> None:
-    ladder = measure_ladder([torch.zeros(32, 32)], DIM, tile_tokens(BLOCK))
+def test_results_are_equal_bit_for_bit_for_any_chunking(window: int, weigh: Weigh) -> None:
+    ladder = measure_attention(DIM, tile_tokens(BLOCK), torch.zeros(1), weigh)
     case = Case(420, window)
-    whole = case.attend(380, 40, ladder)
-    for start, num_new in ((380, 1), (395, 7), (400, 20), (419, 1)):
-        assert torch.equal(case.attend(start, num_new, ladder), whole[start - 380 : start - 380 + num_new])
+    whole = case.attend(380, 40, weigh, ladder)
+    for start, num_new, query_tile in ((380, 1, 64), (395, 7, 64), (380, 40, 9), (400, 20, 16), (419, 1, 64)):
+        found = case.attend(start, num_new, weigh, ladder, query_tile)
+        assert torch.equal(found, whole[start - 380 : start - 380 + num_new])

@@ -26,7 +26,7 @@ from tests.oracle.compare import Expected
 from tests.oracle.prompts import digest_of, model_files
 
 if TYPE_CHECKING:
-    from transformers import Gemma3TextConfig, LlamaConfig
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 GOLDEN_PATH = Path(__file__).with_name("golden.json")
 NUM_NEW = 64
@@ -37,17 +37,8 @@ class Reference:
     """transformers' model with these weights of ours, on the CPU."""
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
-        from transformers import Gemma3ForCausalLM, LlamaForCausalLM  # seconds to import
-
         torch.set_num_threads(1)  # see tests/oracle/combinations.py
-        if config.tie_embeddings:
-            weights = {**weights, "lm_head.weight": weights["model.embed_tokens.weight"]}
-        if config.architecture == "Gemma3ForCausalLM":
-            self._model = Gemma3ForCausalLM(_gemma_config(config)).eval()
-            weights = {name: _their_norm(name, weight) for name, weight in weights.items()}
-        else:
-            self._model = LlamaForCausalLM(_llama_config(config)).eval()
-        self._model.load_state_dict(weights)
+        self._model = load_model(config, weights)
 
     @torch.inference_mode()
     def greedy(self, prompt_ids: Sequence[int], count: int = NUM_NEW) -> Expected:
@@ -63,6 +54,20 @@ class Reference:
             new, past = torch.tensor([tokens[-1:]]), out.past_key_values
         close = {step: gap for step, gap in enumerate(gaps) if gap < CLOSE_GAP}
         return Expected(tuple(tokens), min(gaps), close)
+
+
+def load_model(config: ModelConfig, weights: Weights) -> LlamaForCausalLM | Gemma3ForCausalLM:
+    from transformers import Gemma3ForCausalLM, LlamaForCausalLM  # seconds to import
+
+    if config.tie_embeddings:
+        weights = {**weights, "lm_head.weight": weights["model.embed_tokens.weight"]}
+    if config.architecture == "Gemma3ForCausalLM":
+        model = Gemma3ForCausalLM(_gemma_config(config)).eval()
+        weights = {name: _their_norm(name, weight) for name, weight in weights.items()}
+    else:
+        model = LlamaForCausalLM(_llama_config(config)).eval()
+    model.load_state_dict(weights)
+    return model
 
 
 def _llama_config(config: ModelConfig) -> LlamaConfig:

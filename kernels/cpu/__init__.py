@@ -1,0 +1,1 @@
+"""What a CPU computes faster than the reference does, with equal promises."""

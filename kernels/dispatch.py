@@ -1,0 +1,33 @@
+"""Which kernel computes what: chosen here, by device and type, and nowhere else."""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.cpu import attention as cpu_attention
+from kernels.cpu.packed import PackedMatrix, can_pack
+from kernels.reference.attention import weigh_by_tiles
+from kernels.reference.ladder import Weigh
+from kernels.reference.matrix import Matrix, PlainMatrix
+
+# New tokens of one sequence whose scores are computed at once. On a CPU these should stay in its second-level cache;
+# elsewhere few launches matter more.
+_CPU_QUERY_TILE = 64
+_QUERY_TILE = 256
+
+
+def prepare(weight: torch.Tensor) -> Matrix:
+    """The weight [out, in] of a linear layer, ready to be multiplied by. May be a copy: drop the original."""
+    if weight.device.type == "cpu" and can_pack(weight.dtype):
+        return PackedMatrix.of(weight)
+    return PlainMatrix(weight)
+
+
+def weigh_for(device: torch.device, dtype: torch.dtype) -> Weigh:
+    """How attention turns scores into weights and weighs values of this type."""
+    return cpu_attention.weigh if device.type == "cpu" and dtype == torch.float32 else weigh_by_tiles
+
+
+def query_tile(device: torch.device) -> int:
+    """Most new tokens of one sequence whose scores should be computed at once."""
+    return _CPU_QUERY_TILE if device.type == "cpu" else _QUERY_TILE
