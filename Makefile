@@ -4,6 +4,7 @@ PYTHON = .venv/bin/python
 CONFIG = configs/local.yaml
 PORT =
 PYTEST_ARGS =
+PYTEST_WORKERS = 2
 BASE_PYTHON = python3
 
 PROTOS := $(wildcard cluster/rpc/*.proto)
@@ -43,8 +44,8 @@ chat: $(INSTALLED) ## talk to the model that is being served: make chat [PORT=81
 status: $(INSTALLED) ## show pools, workers and load: make status [PORT=8123]
 	@exec .venv/bin/steelyard status $(if $(PORT),--url http://127.0.0.1:$(PORT))
 
-test: $(INSTALLED) ## everything that CI runs: under 12 minutes on two cores
-	$(PYTHON) -m pytest -m "not gpu and not oracle" $(PYTEST_ARGS)
+test: $(INSTALLED) ## everything that CI runs, a file per core: make test [PYTEST_WORKERS=0] [PYTEST_ARGS="tests/router -x"]
+	$(PYTHON) -m pytest -m "not gpu and not oracle" -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-oracle: $(INSTALLED) ## the long comparison with transformers, token for token
 	$(PYTHON) -m pytest -m oracle --timeout 0 $(PYTEST_ARGS)

@@ -63,14 +63,14 @@ def test_the_record_is_of_this_numerics_version():
     assert golden().numerics_version == NUMERICS_VERSION
 
 
-def test_the_result_of_the_long_run_is_of_this_numerics_version_and_clean():
-    """After a change that may alter tokens: `make test-oracle` writes a new one."""
-    if not RESULTS_PATH.exists():
-        pytest.skip("make test-oracle has not been run yet")
+def test_nothing_is_wrong_in_the_result_of_the_long_run():
+    """After a change that may alter tokens: `make test-oracle` writes a new one. It takes an hour or two."""
     results = json.loads(RESULTS_PATH.read_text("utf-8"))
-    assert results["numerics_version"] == NUMERICS_VERSION
-    assert not results["not_run_yet"]
     assert not results["wrong"]
+    if results["numerics_version"] != NUMERICS_VERSION:
+        pytest.skip(f"the long run was of numerics version {results['numerics_version']}: make test-oracle is due")
+    if results["not_run_yet"]:
+        pytest.skip(f"{len(results['not_run_yet'])} rows of the long run are not run yet: make test-oracle goes on")
 
 
 def test_a_tally_tells_a_wrong_answer_from_a_near_tie():
