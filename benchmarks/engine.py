@@ -27,6 +27,7 @@ from engine.build import build_engine
 from engine.config import EngineConfig, ModelSource
 from engine.models.config import ModelConfig
 from engine.models.tokenizer import load_tokenizer
+from engine.models.weights import load_weights
 from engine.setup import EngineSetup, plan_engine
 from engine.types import Add, FinishReason, Request, SamplingParams
 from tests.oracle.compare import Expected, Verdict, compare
@@ -156,7 +157,7 @@ class Theirs:
         try:
             from tests.oracle.reference import load_model
 
-            self.model = load_model(setup.files)
+            self.model = load_model(setup.model, load_weights(setup.files, setup.model, torch.float32))
         except ImportError as error:
             raise SystemExit(f"transformers is needed, a development dependency (make setup): {error}") from None
         self.batch_size = max(BATCH_SIZES)

@@ -22,6 +22,7 @@ from engine.errors import ConfigError, SteelyardError
 
 if TYPE_CHECKING:
     from cluster.config import ClusterConfig
+    from engine.models.catalogue import CatalogueModel
     from router.api import HealthView
 
 FAILED = 1
@@ -140,23 +141,15 @@ def pull_model(
 ) -> None:
     """Get a model's files and check them."""
     with _told_plainly():
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
+        from cluster.pull_progress import pull_progress
+        from engine.models.catalogue import CATALOGUE
         from engine.models.store import resolve
 
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        with Progress(*columns, console=_console(), transient=True) as progress:
-            task = progress.add_task(name, total=None)
-            stages: set[str] = set()
-
-            def report(stage: str, done: int, total: int) -> None:
-                if stage not in stages:
-                    stages.add(stage)
-                    progress.reset(task, description=stage)
-                progress.update(task, completed=done, total=total or None)
-
+        with pull_progress(_console()) as report:
             files = resolve(name, cache_dir, report)
         _say(f"{files.name}: {files.path}")
+        if name in CATALOGUE:
+            _say(_terms(CATALOGUE[name]))
 
 
 @models_app.command("list")
@@ -164,13 +157,15 @@ def list_models() -> None:
     """Show the models that can be had by name."""
     from rich.table import Table
 
-    from engine.models.store import CATALOGUE
+    from engine.models.catalogue import CATALOGUE
 
     table = Table("name", "licence", "download", "on disk", box=None, pad_edge=False)
     for name, model in CATALOGUE.items():
-        size_bytes = sum(file.size_bytes for file in model.files)
-        table.add_row(name, model.licence, _mebibytes(model.wheel_bytes), _mebibytes(size_bytes))
+        table.add_row(name, model.licence, _mebibytes(model.download_bytes), _mebibytes(model.size_bytes))
     _console().print(table)
+    for name, model in CATALOGUE.items():
+        if model.notes:
+            _say(f"{name}: {_terms(model)}")
 
 
 # --- configuration --------------------------------------------------------------------------------------------
@@ -229,6 +224,10 @@ def _print_health(health: HealthView) -> None:
         row = (worker.role, worker.worker_id, worker.incarnation[:8], worker.address, link)
         table.add_row(*row, str(worker.num_running), str(worker.num_waiting), used + leaked)
     console.print(table, soft_wrap=True)
+
+
+def _terms(model: CatalogueModel) -> str:
+    return f"{model.licence}: {model.notes}" if model.notes else model.licence
 
 
 def _mebibytes(size_bytes: int) -> str:

@@ -27,7 +27,7 @@ FOLLOW_S = 1.0
 ANSWER_S = 10.0  # more than FOLLOW_S by what a busy machine may need
 RETRY_S = 0.2
 GONE_S = 30.0  # a supervisor that has not answered for so long is not coming back
-STOP_S = 15.0  # more than the supervisor's own deadlines add up to
+STOP_SLACK_S = 3.0  # beyond the supervisor's own limit
 INTERRUPTED = 130
 
 Result = TypeVar("Result")
@@ -182,8 +182,11 @@ async def stop_cluster(name: str) -> bool:
 
 
 async def _stop_supervisor(supervisor: Actor) -> None:
+    """Wait for as long as this cluster's configuration lets it take; the supervisor knows that, we may not."""
     with suppress(RayError, TimeoutError):
-        async with asyncio.timeout(STOP_S):
+        async with asyncio.timeout(ANSWER_S):
+            limit_s = await call(supervisor, "stop_limit_s")
+        async with asyncio.timeout(limit_s + STOP_SLACK_S):
             await call(supervisor, "stop")
 
 

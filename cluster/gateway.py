@@ -1,7 +1,8 @@
 """A gateway: the HTTP face and the dispatcher behind it, in one process. Knows no Ray.
 
 1. `start` loads the tokenizer and listens; 2. `apply` gives it memberships; 3. `ready` returns when the first canary
-has come through prefill, wire and decode; 4. `failed` returns when it can no longer serve.
+has come through prefill, wire and decode; 4. `failed` returns when it can no longer serve; 5. `stop` lets requests in
+progress end for `drain_s`, ends the others with an error, and closes the connections (cluster/end_limits.py).
 """
 
 from __future__ import annotations
@@ -9,16 +10,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import secrets
 import socket
 import time
 from collections.abc import Iterator
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any, cast
 
 import uvicorn
 
 from cluster.config import ClusterConfig
+from cluster.connection import Connection
+from cluster.end_limits import ANSWER_ENDS_S, SERVER_S
 from cluster.rpc.channels import Channels
 from cluster.rpc.client import GrpcConnector
 from engine.config import ModelSource
@@ -27,12 +33,16 @@ from engine.models.detokenizer import IncrementalDetokenizer
 from engine.models.loader import load_config
 from engine.models.store import resolve
 from engine.models.tokenizer import load_tokenizer
+from router.config import RouterConfig
 from router.dispatch import Dispatcher
+from router.door import Door
 from router.gateway import create_app
 from router.membership import Membership
 from router.text import TextModel
 
-STOP_TIMEOUT_S = 2.0
+SEND_BUFFER_BYTES = 128 * 2**10  # what the kernel holds for a client that does not read; Linux doubles it
+
+log = logging.getLogger(__name__)
 
 
 class SystemNames:
@@ -45,7 +55,7 @@ class SystemNames:
         return secrets.randbits(63)
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """uvicorn without its signal handlers: signals belong to whoever runs us."""
 
     @contextlib.contextmanager
@@ -65,15 +75,11 @@ class Gateway:
         """Begin to listen; returns the base URL. Raises ConfigError if the port is taken, ModelError."""
         router = self._config.router
         model = await asyncio.to_thread(load_text_model, self._config.model)
-        listener = _listen(router.host, router.port)
+        listener = listen(router.host, router.port)
         self._dispatcher = Dispatcher(router, self._gateway_id, GrpcConnector(self._channels), SystemNames())
-        app = create_app(self._dispatcher, model, router, wall_clock=time.time, version=our_version())
-        patience = int(STOP_TIMEOUT_S)
-        self._server = _Server(
-            uvicorn.Config(
-                app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=patience
-            )
-        )
+        self._door = Door(self._dispatcher)
+        app = create_app(self._door, model, router, wall_clock=time.time, version=our_version())
+        self._server = Server(server_config(app, router))
         self._serving = asyncio.create_task(self._serve(self._server, listener))
         self._dispatcher.canary.start()
         host, port = listener.getsockname()[:2]
@@ -92,19 +98,35 @@ class Gateway:
         return "the HTTP server ended"
 
     async def stop(self) -> None:
-        """Refuse new connections, give open ones a moment, let go of the workers; idempotent."""
+        """Refuse new requests, let those in progress end for `drain_s`, end the rest, close all; idempotent."""
         if self._server is None or self._serving is None:
             return
         server, self._server = self._server, None
+        if num_left := await self._door.close(self._config.router.drain_s):
+            log.warning("%d requests did not end within router.drain_s and are ended", num_left)
         await self._dispatcher.close()
         server.should_exit = True
-        await asyncio.wait([self._serving], timeout=2 * STOP_TIMEOUT_S)
+        await asyncio.wait([self._serving], timeout=ANSWER_ENDS_S + SERVER_S)
         self._serving.cancel()
+        for connection in list(server.server_state.connections):
+            connection.transport.abort()  # its client does not take the end of its answer
         await self._channels.close()
 
     async def _serve(self, server: uvicorn.Server, listener: socket.socket) -> None:
         with contextlib.closing(listener):
             await server.serve(sockets=[listener])
+
+
+def server_config(app: Any, router: RouterConfig) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=cast(type[asyncio.Protocol], partial(Connection, router)),
+        ws="none",  # no route is a WebSocket, and its connections would have none of our bounds
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=int(ANSWER_ENDS_S),
+    )
 
 
 def load_text_model(source: ModelSource) -> TextModel:
@@ -124,10 +146,11 @@ def our_version() -> str:
         return "dev"  # a working directory that was never installed
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # its connections inherit it
     try:
         listener.bind((host, port))
     except OSError as error:

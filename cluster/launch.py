@@ -22,6 +22,7 @@ from rich.console import Console
 
 from cluster.config import ClusterConfig
 from cluster.progress import Steps
+from cluster.pull_progress import share
 from cluster.ray_session import RaySession, ray_address, ray_session
 from cluster.spec import Parts, load_part
 from engine.errors import ConfigError
@@ -84,12 +85,8 @@ def _pull_model(config: ClusterConfig, parts: Parts, steps: Steps) -> None:
     resolve = cast(Resolve, load_part(parts.resolve))
     cache_dir = Path(config.model.cache_dir).expanduser() if config.model.cache_dir else None
     with steps.step("Model files") as note:
-        resolve(config.model.name, cache_dir, lambda stage, done, total: note(_share(stage, done, total)))
+        resolve(config.model.name, cache_dir, lambda stage, done, total: note(share(stage, done, total)))
         note(config.model.name)
-
-
-def _share(stage: str, done: int, total: int) -> str:
-    return f"{stage} {done / 2**20:.0f} of {total / 2**20:.0f} MiB" if total else stage
 
 
 @contextmanager

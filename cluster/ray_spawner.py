@@ -28,8 +28,6 @@ from engine.errors import Unavailable, WorkerLost, error_from_code
 from engine.types import ErrorInfo
 from router.membership import Member, Membership
 
-POLITE_S = 2.0  # for a process to stop by itself; less than the supervisor gives the whole step
-
 Answer = TypeVar("Answer")
 
 
@@ -54,9 +52,9 @@ class RayProcess:
             for end in ends:
                 end.cancel()
 
-    async def stop(self) -> None:
+    async def stop(self, polite_s: float) -> None:
         with suppress(TimeoutError):
-            async with asyncio.timeout(POLITE_S):
+            async with asyncio.timeout(polite_s):
                 await asyncio.gather(*(call(actor, "stop") for actor in self._actors), return_exceptions=True)
         for actor in self._actors:
             await asyncio.to_thread(kill, actor)

@@ -19,8 +19,8 @@ class Process(Protocol):
         """Return why the incarnation is over, once it is."""
         ...
 
-    async def stop(self) -> None:
-        """End it: politely, then by force. Ending it twice is no error."""
+    async def stop(self, polite_s: float) -> None:
+        """End it: politely, and by force when that took `polite_s`. Ending it twice is no error."""
         ...
 
 

@@ -21,6 +21,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, replace
 
 from cluster.config import ClusterConfig, PoolConfig
+from cluster.end_limits import KEEPERS_S, SWEEP_S, EndLimits, end_limits
 from cluster.spawner import GatewayProcess, Process, Spawner
 from cluster.spec import ClusterStatus, Phase, UnitState, UnitStatus, WorkerSpec
 from engine.errors import ConfigError, DeadlineExceeded, ModelError, SteelyardError
@@ -36,9 +37,6 @@ STEADY_S = 60.0  # an incarnation that served this long clears the backoff
 ABANDONED_S = 3.0  # a job cluster's driver is heard every second
 SETTLE_S = 5.0  # how long an adopted gateway keeps its last membership while we look for its workers
 APPLY_S = 10.0  # a gateway that has not taken a membership by then is replaced
-UNLIST_S = 1.0  # deadlines of the steps of stop()
-STOP_S = 3.0
-CLOSE_S = 5.0
 
 
 @dataclass(slots=True)
@@ -75,8 +73,10 @@ class Supervisor:
         *,
         loopback: bool = False,
         new_incarnation: Callable[[], str] = lambda: secrets.token_hex(8),
+        limits: EndLimits | None = None,
     ) -> None:
         self._config = config
+        self._limits = limits or end_limits(config.router)
         self._spawner = spawner
         self._host = "127.0.0.1" if loopback else ""
         self._new_incarnation = new_incarnation
@@ -144,10 +144,14 @@ class Supervisor:
         return is_ending or (self._config.cluster.lifetime == "job" and silent_s > ABANDONED_S)
 
     async def stop(self) -> None:
-        """End everything, within UNLIST_S + 2 STOP_S + CLOSE_S. Stopping twice waits for the same end."""
+        """End everything, within `stop_limit_s`. Stopping twice waits for the same end."""
         if self._stopping is None:
             self._stopping = asyncio.create_task(self._stop())
         await asyncio.shield(self._stopping)
+
+    @property
+    def stop_limit_s(self) -> float:
+        return self._limits.total_s
 
     # --- slots ----------------------------------------------------------------------------------------------------
 
@@ -209,7 +213,9 @@ class Supervisor:
         self._list_members()
         log.warning("%s ended, failure %d in a row: %s", slot.name, slot.num_failures, slot.reason)
         if slot.process is not None:
-            await _within(STOP_S, slot.process.stop())
+            await _within(
+                self._limits.worker_step_s, slot.process.stop(self._limits.worker_s)
+            )  # a gateway, too: it failed
             slot.process = None
         await asyncio.sleep(backoff_s(slot.num_failures))
         slot.state = UnitState.STARTING
@@ -291,11 +297,13 @@ class Supervisor:
         self._phase = Phase.STOPPING
         self._announce()
         await self._end_keepers()
-        await self._unlist_all()
-        if self._gateway.process is not None:  # first, so that its clients hear of it while the workers still answer
-            await _within(STOP_S, self._gateway.process.stop())
-        await asyncio.gather(*(_within(STOP_S, slot.process.stop()) for slot, _, _ in self._workers if slot.process))
-        await _within(CLOSE_S, self._spawner.close())
+        limits = self._limits
+        if self._gateway.process is not None:  # first, because its requests in progress need the workers until they end
+            await _within(limits.gateway_step_s, self._gateway.process.stop(limits.gateway_s))
+        self._unlist_all()
+        ends = [slot.process.stop(limits.worker_s) for slot, _, _ in self._workers if slot.process]
+        await asyncio.gather(*(_within(limits.worker_step_s, end) for end in ends))
+        await _within(SWEEP_S, self._spawner.close())
         for slot in [self._gateway, *(slot for slot, _, _ in self._workers)]:
             slot.state, slot.process = UnitState.STOPPED, None
         self._phase = Phase.STOPPED
@@ -306,14 +314,12 @@ class Supervisor:
         for task in self._keepers:
             task.cancel()
         if self._keepers:
-            await asyncio.wait(self._keepers, timeout=UNLIST_S)
+            await asyncio.wait(self._keepers, timeout=KEEPERS_S)
 
-    async def _unlist_all(self) -> None:
+    def _unlist_all(self) -> None:
         for slot, _, _ in self._workers:
             slot.member = None
         self._list_members()
-        if self._gateway_process is not None:
-            await _within(UNLIST_S, self._gateway_process.apply(self._membership))
 
     # --- small things ---------------------------------------------------------------------------------------------
 

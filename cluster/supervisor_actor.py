@@ -46,6 +46,9 @@ class SupervisorActor:
     async def is_abandoned(self) -> bool:
         return self._supervisor.is_abandoned()
 
+    async def stop_limit_s(self) -> float:
+        return self._supervisor.stop_limit_s
+
     async def stop(self) -> ClusterStatus:
         await self._supervisor.stop()
         return self._supervisor.status()

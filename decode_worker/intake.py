@@ -6,7 +6,8 @@ An offer's way:
 3. a verified COMMIT: the engine adopts the sequence, the producer may release;
 4. a failure: the reservation is given back and the gateway told. Of a lost lease its producer knows more, so we wait a
    moment before we tell: the gateway has then heard of it already, unless the producer is cut off or gone.
-Heartbeats keep every open lease alive meanwhile.
+Heartbeats keep every open lease alive meanwhile. Several answers to one prompt arrive as one offer: it goes on for as
+long as one of them is wanted.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from engine.types import (
 )
 from kv_transfer.carrier import CarrierPool
 from kv_transfer.config import TransferConfig
+from kv_transfer.handoff import HandOff
 from kv_transfer.lease import Lease, Offer
 from kv_transfer.pull import Pulled, Puller
 
@@ -50,10 +52,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class _Arrival:
-    """An offer from its reservation to its first token here."""
+    """An offer from its reservation to its first token here. `keys`: the answers that are still wanted."""
 
     offer: Offer
     begun: float
+    keys: list[Key]
     committed: float | None = None
     task: asyncio.Task[None] | None = None
 
@@ -101,7 +104,7 @@ class Intake:
             raise TransferFailed(f"{key} has been offered before")
         if self.num_pulls >= self._config.max_pulls:
             raise Overloaded(f"{self.num_pulls} pulls are under way already", retry_after_s=1)
-        arrival = self._arrivals[key] = _Arrival(offer, self._now())
+        arrival = self._arrivals[key] = _Arrival(offer, self._now(), [*offer.keys])
         try:
             reserved = await self._ask_engine(offer)
             if reserved.block_ids is None:
@@ -112,17 +115,26 @@ class Intake:
             self._arrivals.pop(key, None)
             self._send(Release(key))
             raise
-        self._streams.register(key, offer.gateway_id)
+        for one in arrival.keys:
+            self._streams.register(one, offer.gateway_id)
         arrival.task = asyncio.get_running_loop().create_task(self._pull(arrival, reserved.block_ids))
 
     async def abort(self, key: Key) -> None:
         """End a request wherever it is; nothing writes to its blocks once they are given back."""
-        arrival = self._arrivals.pop(key, None)
-        if arrival is not None and arrival.task is not None and not arrival.task.done():
-            arrival.task.cancel()
-            await asyncio.wait([arrival.task], timeout=RELEASE_TIMEOUT_S)
-        self._send(Abort(key))
         self._streams.forget(key)
+        arrival = next((one for one in self._arrivals.values() if key in one.keys), None)
+        if arrival is not None and arrival.committed is None:
+            arrival.keys.remove(key)
+            if arrival.keys:
+                return  # others wait for the same blocks
+            del self._arrivals[arrival.offer.lease.key]
+            if arrival.task is not None and not arrival.task.done():
+                arrival.task.cancel()
+                await asyncio.wait([arrival.task], timeout=RELEASE_TIMEOUT_S)
+            self._send(Abort(arrival.offer.lease.key))
+            return
+        self._arrivals.pop(key, None)
+        self._send(Abort(key))
 
     def on_outputs(self, outputs: StepOutputs) -> tuple[TokenOutput, ...]:
         """Take a turn's news; returns the token outputs, with our stages on the first ones."""
@@ -149,7 +161,7 @@ class Intake:
     async def _ask_engine(self, offer: Offer) -> Reserved:
         key = offer.lease.key
         answer = self._answers[key] = asyncio.get_running_loop().create_future()
-        self._send(Reserve(key, offer.num_tokens, offer.num_growth))
+        self._send(Reserve(key, offer.num_tokens, offer.num_growth, len(offer.keys)))
         try:
             async with asyncio.timeout(RESERVE_TIMEOUT_S):
                 return await answer
@@ -169,7 +181,8 @@ class Intake:
         lease = arrival.offer.lease
         try:
             carrier = self._carriers.carrier(lease)
-            puller = Puller(self._layout, self._pool, block_ids, carrier, lease, self._transfer.digests)
+            digests, siblings = self._transfer.digests, arrival.offer.siblings
+            puller = Puller(self._layout, self._pool, block_ids, carrier, lease, digests, siblings)
             pulled = await puller.run(self._transfer.pull_timeout_s)
         except asyncio.CancelledError:
             self._give_back(lease.key)
@@ -177,14 +190,14 @@ class Intake:
         except LeaseLost as error:
             self._give_back(lease.key)
             await asyncio.sleep(LOST_LEASE_GRACE_S)
-            self._tell_gateway(lease.key, error)
+            self._tell_gateway(arrival, error)
         except TransferFailed as error:
             self._give_back(lease.key)
-            self._tell_gateway(lease.key, error)
+            self._tell_gateway(arrival, error)
         except Exception as error:  # whatever it was, the blocks go back and the request hears of it
             log.exception("the pull of %s failed", lease.key)
             self._give_back(lease.key)
-            self._tell_gateway(lease.key, TransferFailed(f"the pull failed: {error!r}"))
+            self._tell_gateway(arrival, TransferFailed(f"the pull failed: {error!r}"))
         else:
             self._adopt(arrival, pulled)
         await self._release(lease)
@@ -197,17 +210,32 @@ class Intake:
             totals, num_pulls=totals.num_pulls + 1, num_resumes=totals.num_resumes + pulled.num_resumes,
             size_bytes=totals.size_bytes + pulled.size_bytes, duration_s=totals.duration_s + duration_s,
         )  # fmt: skip
-        handoff = pulled.handoff
-        self._send(Adopt(handoff.request, handoff.computed, handoff.cached_tokens))
+        self._settle(arrival, pulled.handoff)
+
+    def _settle(self, arrival: _Arrival, handoff: HandOff) -> None:
+        """Those answers go on here that the hand-off brings and that are still wanted."""
+        lease_key = arrival.offer.lease.key
+        del self._arrivals[lease_key]
+        going = [request for request in (handoff.request, *handoff.siblings) if request.key in arrival.keys]
+        for key in arrival.keys:  # the others have ended with their first token
+            if key not in [request.key for request in going]:
+                self._streams.forget(key)
+        if not going:
+            self._send(Release(lease_key))
+            return
+        self._arrivals |= {request.key: arrival for request in going}
+        first, *siblings = going
+        self._send(Adopt(first, handoff.computed, handoff.cached_tokens, tuple(siblings), lease_key))
 
     def _give_back(self, key: Key) -> None:
         self.totals = replace(self.totals, num_failed=self.totals.num_failed + 1)
         self._arrivals.pop(key, None)
         self._send(Release(key))
 
-    def _tell_gateway(self, key: Key, error: SteelyardError) -> None:
+    def _tell_gateway(self, arrival: _Arrival, error: SteelyardError) -> None:
         info = ErrorInfo(error.code, error.message)
-        self._streams.publish((TokenOutput(key, 0, (), FinishReason.ERROR, info),), self._stats)
+        outputs = [TokenOutput(key, 0, (), FinishReason.ERROR, info) for key in arrival.keys]
+        self._streams.publish(outputs, self._stats)
 
     async def _release(self, lease: Lease) -> None:
         """Tell the producer; if it cannot be told, the lease ends by itself."""

@@ -129,8 +129,10 @@ class BlockManager:
             self._block_of[block_hash] = block_id
 
     def is_writable(self, block_id: int) -> bool:
-        """May its sole holder write it? Otherwise the block must be copied first (copy-on-write)."""
-        return len(self._holders[block_id]) == 1 and self._hash_of[block_id] is None
+        """May its sole holder write it? Otherwise the block must be copied first (copy-on-write). The source of a copy
+        may be written: a step makes its copies before it writes anything."""
+        writers = [holder for holder in self._holders[block_id] if holder.kind is not HolderKind.COPY]
+        return len(writers) == 1 and self._hash_of[block_id] is None
 
     def holders(self, block_id: int) -> tuple[Holder, ...]:
         return tuple(self._holders[block_id])

@@ -11,7 +11,7 @@ One turn, as a step runner drives it:
 from __future__ import annotations
 
 from collections.abc import Sequence as TokenIds
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from engine.block_manager import BlockManager, Holder, HolderKind
@@ -164,14 +164,14 @@ class Engine:
         request = command.request
         problem = self._problem_with(request)
         if problem:
-            self._fail(request.key, problem)
+            self._fail((request, *command.siblings), problem)
         elif self.scheduler.find(request.key) is None and Holder(HolderKind.HANDOFF, request.key) not in self._held:
-            self.scheduler.add(Sequence.from_request(request, command.handoff))
+            self.scheduler.add(Sequence.from_request(request, command.handoff, command.siblings))
 
     def _reserve(self, command: Reserve) -> None:
         holder = Holder(HolderKind.RESERVATION, command.key)
         needed = len(self._reserve_entries(command.num_tokens))
-        growth = self._num_growth_blocks(command.num_growth)
+        growth = self._num_growth_blocks(command.num_growth) * command.num_answers
         free = self.blocks.num_available - self.scheduler.num_blocks_wanted
         if holder in self._held:
             block_ids: TokenIds[int] | None = self._held[holder].block_ids
@@ -201,26 +201,30 @@ class Engine:
         return sum(map(self._num_blocks_for, bounds))
 
     def _adopt(self, command: Adopt) -> None:
-        request = command.request
-        holder = Holder(HolderKind.RESERVATION, request.key)
+        request, requests = command.request, (command.request, *command.siblings)
+        holder = Holder(HolderKind.RESERVATION, command.reserved or request.key)
         held = self._held.pop(holder, None)
-        if self.scheduler.find(request.key) is not None:  # the command came twice
+        if any(self.scheduler.find(one.key) is not None for one in requests):  # the command came twice
             self.blocks.free(holder, held.block_ids if held else ())
             return
         if held is None:
-            self._fail(request.key, ErrorInfo("transfer_failed", "no blocks are reserved for this request"))
+            self._fail(requests, ErrorInfo("transfer_failed", "no blocks are reserved for this request"))
             return
-        problem = self._problem_with(request) or self._problem_with_blocks(command, held)
+        problem = next(filter(None, map(self._problem_with, requests)), None)
+        problem = problem or self._problem_with_blocks(command, held)
         if problem:
             self.blocks.free(holder, held.block_ids)
-            self._fail(request.key, problem)
+            self._fail(requests, problem)
             return
         sequence = Sequence.from_request(request)
         sequence.tables = self._tables_of(held)
         sequence.computed = command.computed
-        sequence.cached_tokens = command.cached_tokens
         self.blocks.pass_on(holder, holder_of(sequence), held.block_ids)
         self.scheduler.adopt(sequence)
+        forks = [Sequence.from_request(one) for one in requests]
+        for fork in forks:
+            fork.cached_tokens = command.cached_tokens
+        self.scheduler.fork(sequence, forks)
 
     def _tables_of(self, held: Held) -> list[BlockTable]:
         """Block tables over reserved blocks."""
@@ -239,9 +243,11 @@ class Engine:
     def _abort(self, key: Key) -> None:
         sequence = self.scheduler.find(key)
         if sequence is not None:
-            self.scheduler.remove(sequence)
-            self.scheduler.free(sequence)
-            self._emit(sequence, (), FinishReason.ABORT)
+            sequence.answers = [answer for answer in sequence.answers if answer.key != key]
+            self._tokens.append(TokenOutput(key, sequence.num_generated, (), FinishReason.ABORT))
+            if not sequence.answers:
+                self.scheduler.remove(sequence)
+                self.scheduler.free(sequence)
         self._release(key)
 
     # --- results -------------------------------------------------------------------------------------------
@@ -249,6 +255,9 @@ class Engine:
     def _finish_item(self, item: Scheduled, chosen: Sampled) -> None:
         sequence = item.sequence
         sequence.prompt_logprobs += chosen.prompt_logprobs
+        if item.samples and sequence.is_joint:
+            self._finish_joint(item, chosen)
+            return
         accepted, finish = self._accept(sequence, chosen.token_ids)
         self.scheduler.advance(item, accepted)
         if sequence.handoff and not finish:
@@ -260,6 +269,24 @@ class Engine:
             self.scheduler.free(sequence)
         elif accepted and sequence.handoff:
             self._hand_off(sequence)
+
+    def _finish_joint(self, item: Scheduled, chosen: Sampled) -> None:
+        """The prompt of several answers is computed: each goes on from here with a first token of its own."""
+        sequence, going = item.sequence, []
+        self.scheduler.advance(replace(item, samples=False), ())
+        for request, one in zip(sequence.answers, (chosen, *chosen.siblings), strict=True):
+            fork = Sequence.from_request(request)
+            fork.cached_tokens = sequence.cached_tokens
+            fork.tokens += one.token_ids
+            finish = fork.finish_reason(self.spec.eos_token_ids, self.spec.max_context)
+            fork.prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, []
+            self._emit(fork, one.token_ids, finish, one.logprobs)
+            going += [] if finish else [fork]
+        if sequence.handoff and going:
+            self._report_progress(sequence, done=True)
+            self._hand_off(sequence)
+        else:
+            self.scheduler.fork(sequence, going)
 
     def _accept(self, sequence: Sequence, token_ids: tuple[int, ...]) -> tuple[tuple[int, ...], FinishReason | None]:
         """The sampled tokens up to the one that ends the sequence, and why it ends."""
@@ -299,8 +326,8 @@ class Engine:
         sequence.prompt_logprobs.clear()
         self._tokens.append(output)
 
-    def _fail(self, key: Key, error: ErrorInfo) -> None:
-        self._tokens.append(TokenOutput(key, 0, (), FinishReason.ERROR, error))
+    def _fail(self, requests: TokenIds[Request], error: ErrorInfo) -> None:
+        self._tokens += [TokenOutput(request.key, 0, (), FinishReason.ERROR, error) for request in requests]
 
     def _problem_with(self, request: Request) -> ErrorInfo | None:
         """Why this engine can never compute the request, or None."""

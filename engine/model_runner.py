@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -14,7 +16,7 @@ from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder, Weights, probe_weights
 from engine.sampler import sample
 from engine.scheduler import Batch, Scheduled
-from engine.types import Sampled, TokenLogprob
+from engine.types import Sampled, SamplingParams, TokenLogprob
 from kernels.reference.attention import tile_tokens
 from kernels.reference.ladder import FREE_LADDERS, Ladders, measure_attention, measure_linear
 
@@ -40,22 +42,27 @@ class TorchRunner:
         ]
 
     def _sample(self, item: Scheduled, rows: np.ndarray) -> Sampled:
-        """rows: [num_rows_of(item), vocab], of the item's last positions."""
+        """rows: [num_rows_of(item), vocab], of the item's last positions. The answers differ in their noise only."""
         sequence, params = item.sequence, item.sequence.request.sampling
         prompt_logprobs = _prompt_logprobs(item, rows) if len(rows) > item.samples else ()
         if not item.samples:
             return Sampled(prompt_logprobs=prompt_logprobs)
         eos_token_ids = self.model.config.eos_token_ids
         processed = process(rows[-1], params, sequence.tokens, sequence.num_prompt, eos_token_ids)
-        token_id = sample(processed, params, item.start + item.num_new)
-        logprobs = (logprob_of(rows[-1], token_id, params.logprobs),) if params.logprobs >= 0 else ()
-        return Sampled((token_id,), logprobs, prompt_logprobs)
+        first, *siblings = (_choose(item, rows[-1], processed, answer.sampling) for answer in sequence.answers)
+        return replace(first, prompt_logprobs=prompt_logprobs, siblings=tuple(siblings))
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """[rows, vocab] float32: as many rows of each item as num_rows_of says, in the batch's order."""
         groups = self.model.config.num_heads // self.model.config.num_kv_heads
         step = build_input(batch, self.cache.layout.groups, self.block_size, groups, self.model.ladders, self.device)
         return self.model.forward(step, self.cache)
+
+
+def _choose(item: Scheduled, logits: np.ndarray, processed: np.ndarray, params: SamplingParams) -> Sampled:
+    token_id = sample(processed, params, item.start + item.num_new)
+    logprobs = (logprob_of(logits, token_id, params.logprobs),) if params.logprobs >= 0 else ()
+    return Sampled((token_id,), logprobs)
 
 
 def _prompt_logprobs(item: Scheduled, rows: np.ndarray) -> tuple[TokenLogprob, ...]:

@@ -63,7 +63,7 @@ def sample(logits: np.ndarray, params: SamplingParams, position: int) -> int:
         return int(logits.argmax())
     scaled = logits.astype(np.float64) / params.temperature
     candidates = _keep_top(scaled, params)
-    noise = gumbel_noise(candidates, params.seed, position)
+    noise = gumbel_noise(candidates, params.seed, position, params.choice)
     return int(candidates[(scaled[candidates] + noise).argmax()])
 
 

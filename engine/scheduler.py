@@ -3,18 +3,24 @@
 A step, under a token budget:
 1. sequences that decode (one pending token each), oldest first; a sequence short of blocks preempts the youngest,
    which gives up its blocks and is computed again later; the oldest always goes on, also while it is in its prompt;
-2. sequences in the middle of their prompt, oldest first, a chunk each;
-3. waiting ones, first come first served, when all blocks of their known tokens fit. So a prefill never stalls
-   half way, and nobody overtakes for ever.
+2. sequences in the middle of their prompt, a chunk each: the oldest, so that it always goes on, then those with no
+   more than a chunk left;
+3. waiting ones, when all blocks of their known tokens fit, so that a prefill never stalls half way. First come first
+   served, but a prompt that the step cannot hold whole is overtaken by those behind it that it can: a few very long
+   prompts do not hold up many short ones. Nobody is overtaken more than MAX_OVERTAKEN times;
+4. what is left goes to the other long prompts under way.
 Hand-offs are never preempted: a puller may be reading their blocks.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence as Forks
 from collections.abc import Sequence as TokenIds
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import compress
+from operator import not_
 
 from engine.block_manager import BlockManager, Holder, HolderKind
 from engine.block_table import BlockTable, first_needed, num_blocks_for
@@ -24,6 +30,7 @@ from engine.sequence import Sequence
 from engine.types import Key
 
 COPY = Holder(HolderKind.COPY, Key("", 0))
+MAX_OVERTAKEN = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +92,20 @@ class Scheduler:
         for one in `running`, where others can preempt it."""
         self.running.append(sequence)
 
+    def fork(self, source: Sequence, forks: Forks[Sequence]) -> None:
+        """Put the answers to one prompt into the place of the sequence that computed it: they go on from its blocks.
+
+        The first takes them over. The others share the full ones and get a copy of the one that all would write to; if
+        there is no block for that, they wait and find the full ones in the prefix cache."""
+        place = self.running.index(source)
+        going = [fork for fork in forks[1:] if self._share(source, fork)]
+        self.waiting.extendleft(fork for fork in forks[1:] if fork not in going)
+        if forks:
+            self._take_over(source, forks[0])
+        else:
+            self.free(source)
+        self.running[place : place + 1] = [*forks[:1], *going]
+
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence; its blocks stay with the caller."""
         if sequence in self.running:
@@ -94,6 +115,7 @@ class Scheduler:
 
     def free(self, sequence: Sequence) -> None:
         """Give back all blocks of a sequence."""
+        self._forget_copies(sequence.block_ids)
         self.blocks.free(holder_of(sequence), sequence.block_ids)
         sequence.tables.clear()
         sequence.num_named = 0
@@ -109,7 +131,7 @@ class Scheduler:
         return bool(self.waiting) and len(self.running) >= self.limits.max_batch_seqs
 
     def find(self, key: Key) -> Sequence | None:
-        return next((seq for seq in (*self.running, *self.waiting) if seq.key == key), None)
+        return next((seq for seq in (*self.running, *self.waiting) if any(one.key == key for one in seq.answers)), None)
 
     def schedule(self) -> Batch | None:
         """The next step's work, with its blocks allocated; None if there is none."""
@@ -120,14 +142,14 @@ class Scheduler:
         for sequence in [seq for seq in self.running if seq.is_decoding]:
             if len(picked) < max_decodes and sequence in self.running and self._grow(sequence):
                 picked.append(Scheduled(sequence, sequence.computed, 1, samples=True))
-        budget = max_tokens - len(picked)
-        for sequence in [seq for seq in self.running if not seq.is_decoding]:
-            if len(picked) < max_seqs:
-                budget -= self._pick_chunk(sequence, budget, picked)
-        while budget and self.waiting and len(self.running) < max_seqs and self._admit(self.waiting[0]):
-            sequence = self.waiting.popleft()
-            self.running.append(sequence)
-            budget -= self._pick_chunk(sequence, budget, picked)
+        prompts = [seq for seq in self.running if not seq.is_decoding]
+        is_short = [index == 0 or seq.num_pending <= self.limits.prefill_chunk for index, seq in enumerate(prompts)]
+        for sequence in compress(prompts, is_short):
+            self._pick_chunk(sequence, picked)
+        self._admit_waiting(picked, whole=True)
+        for sequence in compress(prompts, map(not_, is_short)):
+            self._pick_chunk(sequence, picked)
+        self._admit_waiting(picked, whole=False)
         self._make_room_for_drafts(picked)
         return Batch(tuple(picked), tuple(self._copies)) if picked else None
 
@@ -140,6 +162,12 @@ class Scheduler:
     def copy_sources(self) -> list[int]:
         return [source for source, _ in self._copies]
 
+    def _forget_copies(self, targets: TokenIds[int]) -> None:
+        """Those to these blocks shall not be made any more."""
+        forgotten = [copy for copy in self._copies if copy[1] in targets]
+        self._copies = [copy for copy in self._copies if copy not in forgotten]
+        self.blocks.free(COPY, [source for source, _ in forgotten])
+
     def advance(self, item: Scheduled, accepted: TokenIds[int]) -> None:
         """Record a computed item. With drafts a step may accept 0 to lookahead + 1 tokens; whatever was stored
         beyond the last accepted token is dropped by shrinking."""
@@ -150,11 +178,35 @@ class Scheduler:
         self._shrink(sequence)
         self._slide(sequence)
 
-    def _pick_chunk(self, sequence: Sequence, budget: int, picked: list[Scheduled]) -> int:
-        num_new = min(sequence.num_pending, self.limits.prefill_chunk, budget)
+    def _room(self, picked: list[Scheduled]) -> int:
+        """Tokens that the step can still take."""
+        if len(picked) >= self.limits.max_batch_seqs:
+            return 0
+        return self.limits.max_batch_tokens - sum(item.num_new for item in picked)
+
+    def _pick_chunk(self, sequence: Sequence, picked: list[Scheduled]) -> None:
+        num_new = min(sequence.num_pending, self.limits.prefill_chunk, self._room(picked))
         if num_new > 0:
             picked.append(Scheduled(sequence, sequence.computed, num_new, samples=num_new == sequence.num_pending))
-        return num_new
+
+    def _admit_waiting(self, picked: list[Scheduled], whole: bool) -> None:
+        """Take in whose turn it is, as long as there is room; with `whole` only those that the step can hold whole."""
+        while self.waiting and self._room(picked) and len(self.running) < self.limits.max_batch_seqs:
+            sequence = self._next_waiting(picked) if whole else self.waiting[0]
+            if sequence is None or not self._admit(sequence):
+                return
+            self.waiting[0].num_overtaken += sequence is not self.waiting[0]
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
+            self._pick_chunk(sequence, picked)
+
+    def _next_waiting(self, picked: list[Scheduled]) -> Sequence | None:
+        """The first that the step can hold whole, if the first of all lets it pass."""
+        room = min(self._room(picked), self.limits.prefill_chunk)
+        patient = self.waiting[0].num_overtaken < MAX_OVERTAKEN
+        return next(
+            (seq for seq in self.waiting if seq.num_pending <= room and (patient or seq is self.waiting[0])), None
+        )
 
     def _admit(self, sequence: Sequence) -> bool:
         """Find cached blocks and allocate the rest for all known tokens; False (nothing held) if they do not fit."""
@@ -249,6 +301,34 @@ class Scheduler:
             runs.append(run)
         return runs
 
+    def _share(self, source: Sequence, fork: Sequence) -> bool:
+        """Give `fork` the blocks of `source` up to its computed position; False (nothing held) if one is lacking."""
+        holder, num_full = holder_of(fork), source.computed // self.limits.block_size
+        shared = [table.ids[: max(0, num_full - table.first)] for table in source.tables]
+        begun = [table[num_full] for table in source.tables] if source.computed % self.limits.block_size else []
+        fresh = self.blocks.allocate(holder, len(begun))
+        if fresh is None:
+            return False
+        for block_ids in shared:
+            self.blocks.share(holder, block_ids)
+        self.blocks.share(COPY, begun)
+        self._copies += zip(begun, fresh, strict=True)
+        ends = [[block_id] for block_id in fresh] or [[] for _ in shared]
+        fork.tables = [
+            BlockTable(table.first, block_ids + end)
+            for table, block_ids, end in zip(source.tables, shared, ends, strict=True)
+        ]
+        self._set_computed(source, fork)
+        return True
+
+    def _take_over(self, source: Sequence, fork: Sequence) -> None:
+        self.blocks.pass_on(holder_of(source), holder_of(fork), source.block_ids)
+        fork.tables, source.tables = source.tables, []
+        self._set_computed(source, fork)
+
+    def _set_computed(self, source: Sequence, fork: Sequence) -> None:
+        fork.computed, fork.num_named, fork.hashes = source.computed, source.num_named, [*source.hashes]
+
     def _count_prefix(self, sequence: Sequence) -> None:
         if sequence.num_generated == 0:
             sequence.cached_tokens = sequence.computed
@@ -287,6 +367,7 @@ class Scheduler:
         self.free(sequence)
         sequence.computed = 0
         sequence.prompt_logprobs.clear()
+        sequence.num_overtaken = MAX_OVERTAKEN  # it has been here before: nobody goes ahead of it
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
 

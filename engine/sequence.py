@@ -3,10 +3,13 @@
 Three numbers are kept apart: `tokens` (known), `computed` (positions run through the model) and what is stored in the
 block table of each group (all computed positions, or those that a window still reaches).
 A step always computes tokens[computed:computed + n]; there is no phase.
+
+Several answers to one prompt are one Sequence until the prompt is computed; then each goes on as a Sequence of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Siblings
 from dataclasses import dataclass, field
 
 from engine.block_table import BlockTable
@@ -17,6 +20,7 @@ from engine.types import FinishReason, Key, Request, TokenLogprob
 class Sequence:
     request: Request
     tokens: list[int]  # prompt, then generated
+    answers: list[Request] = field(default_factory=list)  # all that its next token is for; `request` names the blocks
     handoff: bool = False  # leaves after its first new token
     computed: int = 0
     tables: list[BlockTable] = field(default_factory=list)  # one for each group; none while it holds no blocks
@@ -25,10 +29,11 @@ class Sequence:
     cached_tokens: int = 0  # prompt tokens found in a prefix cache
     announced: bool = False  # of a hand-off: its first chunk was reported
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # as far as they are computed
+    num_overtaken: int = 0  # how often another was admitted before it
 
     @classmethod
-    def from_request(cls, request: Request, handoff: bool = False) -> Sequence:
-        return cls(request, [*request.prompt_ids, *request.generated_ids], handoff)
+    def from_request(cls, request: Request, handoff: bool = False, siblings: Siblings[Request] = ()) -> Sequence:
+        return cls(request, [*request.prompt_ids, *request.generated_ids], [request, *siblings], handoff)
 
     @property
     def key(self) -> Key:
@@ -51,6 +56,11 @@ class Sequence:
     def num_pending(self) -> int:
         """Known tokens that are still to be computed."""
         return len(self.tokens) - self.computed
+
+    @property
+    def is_joint(self) -> bool:
+        """Will its first token be that of several answers, or of another than the one that names its blocks?"""
+        return len(self.answers) > 1 or self.answers[0] is not self.request
 
     @property
     def is_decoding(self) -> bool:

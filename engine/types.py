@@ -7,7 +7,7 @@ tensors, the network or Ray.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -54,6 +54,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that are never completed
     seed: int = 0  # 0 <= seed < 2**64
+    choice: int = 0  # which of the answers to one prompt: with the seed it keys the noise
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int = -1  # of each token: -1 off, 0 its own, k also the k most likely tokens'
@@ -79,6 +80,11 @@ class Request:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_ids) + len(self.generated_ids)
+
+    def sibling(self, key: Key, choice: int, generated_ids: tuple[int, ...] = ()) -> Request:
+        """Another answer to the same prompt, under the same parameters."""
+        sampling = replace(self.sampling, choice=choice)
+        return replace(self, request_id=key.request_id, epoch=key.epoch, sampling=sampling, generated_ids=generated_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +130,13 @@ class Sampled:
     """What a model chose after one scheduled item: 0 to k + 1 tokens in order.
 
     `logprobs` has one for each token where they are wanted; `prompt_logprobs` those of the prompt's tokens at positions
-    [start + 1, start + num_new + 1), as far as the prompt goes, where these are wanted."""
+    [start + 1, start + num_new + 1), as far as the prompt goes, where these are wanted. `siblings` is what was chosen
+    for the sequence's other answers, in their order."""
 
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    siblings: tuple[Sampled, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,11 +151,19 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A placement as a gateway sends it: prefill here, then decode there (`decode` None: all of it here)."""
+    """A placement as a gateway sends it: prefill here, then decode there (`decode` None: all of it here).
+
+    `siblings` are other answers to the same prompt, which is computed once and moved once, under the request's key."""
 
     request: Request
     gateway_id: str
     decode: Endpoint | None
+    siblings: tuple[Request, ...] = ()
+
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        """All that are to be answered."""
+        return (self.request, *self.siblings)
 
 
 # --- commands: what an engine is told, over a queue -----------------------------------------------------------
@@ -156,31 +172,36 @@ class Submission:
 @dataclass(frozen=True, slots=True)
 class Add:
     """Compute this request. With `handoff` it leaves after its first token, and its blocks stay held under
-    its key until Release; without, it runs to its end."""
+    its key until Release; without, it runs to its end. `siblings` get their first tokens from the same prompt."""
 
     request: Request
     handoff: bool = False
+    siblings: tuple[Request, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Reserve:
     """Take blocks for `num_tokens` positions, to be written from outside, and for the token that comes with them, if
-    `num_growth` more are likely to fit."""
+    `num_growth` more of each of `num_answers` are likely to fit."""
 
     key: Key
     num_tokens: int
     num_growth: int = 0
+    num_answers: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Adopt:
     """Go on with a request whose reserved blocks now hold its first `computed` positions, verified.
 
-    `cached_tokens` is the prefill side's count, carried on into the outputs."""
+    `cached_tokens` is the prefill side's count, carried on into the outputs. `siblings` go on from the same blocks.
+    `reserved` names the reservation, where it is not the request's own."""
 
     request: Request
     computed: int
     cached_tokens: int = 0
+    siblings: tuple[Request, ...] = ()
+    reserved: Key | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +213,7 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """End a request wherever it is; all it holds is freed. Aborting an unknown key is no error."""
+    """End a request wherever it is; all that it alone holds is freed. Aborting an unknown key is no error."""
 
     key: Key
 

@@ -6,27 +6,30 @@ an unknown optional one, so that a newer producer may add hints but never meanin
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import cast
 
 import msgpack
 from pydantic import TypeAdapter
 
 from engine.errors import TransferFailed
-from engine.types import Request, SamplingParams
+from engine.types import Key, Request, SamplingParams
 
-HANDOFF_VERSION = 1
+HANDOFF_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
 class HandOff:
-    """A prefilled request: `request.generated_ids` ends with its first token; `computed` positions are in blocks."""
+    """A prefilled request: `request.generated_ids` ends with its first token; `computed` positions are in blocks.
+
+    `siblings` are the other answers to its prompt: they differ from it in name, choice and generated tokens only."""
 
     request: Request
     computed: int
     cached_tokens: int  # of the prompt, from the producer's prefix cache
     gateway_id: str
     stages: tuple[tuple[str, float], ...] = ()  # (name, seconds) spent so far
+    siblings: tuple[Request, ...] = ()
 
     def encode(self) -> bytes:
         request = self.request
@@ -43,6 +46,8 @@ class HandOff:
             ["gateway_id", True, self.gateway_id],
             ["stages", False, [list(stage) for stage in self.stages]],
         ]
+        if self.siblings:
+            parts.append(["siblings", True, [_sibling_part(sibling) for sibling in self.siblings]])
         return cast(bytes, msgpack.packb([HANDOFF_VERSION, parts]))
 
     @classmethod
@@ -61,11 +66,16 @@ class HandOff:
 
 _PARTS = {
     "request_id", "epoch", "prompt_ids", "generated_ids", "sampling", "namespace", "timeout_s", "computed", "usage",
-    "gateway_id", "stages",
+    "gateway_id", "stages", "siblings",
 }  # fmt: skip
 _REQUEST_PARTS = ("request_id", "epoch", "prompt_ids", "generated_ids", "sampling", "namespace", "timeout_s")
 _SAMPLING_FIELDS = {field.name for field in fields(SamplingParams)}
 _TYPED = TypeAdapter(HandOff)  # so that nothing of a wrong type gets past here
+_SIBLINGS = TypeAdapter(tuple[tuple[str, int, int, tuple[int, ...]], ...])
+
+
+def _sibling_part(request: Request) -> list[object]:
+    return [request.request_id, request.epoch, request.sampling.choice, list(request.generated_ids)]
 
 
 def _known_parts(parts: list[list[object]]) -> dict[str, object]:
@@ -88,6 +98,13 @@ def _from_parts(known: dict) -> HandOff:
             "gateway_id": known["gateway_id"], "stages": known.get("stages", ()),
         }
     )  # fmt: skip
-    if not 0 <= handoff.computed < handoff.request.num_tokens:
-        raise TransferFailed(f"{handoff.computed} positions cannot be computed of {handoff.request.num_tokens} tokens")
+    siblings = _SIBLINGS.validate_python(known.get("siblings", ()))
+    handoff = replace(handoff, siblings=tuple(_sibling(handoff.request, *part) for part in siblings))
+    for request in (handoff.request, *handoff.siblings):
+        if not 0 <= handoff.computed < request.num_tokens:
+            raise TransferFailed(f"{handoff.computed} positions cannot be computed of {request.num_tokens} tokens")
     return handoff
+
+
+def _sibling(request: Request, name: str, epoch: int, choice: int, generated_ids: tuple[int, ...]) -> Request:
+    return request.sibling(Key(name, epoch), choice, generated_ids)

@@ -34,10 +34,16 @@ class Lease:
 class Offer:
     """What prefill asks of decode: reserve for this request, then pull under the lease.
 
-    `num_growth`: tokens it is expected to generate; `gateway_id`: to whom its tokens go."""
+    `num_growth`: tokens it is expected to generate; `gateway_id`: to whom its tokens go; `siblings`: other answers to
+    its prompt, that each will grow as much from the same blocks."""
 
     lease: Lease
     num_tokens: int
     num_growth: int
     gateway_id: str
     timeout_s: float
+    siblings: tuple[Key, ...] = ()
+
+    @property
+    def keys(self) -> tuple[Key, ...]:
+        return (self.lease.key, *self.siblings)

@@ -19,6 +19,7 @@ from engine.block_table import transfer_entries
 from engine.errors import FrameCorrupt, LeaseLost, TransferFailed
 from engine.planes import CacheLayout
 from engine.pool import BlockBytes
+from engine.types import Key
 from kv_transfer.carrier import Carrier
 from kv_transfer.frames import Commit, Frame, commit_digest, payload_bytes
 from kv_transfer.handoff import HandOff
@@ -43,13 +44,15 @@ class Puller:
 
     def __init__(
         self, layout: CacheLayout, pool: BlockBytes, block_ids: Sequence[int], carrier: Carrier, lease: Lease,
-        verify_digests: bool = True,
+        verify_digests: bool = True, siblings: Sequence[Key] = (),
     ) -> None:  # fmt: skip
+        """`siblings`: whom the hand-off may be for, beside the one that names the lease."""
         self._layout = layout
         self._pool = pool
         self._block_ids = block_ids
         self._carrier = carrier
         self._lease = lease
+        self._keys = (lease.key, *siblings)
         self._verify_digests = verify_digests
         self._digests: list[int] = []
         self._size_bytes = 0
@@ -120,6 +123,7 @@ class Puller:
         whole = covered <= len(self._block_ids) and all(came[:, :covered].all() for came in self._came)
         if not whole or self._size_bytes != covered * self._layout.bytes_per_block:
             raise FrameCorrupt(f"the {self._size_bytes} bytes that came do not make {covered} blocks")
-        if handoff.request.key != self._lease.key:
-            raise FrameCorrupt(f"COMMIT is for {handoff.request.key}, the lease for {self._lease.key}")
+        for request in (handoff.request, *handoff.siblings):
+            if request.key not in self._keys:
+                raise FrameCorrupt(f"COMMIT is for {request.key}, the offer for {', '.join(map(str, self._keys))}")
         return handoff

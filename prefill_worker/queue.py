@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from engine.errors import Overloaded
 from engine.types import EngineStats, Key, Submission
@@ -52,12 +52,17 @@ class PrefillQueue:
         return None
 
     def remove(self, key: Key) -> bool:
-        """Take out a submission that was aborted."""
-        kept = [item for item in self._heap if item.submission.request.key != key]
-        removed = len(kept) < len(self._heap)
-        self._heap = kept
+        """Take an answer that was aborted out of its submission, and this with its last one out of the queue."""
+        found = next((item for item in self._heap if key in [one.key for one in item.submission.requests]), None)
+        if found is None:
+            return False
+        kept = [one for one in found.submission.requests if one.key != key]
+        if kept:
+            found.submission = replace(found.submission, request=kept[0], siblings=tuple(kept[1:]))
+            return True
+        self._heap.remove(found)
         heapq.heapify(self._heap)
-        return removed
+        return True
 
     @property
     def num_tokens(self) -> int:

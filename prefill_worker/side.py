@@ -6,14 +6,15 @@ A submission's way:
 3. at its first chunk a lease is granted and offered to the decode worker, which reserves and starts to pull;
 4. each chunk's blocks become readable; the first token goes to the gateway at once;
 5. with the first token the outbox gets the HandOff; the owner's release frees the blocks.
-Without a decode worker to hand to, the request runs here to its end.
+Without a decode worker to hand to, the request runs here to its end. Several answers to one prompt are one submission,
+named by its first; it ends when the last of them has.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from engine.errors import DeadlineExceeded, LeaseLost, Overloaded, SteelyardError, TransferFailed
@@ -51,13 +52,15 @@ class DecodePeers(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Live:
-    """A submission that the engine has."""
+    """A submission that the engine has. `wanted`: its answers that nobody has ended; `firsts`: their first tokens."""
 
     submission: Submission
     arrived: float
     given: float
+    wanted: list[Key]
+    hands_off: bool
     started: float | None = None  # when its first chunk was scheduled
-    first: TokenOutput | None = None
+    firsts: dict[Key, TokenOutput] = field(default_factory=dict)
     offer: asyncio.Task[None] | None = None
     committed: bool = False  # all computed: it waits in the outbox for its owner
 
@@ -87,20 +90,24 @@ class PrefillSide:
     def submit(self, submission: Submission) -> None:
         """Raises Overloaded when too many wait."""
         self._queue.push(submission, self._now())
-        self._streams.register(submission.request.key, submission.gateway_id)
+        for request in submission.requests:
+            self._streams.register(request.key, submission.gateway_id)
         self._feed()
 
     def abort(self, key: Key) -> None:
-        """End a submission wherever it is. Aborting an unknown key is no error."""
-        if self._queue.remove(key):
-            self._streams.forget(key)
-            return
-        live = self._live.pop(key, None)
-        if live is not None and live.offer is not None:
-            live.offer.cancel()
-        self._outbox.close(key)
-        self._send(Abort(key))
+        """End an answer wherever it is. Aborting an unknown key is no error."""
         self._streams.forget(key)
+        if self._queue.remove(key):
+            return
+        live = self._find(key)
+        if live is None:
+            self._send(Abort(key))
+            return
+        live.wanted.remove(key)
+        if not live.wanted:
+            self._end(live)
+        elif key != live.submission.request.key or not live.hands_off:  # else the blocks are held under its name
+            self._send(Abort(key))
 
     def on_outputs(self, outputs: StepOutputs) -> tuple[TokenOutput, ...]:
         """Take a turn's news of our submissions; returns the token outputs, with our stages on the first ones."""
@@ -115,10 +122,10 @@ class PrefillSide:
         """The outbox let a lease go: its blocks are free to leave, whether computed or still being computed."""
         live = self._live.get(key)
         if live is not None and not live.committed:
-            self._fail(key, ErrorInfo(LeaseLost.code, "the decode worker let the lease go before all was computed"))
+            self._fail(live, ErrorInfo(LeaseLost.code, "the decode worker let the lease go before all was computed"))
             return
-        self._live.pop(key, None)
-        self._streams.forget(key)
+        for gone in self._live.pop(key).wanted if live is not None else [key]:
+            self._streams.forget(gone)
         self._send(Release(key))
 
     # --- parts, in order of a request's way ----------------------------------------------------------------
@@ -135,15 +142,15 @@ class PrefillSide:
     def _drop(self, waiting: Waiting) -> None:
         """Nobody waits for it any more."""
         error = ErrorInfo(DeadlineExceeded.code, "the deadline passed in the prefill queue")
-        key = waiting.submission.request.key
-        self._streams.publish((TokenOutput(key, 0, (), FinishReason.ERROR, error),), self._stats)
+        self._tell_gateway([request.key for request in waiting.submission.requests], error)
 
     def _give(self, waiting: Waiting) -> None:
         submission = waiting.submission
         request = submission.request
-        self._live[request.key] = _Live(submission, waiting.arrived, self._now())
+        wanted = [one.key for one in submission.requests]
         hands_off = submission.decode is not None and request.sampling.max_tokens > len(request.generated_ids) + 1
-        self._send(Add(request, handoff=hands_off))
+        self._live[request.key] = _Live(submission, waiting.arrived, self._now(), wanted, hands_off)
+        self._send(Add(request, hands_off, submission.siblings))
 
     def _on_progress(self, progress: Progress) -> None:
         live = self._live.get(progress.key)
@@ -163,7 +170,8 @@ class PrefillSide:
         lease = self._outbox.grant(request.key, self._me)
         growth = request.sampling.max_tokens - len(request.generated_ids)
         timeout_s = request.timeout_s - (self._now() - live.arrived)
-        offer = Offer(lease, request.num_tokens, growth, live.submission.gateway_id, timeout_s)
+        siblings = tuple(key for key in live.wanted if key != request.key)
+        offer = Offer(lease, request.num_tokens, growth, live.submission.gateway_id, timeout_s, siblings)
         live.offer = asyncio.get_running_loop().create_task(self._offer(target, offer))
 
     async def _offer(self, target: Endpoint, offer: Offer) -> None:
@@ -173,40 +181,71 @@ class PrefillSide:
             await self._peers.offer(target, offer, OFFER_TIMEOUT_S)
         except SteelyardError as error:
             code = error.code if isinstance(error, Overloaded) else TransferFailed.code
-            if key in self._live:
-                self._fail(key, ErrorInfo(code, f"decode worker {target.worker_id}: {error.message}"))
+            live = self._live.get(key)
+            if live is not None:
+                self._fail(live, ErrorInfo(code, f"decode worker {target.worker_id}: {error.message}"))
 
-    def _fail(self, key: Key, error: ErrorInfo) -> None:
-        self._streams.publish((TokenOutput(key, 0, (), FinishReason.ERROR, error),), self._stats)
-        live = self._live.pop(key)
-        self._outbox.close(key)
-        self._send(Release(key) if live.committed else Abort(key))
+    def _fail(self, live: _Live, error: ErrorInfo) -> None:
+        self._tell_gateway(live.wanted, error)
+        self._end(live)
+
+    def _tell_gateway(self, keys: list[Key], error: ErrorInfo) -> None:
+        outputs = [TokenOutput(key, 0, (), FinishReason.ERROR, error) for key in keys]
+        self._streams.publish(outputs, self._stats)
+
+    def _end(self, live: _Live) -> None:
+        """Forget a submission; what the engine still has of it goes."""
+        self._forget(live)
+        if live.offer is not None:
+            live.offer.cancel()
+        if live.committed:
+            self._send(Release(live.submission.request.key))
+            return
+        for request in live.submission.requests:
+            self._send(Abort(request.key))
 
     def _on_token(self, output: TokenOutput) -> TokenOutput:
-        live = self._live.get(output.key)
-        if live is None or live.first is not None:
+        live = self._find(output.key)
+        if live is None or output.key in live.firsts:
             return output
-        live.first = output
+        live.firsts[output.key] = output
         now = self._now()
         started = live.started if live.started is not None else live.given
         output = replace(output, stages=(("prefill_queue", started - live.arrived), ("prefill", now - started)))
         if output.finish:
-            self._outbox.close(output.key)
-        if output.finish or live.offer is None:
-            del self._live[output.key]
+            live.wanted.remove(output.key)
+        if not live.wanted or (live.offer is None and all(key in live.firsts for key in live.wanted)):
+            self._forget(live)
         return output
+
+    def _forget(self, live: _Live) -> None:
+        key = live.submission.request.key
+        self._outbox.close(key)
+        self._live.pop(key, None)
 
     def _commit(self, live: _Live, progress: Progress) -> None:
         """The last chunk is stored and the first token known: complete the outbox's entry."""
-        request, first = live.submission.request, live.first
-        assert first is not None, "the first token comes with the last chunk"
-        elapsed = self._now() - live.arrived
-        handed = replace(
-            request, generated_ids=request.generated_ids + first.token_ids, timeout_s=request.timeout_s - elapsed
+        elapsed, submission = self._now() - live.arrived, live.submission
+        first, *siblings = (
+            replace(
+                request,
+                generated_ids=request.generated_ids + live.firsts[request.key].token_ids,
+                timeout_s=request.timeout_s - elapsed,
+            )
+            for request in submission.requests
+            if request.key in live.wanted
         )
-        handoff = HandOff(handed, progress.computed, first.cached_tokens, live.submission.gateway_id)
+        cached_tokens = live.firsts[first.key].cached_tokens
+        handoff = HandOff(first, progress.computed, cached_tokens, submission.gateway_id, siblings=tuple(siblings))
         live.committed = True
         self._outbox.commit(progress.key, progress.block_ids, handoff.encode())
+
+    def _find(self, key: Key) -> _Live | None:
+        """The submission of which this is an answer that is still wanted."""
+        named = self._live.get(key)
+        if named is not None and key in named.wanted:
+            return named
+        return next((live for live in self._live.values() if key in live.wanted), None)
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()

@@ -18,13 +18,13 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from engine.errors import SteelyardError, Unavailable, error_from_code
-from engine.types import FinishReason, TokenOutput
+from engine.types import FinishReason, Request, TokenLogprob, TokenOutput
 from router.boundary import log_failure
 from router.errors import as_steelyard_error, error_event
 from router.ledger import Ledger
-from router.logprobs import score
+from router.logprobs import prompt_logprobs, score
 from router.metrics import Metrics
-from router.replies import STREAM_END, Replies, Usage, usage_of
+from router.replies import STREAM_END, Replies, Usage, WholeChoice, usage_of
 from router.text_stream import Piece, TextStream
 
 logger = logging.getLogger(__name__)
@@ -37,47 +37,84 @@ STREAM_HEADERS = [
 
 
 @dataclass(slots=True)
-class Generation:
-    """What is being generated, and all that is known of it so far."""
+class Choice:
+    """One of the answers, as far as it has come."""
 
-    request_id: str
-    num_prompt: int
-    outputs: AsyncGenerator[TokenOutput]
+    index: int
     texts: TextStream
-    ledger: Ledger
-    token_text: Callable[[int], str]
-    num_cached: int = 0
+    finish: FinishReason | None = None
     num_chars: int = 0  # of the tokens that were scored
-    end: FinishReason = FinishReason.ABORT  # what it counts as, unless it comes to something better
 
-    @property
-    def usage(self) -> Usage:
-        return usage_of(self.num_prompt, self.texts.num_tokens, self.num_cached)
-
-    async def next_piece(self) -> Piece:
-        output = await anext(self.outputs, None)
-        if output is None:
-            raise SteelyardError("The generation ended without a reason")
-        if output.error is not None or output.finish is FinishReason.ERROR:
-            raise _error_of(output)
-        if output.finish is FinishReason.ABORT:
-            raise Unavailable("The generation was cancelled")
-        self.num_cached = max(self.num_cached, output.cached_tokens)
-        self.ledger.add_stages(output.stages)
-        piece = self._scored(output, self.texts.push(output.token_ids, output.finish))
-        if piece.finish is not None:
-            await self.outputs.aclose()  # its blocks are free before a slow client has read the end
+    def push(self, output: TokenOutput, token_text: Callable[[int], str]) -> Piece:
+        piece = self._scored(output, self.texts.push(output.token_ids, output.finish), token_text)
+        self.finish = piece.finish
         return piece
 
-    def _scored(self, output: TokenOutput, piece: Piece) -> Piece:
+    def _scored(self, output: TokenOutput, piece: Piece, token_text: Callable[[int], str]) -> Piece:
         """With its tokens, if they have logprobs: those that count, none after a stop string."""
         if not output.logprobs:
             return piece
         num_after = output.first_index + len(output.token_ids) - self.texts.num_tokens
         counted = output.logprobs[: len(output.logprobs) - num_after]
-        tokens = score(output.token_ids, counted, self.token_text, self.num_chars)
+        tokens = score(output.token_ids, counted, token_text, self.num_chars)
         self.num_chars += sum(len(one.text) for one in tokens)
         return replace(piece, tokens=tokens)
+
+
+@dataclass(slots=True)
+class Generation:
+    """What is being generated, and all that is known of it so far. `choices`: by request id, in order.
+
+    The ledger follows the first choice."""
+
+    request: Request
+    outputs: AsyncGenerator[TokenOutput]
+    cancel: Callable[[str], None]
+    choices: dict[str, Choice]
+    ledger: Ledger
+    token_text: Callable[[int], str]
+    num_cached: int = 0
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    end: FinishReason = FinishReason.ABORT  # what it counts as, unless it comes to something better
+
+    @property
+    def usage(self) -> Usage:
+        num_tokens = sum(choice.texts.num_tokens for choice in self.choices.values())
+        return usage_of(len(self.request.prompt_ids), num_tokens, self.num_cached)
+
+    @property
+    def first(self) -> Choice:
+        return self.choices[self.request.request_id]
+
+    @property
+    def is_done(self) -> bool:
+        return all(choice.finish is not None for choice in self.choices.values())
+
+    async def next_piece(self) -> tuple[Choice, Piece]:
+        """Not to be called once all is done."""
+        while True:
+            output = await anext(self.outputs, None)
+            if output is None:
+                raise SteelyardError("The generation ended without a reason")
+            choice = self.choices[output.key.request_id]
+            if choice.finish is None:
+                return choice, await self._piece(choice, output)
+
+    async def _piece(self, choice: Choice, output: TokenOutput) -> Piece:
+        if output.error is not None or output.finish is FinishReason.ERROR:
+            raise _error_of(output)
+        if output.finish is FinishReason.ABORT:
+            raise Unavailable("The generation was cancelled")
+        self.num_cached = max(self.num_cached, output.cached_tokens)
+        self.prompt_logprobs += output.prompt_logprobs
+        if choice is self.first:
+            self.ledger.add_stages(output.stages)
+        piece = choice.push(output, self.token_text)
+        if self.is_done:
+            await self.outputs.aclose()  # its blocks are free before a slow client has read the end
+        elif piece.finish is not None and output.finish is None:
+            self.cancel(output.key.request_id)  # a stop string: the others go on
+        return piece
 
 
 class Answer(Response):
@@ -95,14 +132,14 @@ class Answer(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not await while_connected(receive, self._run(send)):
-            logger.info("request %s: the client went away", self._generation.request_id)
+            logger.info("request %s: the client went away", self._generation.request.request_id)
 
     async def _run(self, send: Send) -> None:
         one = self._generation
         try:
             async with aclosing(one.outputs):
-                first = await one.next_piece()
-                await (self._send_stream(first, send) if self._stream else self._send_whole(first, send))
+                choice, piece = await one.next_piece()
+                await (self._send_stream if self._stream else self._send_whole)(choice, piece, send)
         except Exception:
             one.end = FinishReason.ERROR
             raise
@@ -110,40 +147,43 @@ class Answer(Response):
             one.ledger.close(_now_s())
             self._metrics.count_end(one.ledger, one.usage, one.end)
 
-    async def _send_whole(self, piece: Piece, send: Send) -> None:
+    async def _send_whole(self, choice: Choice, piece: Piece, send: Send) -> None:
         one = self._generation
-        texts, tokens = [piece.text], [*piece.tokens]
+        pieces: dict[int, list[Piece]] = {each.index: [] for each in one.choices.values()}
+        pieces[choice.index].append(piece)
         self._count_sent()
-        while piece.finish is None:
-            piece = await one.next_piece()
-            texts.append(piece.text)
-            tokens += piece.tokens
+        while not one.is_done:
+            choice, piece = await one.next_piece()
+            pieces[choice.index].append(piece)
             self._count_sent()
-        body = self._replies.whole("".join(texts), piece.finish, one.usage, tokens)
+        prompt = prompt_logprobs(one.request.prompt_ids, one.prompt_logprobs, one.token_text)
+        wants_prompt = one.request.sampling.prompt_logprobs >= 0
+        body = self._replies.whole([*map(_whole, pieces.values())], one.usage, prompt if wants_prompt else None)
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
-        one.end = piece.finish
+        one.end = one.first.finish or one.end
 
-    async def _send_stream(self, piece: Piece, send: Send) -> None:
+    async def _send_stream(self, choice: Choice, piece: Piece, send: Send) -> None:
         one = self._generation
         await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
-        await self._send_events(send, *self._replies.opening(), *self._events(piece))
+        await self._send_events(send, *self._replies.opening(len(one.choices)), *self._events(choice, piece))
         try:
-            while piece.finish is None:
-                piece = await one.next_piece()
-                await self._send_events(send, *self._events(piece))
-            one.end = piece.finish
+            while not one.is_done:
+                choice, piece = await one.next_piece()
+                await self._send_events(send, *self._events(choice, piece))
+            one.end = one.first.finish or one.end
             last = (self._replies.usage(one.usage) if self._include_usage else b"") + STREAM_END
         except Exception as error:  # it ends the stream it belongs to
-            log_failure(one.request_id, error)
+            log_failure(one.request.request_id, error)
             one.end = FinishReason.ERROR
             last = error_event(as_steelyard_error(error))
         await send({"type": "http.response.body", "body": last})
 
-    def _events(self, piece: Piece) -> list[bytes]:
-        events = [self._replies.text(piece.text, piece.tokens)] if piece.text or piece.tokens else []
-        return [*events, self._replies.closing(piece.finish)] if piece.finish else events
+    def _events(self, choice: Choice, piece: Piece) -> list[bytes]:
+        has_text = piece.text or piece.tokens
+        events = [self._replies.text(choice.index, piece.text, piece.tokens)] if has_text else []
+        return [*events, self._replies.closing(choice.index, piece.finish)] if piece.finish else events
 
     async def _send_events(self, send: Send, *events: bytes) -> None:
         """One write for all that came together. A piece that gives no text yet writes nothing."""
@@ -153,10 +193,17 @@ class Answer(Response):
 
     def _count_sent(self) -> None:
         ledger = self._generation.ledger
-        num_new = self._generation.texts.num_tokens - ledger.num_tokens
+        num_new = self._generation.first.texts.num_tokens - ledger.num_tokens
         if num_new > 0:
             is_first = ledger.num_tokens == 0
             self._metrics.count_sent(ledger.sent(num_new, _now_s()), is_first=is_first)
+
+
+def _whole(pieces: list[Piece]) -> WholeChoice:
+    finish = pieces[-1].finish
+    assert finish is not None, "the last piece says how it ended"
+    text = "".join(piece.text for piece in pieces)
+    return WholeChoice(text, finish, [token for piece in pieces for token in piece.tokens])
 
 
 def _error_of(output: TokenOutput) -> SteelyardError:

@@ -48,8 +48,14 @@ class HealthView:
 class Generator(Protocol):
     """Owns live requests. Errors are SteelyardError, raised from the iterator (before or between outputs)."""
 
-    def generate(self, request: Request) -> AsyncGenerator[TokenOutput]:
-        """Yield outputs with contiguous indices; the last one has `finish`. aclose() aborts the request."""
+    def generate(self, request: Request, *siblings: Request) -> AsyncGenerator[TokenOutput]:
+        """Yield outputs with contiguous indices; the last one has `finish`. aclose() aborts the request.
+
+        `siblings` are other answers to its prompt: their outputs come as they are made, told apart by their key."""
+        ...
+
+    def cancel(self, request_id: str) -> None:
+        """End one of several answers; its last output says ABORT. An unknown id is no error."""
         ...
 
     def new_request_id(self) -> str: ...

@@ -8,7 +8,9 @@ from typing import TypeVar
 from pydantic import ValidationError
 from starlette.requests import Request as HttpRequest
 
-from router.errors import BodyTooLarge, refusal
+from engine.errors import InvalidRequest
+from router.errors import BodyTooLarge, refusal, shown
+from router.given_twice import given_twice
 from router.schema import ApiModel
 
 LONG_BODY_BYTES = 64 * 2**10  # longer ones are parsed off the loop
@@ -22,12 +24,17 @@ async def read_body(request: HttpRequest, kind: type[Body], max_bytes: int) -> B
     The Content-Type is not looked at: clients send JSON under many names.
     """
     raw = await _read_bytes(request, max_bytes)
+    return await asyncio.to_thread(_parse, raw, kind) if len(raw) > LONG_BODY_BYTES else _parse(raw, kind)
+
+
+def _parse(raw: bytes, kind: type[Body]) -> Body:
     try:
-        if len(raw) > LONG_BODY_BYTES:
-            return await asyncio.to_thread(kind.model_validate_json, raw)
-        return kind.model_validate_json(raw)
+        body = kind.model_validate_json(raw)
     except ValidationError as error:
         raise refusal(error) from None
+    if (path := given_twice(raw)) is not None:
+        raise InvalidRequest(f"'{shown(path)}': This field is given twice", param=shown(path))
+    return body
 
 
 async def _read_bytes(request: HttpRequest, max_bytes: int) -> bytes:

@@ -14,7 +14,13 @@ class RouterConfig(StrictModel):
     port: int = Field(default=8000, ge=0, le=65535, description="0: the system chooses")
     deadline_s: float = Field(default=600.0, gt=0, description="an accepted request ends before this")
     max_live_requests: int = Field(default=512, ge=1, description="more are refused with 429")
+    max_connections: int = Field(default=2048, ge=1, description="further HTTP connections get 503 and are closed")
     max_body_bytes: int = Field(default=4 * 2**20, ge=1024, description="larger HTTP bodies are refused with 413")
+    read_timeout_s: float = Field(default=30.0, gt=0, description="a request's head, then its body, arrive within this")
+    write_timeout_s: float = Field(
+        default=60.0, gt=0, description="a client that takes nothing of its answer for so long is let go"
+    )
+    drain_s: float = Field(default=10.0, ge=0, description="at the end, requests in progress may go on for this long")
     canary_s: float = Field(
         default=15.0, gt=0, description="a request goes through prefill, wire and decode at least this often"
     )

@@ -7,6 +7,9 @@ A request's way:
 4. a failed placement raises the epoch: the prompt and the tokens so far are placed elsewhere, and the stream goes on
    at the next index. A refusal for lack of room waits a little and tries again until the deadline;
 5. when the caller is done with the iterator, whatever still runs for it is aborted.
+
+Several answers to one prompt come as one stream. Each is a LiveRequest with a task of its own; their first placement is
+one submission.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
 from typing import Protocol
 
 from engine.errors import (
@@ -32,7 +36,7 @@ from router.canary import Canary
 from router.config import RouterConfig
 from router.live import LiveRequest
 from router.membership import Member, Membership
-from router.policy import Placement, WorkerLoad, choose
+from router.policy import WorkerLoad, choose
 from router.workers import Connector, WorkerLink
 
 REFUSED_PAUSE_S = 0.05  # doubled at each refusal, up to
@@ -96,7 +100,7 @@ class Dispatcher:
         await self.canary.stop()
         for live in self._live.values():
             live.fail(Unavailable("the gateway is shutting down"))
-            self._abandon(live.key, live.placement)
+            self._abandon(live)
         await asyncio.gather(*self._background, return_exceptions=True)
         closing = [link.close() for link in self._links.values()]
         self._links = {}
@@ -104,37 +108,85 @@ class Dispatcher:
 
     # --- requests ------------------------------------------------------------------------------------------
 
-    async def generate(self, request: Request) -> AsyncGenerator[TokenOutput]:
+    async def generate(self, request: Request, *siblings: Request) -> AsyncGenerator[TokenOutput]:
         """See router.api.Generator."""
-        live = self._admit(request)
+        lives = self._admit((request, *siblings))
         try:
-            while True:
-                event = await self._next_event(live)
-                if isinstance(event, TokenOutput):
-                    yield event
-                    if event.finish:
-                        live.placement = None  # nothing runs any more
-                        return
+            async with aclosing(self._follow_all(lives) if siblings else self._follow(lives[0])) as outputs:
+                async for output in outputs:
+                    yield output
         finally:
-            del self._live[request.request_id]
-            self._abandon(live.key, live.placement)
+            for live in lives:
+                del self._live[live.request.request_id]
+                self._abandon(live)
 
-    def _admit(self, request: Request) -> LiveRequest:
+    def cancel(self, request_id: str) -> None:
+        """See router.api.Generator."""
+        live = self._live.get(request_id)
+        if live is not None:
+            self._abandon(live)
+            live.cancel()
+
+    async def _follow(self, live: LiveRequest) -> AsyncGenerator[TokenOutput]:
+        """The outputs of one, to its end."""
+        finish = None
+        while finish is None:
+            event = await self._next_event(live)
+            if isinstance(event, TokenOutput):
+                finish = event.finish
+                live.placement = None if finish else live.placement  # nothing runs any more
+                yield event
+
+    async def _follow_all(self, lives: list[LiveRequest]) -> AsyncGenerator[TokenOutput]:
+        """The outputs of all as they come; what fails one fails all."""
+        news: asyncio.Queue[TokenOutput | Exception] = asyncio.Queue(1)  # what waits for a slow reader waits in lives
+
+        async def follow(live: LiveRequest) -> None:
+            try:
+                async with aclosing(self._follow(live)) as outputs:
+                    async for output in outputs:
+                        await news.put(output)
+            except Exception as error:  # whatever it is, the reader gets it
+                await news.put(error)
+
+        tasks = [asyncio.get_running_loop().create_task(follow(live)) for live in lives]
+        num_open = len(tasks)
+        try:
+            while num_open:
+                item = await news.get()
+                if isinstance(item, Exception):
+                    raise item
+                num_open -= item.finish is not None
+                yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _admit(self, requests: tuple[Request, ...]) -> list[LiveRequest]:
+        """All of them or, with an error, none; the others follow the first."""
+        most = self._config.max_live_requests
         if self._closed.is_set():
             raise Unavailable("the gateway is shutting down")
-        if len(self._live) >= self._config.max_live_requests:
+        if len(requests) > most:
+            raise InvalidRequest(f"'n': {len(requests)} answers are more than the {most} served at a time", param="n")
+        if len(self._live) + len(requests) > most:
             raise Overloaded(f"{len(self._live)} requests are being served", retry_after_s=1)
-        if request.request_id in self._live:
-            raise InvalidRequest(f"request id {request.request_id} is in use", param="request_id")
-        deadline = self._now() + min(request.timeout_s, self._config.deadline_s)
-        live = self._live[request.request_id] = LiveRequest(request, deadline)
-        return live
+        for request in requests:
+            if request.request_id in self._live:
+                raise InvalidRequest(f"request id {request.request_id} is in use", param="request_id")
+        deadline = self._now() + min(requests[0].timeout_s, self._config.deadline_s)
+        lives = [LiveRequest(request, deadline) for request in requests]
+        for live in lives[1:]:
+            live.follow(lives[0])
+        self._live |= {live.request.request_id: live for live in lives}
+        return lives
 
     async def _next_event(self, live: LiveRequest) -> TokenOutput | None:
         """The next output; None when a placement failed and a new one has been made. Raises what ends the request."""
         try:
             async with asyncio.timeout_at(live.deadline):
-                if live.placement is None:
+                if live.placement is None and live.leader is None:
                     await self._place(live)
                 event = await live.next_event()
                 if isinstance(event, TokenOutput):
@@ -149,9 +201,12 @@ class Dispatcher:
         placement = choose(self.loads(), hand_off=not live.shuns_wire)
         if placement is None:
             raise Unavailable("no worker can be reached", retry_after_s=1)
-        live.place(placement)
+        live.leave()
+        for one in live.placed_together:
+            one.place(placement)
         decode = None if placement.decode is None else _endpoint(placement.decode)
-        submission = Submission(live.placed_request(self._now()), self._gateway_id, decode)
+        request, *siblings = (one.placed_request(self._now()) for one in live.placed_together)
+        submission = Submission(request, self._gateway_id, decode, tuple(siblings))
         link = self._links[(placement.first.worker_id, placement.first.incarnation)]
         try:
             await link.client.submit(submission, link.member.role_epoch, self._config.rpc_timeout_s)
@@ -166,7 +221,8 @@ class Dispatcher:
         if live.num_failures >= self._config.max_attempts:
             raise error
         log.info("request %s is placed again after: %s", live.request.request_id, error.message)
-        self._abandon(live.key, live.placement)
+        for one in live.placed_together:
+            self._abandon(one)
         live.shuns_wire = isinstance(error, TransferFailed)  # what cannot be moved is computed where it is needed
         pauses = max(live.num_refusals, live.num_failures)
         await self._pause(min(REFUSED_PAUSE_S * 2**pauses, LONGEST_PAUSE_S))
@@ -186,14 +242,14 @@ class Dispatcher:
             return
         raise Unavailable("the gateway is shutting down")
 
-    def _abandon(self, key: Key, placement: Placement | None) -> None:
+    def _abandon(self, live: LiveRequest) -> None:
         """Abort a placement on its workers, without waiting."""
-        if placement is None:
+        if live.placement is None:
             return
-        for member in (placement.first, placement.decode):
+        for member in (live.placement.first, live.placement.decode):
             link = self._links.get((member.worker_id, member.incarnation)) if member else None
             if link is not None:
-                self._in_background(self._abort(link, key))
+                self._in_background(self._abort(link, live.key))
 
     async def _abort(self, link: WorkerLink, key: Key) -> None:
         try:
@@ -238,7 +294,7 @@ class Dispatcher:
     def _load(self, link: WorkerLink) -> WorkerLoad:
         name = (link.member.worker_id, link.member.incarnation)
         here = [live for live in self._live.values() if live.involves(*name)]
-        waiting = [live for live in here if live.is_prefilling and live.waits_on(*name)]
+        waiting = [live for live in here if live.is_prefilling and live.waits_on(*name) and live.leader is None]
         prompt_tokens = sum(live.request.num_tokens for live in waiting)
         return WorkerLoad(link.member, link.connected, len(here), prompt_tokens, link.stats)
 

@@ -26,6 +26,18 @@ class BodyTooLarge(SteelyardError):
     status = 413
 
 
+class HeadTooLarge(SteelyardError):
+    code = "head_too_large"
+    status = 431
+
+
+class RequestTimeout(SteelyardError):
+    """The body did not arrive in time. The rest of it may still come, so the connection cannot be used again."""
+
+    code = "request_timeout"
+    status = 408
+
+
 class RouteNotFound(SteelyardError):
     code = "not_found"
     status = 404
@@ -95,6 +107,8 @@ def error_reply(error: SteelyardError) -> ErrorReply:
 def error_response(error: SteelyardError, headers: dict[str, str] | None = None) -> Response:
     """The error as a whole answer; a refusal for load says when to come back, in whole seconds of at least 1."""
     headers = dict(headers or {})
+    if error.status == HTTPStatus.REQUEST_TIMEOUT:
+        headers["Connection"] = "close"
     if error.status == HTTPStatus.TOO_MANY_REQUESTS or error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s or 1)))
     return Response(error_reply(error).model_dump_json(), error.status, headers, "application/json")

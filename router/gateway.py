@@ -1,6 +1,7 @@
 """The HTTP face: OpenAI's API in front of a Generator.
 
-1. `Boundary` names the request and notes its arrival; `read_body` takes no more than the limit.
+1. `Patience` bounds the waits for the client; `Boundary` names the request and notes its arrival; `read_body` takes
+   no more than the limit.
 2. `TextModel.prepare` makes the engine Request; `Generator.generate` owns it from there.
 3. `Answer` sends what comes back, and gives the request up when its client does.
 
@@ -21,7 +22,7 @@ from starlette.responses import JSONResponse, Response
 
 from engine.errors import ModelNotFound
 from engine.types import Request
-from router.answer import Answer, Generation
+from router.answer import Answer, Choice, Generation
 from router.api import Generator
 from router.body import read_body
 from router.boundary import Boundary, arrival_of
@@ -29,6 +30,7 @@ from router.config import RouterConfig
 from router.errors import ErrorReply, as_steelyard_error, error_response, shown
 from router.ledger import Ledger
 from router.metrics import CONTENT_TYPE, Metrics
+from router.patience import Patience
 from router.replies import ChatReplies, ChatReply, CompletionReplies, CompletionReply, ModelCard, ModelList
 from router.schema import ChatBody, CompletionBody
 from router.text import TextModel
@@ -49,6 +51,7 @@ def create_app(
     metrics = Metrics(model.name, generator.health)
     app = FastAPI(title="Steelyard", version=version, redirect_slashes=False)
     app.add_middleware(Boundary, new_request_id=generator.new_request_id, on_refused=metrics.count_refused)
+    app.add_middleware(Patience, config=config, on_let_go=metrics.count_let_go)  # the last one added is the outermost
 
     async def routing_error(_request: HttpRequest, error: Exception) -> Response:
         known = as_steelyard_error(error)
@@ -85,11 +88,14 @@ class _Front:
         return Answer(generation, replies, self.metrics, stream=bool(body.stream), include_usage=body.includes_usage)
 
     def _generate(self, request: Request, body: ChatBody | CompletionBody, ledger: Ledger) -> Generation:
-        outputs = self.generator.generate(request)
-        texts = self.model.open_stream(body.stop, request.sampling.min_tokens)
-        return Generation(
-            request.request_id, len(request.prompt_ids), outputs, texts, ledger, self.model.tokenizer.token_text
-        )
+        siblings = self.model.siblings_of(request, body.num_choices)
+        choices = {
+            one.request_id: Choice(index, self.model.open_stream(body.stop, request.sampling.min_tokens))
+            for index, one in enumerate((request, *siblings))
+        }
+        outputs = self.generator.generate(request, *siblings)
+        token_text = self.model.tokenizer.token_text
+        return Generation(request, outputs, self.generator.cancel, choices, ledger, token_text)
 
 
 def _add_generation_routes(app: FastAPI, front: _Front) -> None:

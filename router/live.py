@@ -2,15 +2,18 @@
 
 Outputs are taken only in order: of the present epoch, at index = next. What follows one gap is held back, because the
 second token and more may overtake the first (it comes from another worker). Whatever is older or doubled is dropped.
+
+Several answers to one prompt are live requests of their own. Until its first token each follows the first of them: it
+is placed with it, and when that placement fails, placed again with it.
 """
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass, field, replace
 
 from engine.errors import SteelyardError, WorkerLost, error_from_code
 from engine.types import FinishReason, Key, Request, TokenOutput
+from router.merge import Backlog
 from router.policy import Placement
 
 
@@ -26,10 +29,12 @@ class LiveRequest:
     num_refusals: int = 0  # placements that found no room
     num_failures: int = 0  # placements that failed otherwise
     shuns_wire: bool = False  # the last placement failed in its transfer: the next one makes none
+    leader: LiveRequest | None = None  # that it follows
+    followers: list[LiveRequest] = field(default_factory=list)
     _first_index: int = 0  # of the first token of this placement
     _next_index: int = 0  # of the next token to be queued for the client
     _held: list[TokenOutput] = field(default_factory=list)  # what follows a gap, itself without one
-    _events: asyncio.Queue[TokenOutput | SteelyardError] = field(default_factory=asyncio.Queue)
+    _events: Backlog = field(default_factory=Backlog)  # what the client has not taken yet
 
     @property
     def key(self) -> Key:
@@ -43,7 +48,22 @@ class LiveRequest:
         self.handed_off = False
         self._held = []
         self._first_index = self._next_index = len(self.tokens)
-        self._events = asyncio.Queue()
+        self._events.clear()
+
+    def follow(self, leader: LiveRequest) -> None:
+        self.leader = leader
+        leader.followers.append(self)
+
+    def leave(self) -> None:
+        """From now on it is placed alone."""
+        if self.leader is not None:
+            self.leader.followers.remove(self)
+            self.leader = None
+
+    @property
+    def placed_together(self) -> tuple[LiveRequest, ...]:
+        """All that a new placement of this one takes along."""
+        return (self, *self.followers) if not self.tokens else (self,)
 
     def placed_request(self, now: float) -> Request:
         """The request as workers get it: with the tokens that the client has."""
@@ -87,8 +107,15 @@ class LiveRequest:
         return False
 
     def fail(self, error: SteelyardError) -> None:
-        """The placement has failed."""
-        self._events.put_nowait(error)
+        """The placement has failed. Of one that follows, its leader hears it, too, and does what is to be done."""
+        if self.leader is None or not self.leader.is_prefilling:
+            self._events.put_nowait(error)
+
+    def cancel(self) -> None:
+        """Nobody wants more of it: its last output says so, and what still comes is stale."""
+        self.placement = None
+        self.epoch += 1
+        self._events.put_nowait(TokenOutput(self.key, self._next_index, (), FinishReason.ABORT))
 
     async def next_event(self) -> TokenOutput | SteelyardError:
         """The next output in order, or why the placement failed. The caller bounds the wait."""
@@ -98,6 +125,7 @@ class LiveRequest:
         return event
 
     def _deliver(self, output: TokenOutput, worker_id: str) -> None:
+        self.leave()
         if self.cached_tokens is None:
             self.cached_tokens = output.cached_tokens
         decode = self.placement.decode if self.placement else None

@@ -86,5 +86,31 @@ def completion_logprobs(tokens: Sequence[ScoredToken]) -> CompletionLogprobs | N
     )
 
 
+class PromptLogprob(BaseModel):
+    """As vLLM names it."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+
+
+def prompt_logprobs(
+    prompt_ids: Sequence[int], logprobs: Sequence[TokenLogprob], text_of: Callable[[int], str]
+) -> PromptLogprobs:
+    """By position, from token id to how likely it was; None for the first token, which follows nothing."""
+    entries: PromptLogprobs = [None]
+    for token_id, one in zip(prompt_ids[1:], logprobs, strict=False):
+        likely = {
+            str(other): PromptLogprob(logprob=logprob, rank=rank, decoded_token=text_of(other))
+            for rank, (other, logprob) in enumerate(one.top, start=1)
+        }
+        own = PromptLogprob(logprob=one.logprob, rank=one.rank, decoded_token=text_of(token_id))
+        entries.append(likely | {str(token_id): own})
+    return entries
+
+
 def _bytes_of(text: str) -> list[int] | None:
     return None if UNKNOWN in text else list(text.encode())

@@ -70,6 +70,9 @@ class Metrics:
         self._refused = Counter(
             "steelyard_requests_rejected", "Requests answered with an error", ["code"], registry=self.registry
         )
+        self._let_go = self._counter(
+            "steelyard_clients_let_go", "Clients that took nothing of their answer for too long"
+        )
         self.registry.register(_HealthCollector(model_name, health))
 
     def count_sent(self, since_s: float, *, is_first: bool) -> None:
@@ -97,6 +100,10 @@ class Metrics:
 
     def count_refused(self, code: str) -> None:
         self._refused.labels(code).inc()
+
+    def count_let_go(self) -> None:
+        """A client took nothing for `write_timeout_s`, and its connection was dropped."""
+        self._let_go.inc()
 
     def render(self) -> bytes:
         """The Prometheus text format."""

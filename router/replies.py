@@ -1,7 +1,7 @@
 """What the OpenAI API answers: whole replies, chunks of a stream, lists of models.
 
-ChatReplies and CompletionReplies speak the two endpoints' dialects of the same generation: an opening, pieces
-of text, a closing, the usage; or all of it at once. A field that was not set is left out of the JSON.
+ChatReplies and CompletionReplies speak the two endpoints' dialects of the same generation: of each of its choices an
+opening, pieces of text, a closing; the usage; or all of it at once. A field that was not set is left out of the JSON.
 """
 
 from __future__ import annotations
@@ -9,12 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 from pydantic import BaseModel
 
 from engine.types import FinishReason
-from router.logprobs import ChatLogprobs, CompletionLogprobs, ScoredToken, chat_logprobs, completion_logprobs
+from router.logprobs import (
+    ChatLogprobs,
+    CompletionLogprobs,
+    PromptLogprobs,
+    ScoredToken,
+    chat_logprobs,
+    completion_logprobs,
+)
 
 Finish = Literal["stop", "length"]
 STREAM_END = b"data: [DONE]\n\n"
@@ -63,6 +70,7 @@ class ChatReply(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Delta(BaseModel):
@@ -94,6 +102,7 @@ class CompletionChoice(BaseModel):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Finish | None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class CompletionReply(BaseModel):
@@ -126,22 +135,41 @@ class ModelList(BaseModel):
 # --- the two dialects ----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class WholeChoice:
+    """One answer, complete."""
+
+    text: str
+    finish: FinishReason
+    tokens: Tokens[ScoredToken] = ()
+
+
 class Replies(Protocol):
-    """One generation in the words of one endpoint, as JSON."""
+    """One generation in the words of one endpoint, as JSON. `index` counts its choices."""
 
-    def whole(self, text: str, finish: FinishReason, usage: Usage, tokens: Tokens[ScoredToken] = ()) -> bytes: ...
+    def whole(
+        self, choices: Tokens[WholeChoice], usage: Usage, prompt_logprobs: PromptLogprobs | None = None
+    ) -> bytes: ...
 
-    def opening(self) -> Iterator[bytes]: ...
+    def opening(self, num_choices: int) -> Iterator[bytes]: ...
 
-    def text(self, text: str, tokens: Tokens[ScoredToken] = ()) -> bytes: ...
+    def text(self, index: int, text: str, tokens: Tokens[ScoredToken] = ()) -> bytes: ...
 
-    def closing(self, finish: FinishReason) -> bytes: ...
+    def closing(self, index: int, finish: FinishReason) -> bytes: ...
 
     def usage(self, usage: Usage) -> bytes: ...
 
 
 def _json(reply: BaseModel) -> bytes:
     return reply.model_dump_json(exclude_unset=True).encode()
+
+
+Reply = TypeVar("Reply", bound=BaseModel)
+
+
+def _with(reply: Reply, **fields: object) -> Reply:
+    """With fields that are shown because they are set."""
+    return reply.model_copy(update=fields)
 
 
 def _event(chunk: BaseModel) -> bytes:
@@ -162,30 +190,37 @@ class ChatReplies:
     created: int
     has_usage: bool = False
 
-    def whole(self, text: str, finish: FinishReason, usage: Usage, tokens: Tokens[ScoredToken] = ()) -> bytes:
-        message = ReplyMessage(role="assistant", content=text, refusal=None)
-        choice = ChatChoice(index=0, message=message, logprobs=chat_logprobs(tokens), finish_reason=_finish(finish))
-        name = f"chatcmpl-{self.request_id}"
-        return _json(
-            ChatReply(
-                id=name, object="chat.completion", created=self.created, model=self.model, choices=[choice], usage=usage
+    def whole(self, choices: Tokens[WholeChoice], usage: Usage, prompt_logprobs: PromptLogprobs | None = None) -> bytes:
+        whole = [
+            ChatChoice(
+                index=index,
+                message=ReplyMessage(role="assistant", content=one.text, refusal=None),
+                logprobs=chat_logprobs(one.tokens),
+                finish_reason=_finish(one.finish),
             )
+            for index, one in enumerate(choices)
+        ]
+        name, created = f"chatcmpl-{self.request_id}", self.created
+        reply = ChatReply(
+            id=name, object="chat.completion", created=created, model=self.model, choices=whole, usage=usage
         )
+        return _json(reply if prompt_logprobs is None else _with(reply, prompt_logprobs=prompt_logprobs))
 
-    def opening(self) -> Iterator[bytes]:
-        yield self._chunk(Delta(role="assistant", content=""), None)
+    def opening(self, num_choices: int) -> Iterator[bytes]:
+        for index in range(num_choices):
+            yield self._chunk(index, Delta(role="assistant", content=""), None)
 
-    def text(self, text: str, tokens: Tokens[ScoredToken] = ()) -> bytes:
-        return self._chunk(Delta(content=text), None, tokens)
+    def text(self, index: int, text: str, tokens: Tokens[ScoredToken] = ()) -> bytes:
+        return self._chunk(index, Delta(content=text), None, tokens)
 
-    def closing(self, finish: FinishReason) -> bytes:
-        return self._chunk(Delta(), _finish(finish))
+    def closing(self, index: int, finish: FinishReason) -> bytes:
+        return self._chunk(index, Delta(), _finish(finish))
 
     def usage(self, usage: Usage) -> bytes:
         return self._event([], usage)
 
-    def _chunk(self, delta: Delta, finish: Finish | None, tokens: Tokens[ScoredToken] = ()) -> bytes:
-        choice = ChunkChoice(index=0, delta=delta, logprobs=chat_logprobs(tokens), finish_reason=finish)
+    def _chunk(self, index: int, delta: Delta, finish: Finish | None, tokens: Tokens[ScoredToken] = ()) -> bytes:
+        choice = ChunkChoice(index=index, delta=delta, logprobs=chat_logprobs(tokens), finish_reason=finish)
         return self._event([choice], None)
 
     def _event(self, choices: list[ChunkChoice], usage: Usage | None) -> bytes:
@@ -193,7 +228,7 @@ class ChatReplies:
         chunk = ChatChunk(
             id=name, object="chat.completion.chunk", created=self.created, model=self.model, choices=choices
         )
-        return _event(chunk.model_copy(update={"usage": usage}) if self.has_usage else chunk)
+        return _event(_with(chunk, usage=usage) if self.has_usage else chunk)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,27 +240,34 @@ class CompletionReplies:
     created: int
     has_usage: bool = False
 
-    def whole(self, text: str, finish: FinishReason, usage: Usage, tokens: Tokens[ScoredToken] = ()) -> bytes:
-        return _json(self._reply(text, _finish(finish), tokens).model_copy(update={"usage": usage}))
+    def whole(self, choices: Tokens[WholeChoice], usage: Usage, prompt_logprobs: PromptLogprobs | None = None) -> bytes:
+        whole = [_completion(index, one.text, _finish(one.finish), one.tokens) for index, one in enumerate(choices)]
+        if prompt_logprobs is not None:
+            whole = [_with(choice, prompt_logprobs=prompt_logprobs) for choice in whole]
+        return _json(_with(self._reply(whole), usage=usage))
 
-    def opening(self) -> Iterator[bytes]:
+    def opening(self, num_choices: int) -> Iterator[bytes]:
         yield from ()
 
-    def text(self, text: str, tokens: Tokens[ScoredToken] = ()) -> bytes:
-        return self._event(self._reply(text, None, tokens), None)
+    def text(self, index: int, text: str, tokens: Tokens[ScoredToken] = ()) -> bytes:
+        return self._event([_completion(index, text, None, tokens)], None)
 
-    def closing(self, finish: FinishReason) -> bytes:
-        return self._event(self._reply("", _finish(finish)), None)
+    def closing(self, index: int, finish: FinishReason) -> bytes:
+        return self._event([_completion(index, "", _finish(finish))], None)
 
     def usage(self, usage: Usage) -> bytes:
-        return self._event(self._reply("", None).model_copy(update={"choices": []}), usage)
+        return self._event([], usage)
 
-    def _reply(self, text: str, finish: Finish | None, tokens: Tokens[ScoredToken] = ()) -> CompletionReply:
-        choice = CompletionChoice(index=0, text=text, logprobs=completion_logprobs(tokens), finish_reason=finish)
+    def _reply(self, choices: list[CompletionChoice]) -> CompletionReply:
         name = f"cmpl-{self.request_id}"
         return CompletionReply(
-            id=name, object="text_completion", created=self.created, model=self.model, choices=[choice]
+            id=name, object="text_completion", created=self.created, model=self.model, choices=choices
         )
 
-    def _event(self, chunk: CompletionReply, usage: Usage | None) -> bytes:
-        return _event(chunk.model_copy(update={"usage": usage}) if self.has_usage else chunk)
+    def _event(self, choices: list[CompletionChoice], usage: Usage | None) -> bytes:
+        chunk = self._reply(choices)
+        return _event(_with(chunk, usage=usage) if self.has_usage else chunk)
+
+
+def _completion(index: int, text: str, finish: Finish | None, tokens: Tokens[ScoredToken] = ()) -> CompletionChoice:
+    return CompletionChoice(index=index, text=text, logprobs=completion_logprobs(tokens), finish_reason=finish)

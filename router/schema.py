@@ -30,6 +30,7 @@ MAX_INT = 2**31 - 1
 MAX_BIASES = 300  # of logit_bias
 MAX_STOP_TOKENS = 64
 MAX_BAD_WORDS = 64
+MAX_CHOICES = 128  # the API's own limit
 MAX_TOP_LOGPROBS = 20  # the API's own limits, of chat and of plain completions
 MAX_COMPLETION_LOGPROBS = 5
 
@@ -128,7 +129,7 @@ def _as_biases(value: object) -> object:
     if len(value) > MAX_BIASES:
         raise PydanticCustomError("too_many_biases", "At most {limit} entries are allowed", {"limit": MAX_BIASES})
     for key, bias in value.items():
-        if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10):
+        if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10 and key == str(int(key))):
             raise PydanticCustomError("logit_bias_key", "The keys are token ids")
         if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
             raise PydanticCustomError("logit_bias_value", "A bias is a number from -100 to 100")
@@ -167,7 +168,10 @@ class GenerationBody(ApiModel):
     bad_words: Annotated[tuple[BadWord, ...], Field(max_length=MAX_BAD_WORDS)] | None = Field(
         default=None, description="extension: texts that the answer never contains"
     )
-    n: OnlyOne = None
+    n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] | None = None
+    prompt_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
+        default=None, description="extension: logprobs of the prompt's tokens, not with 'stream'"
+    )
     user: str | None = Field(default=None, description="taken, without effect")
     frequency_penalty: Annotated[StrictFloat, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[StrictFloat, Field(ge=-2, le=2)] | None = None
@@ -181,6 +185,17 @@ class GenerationBody(ApiModel):
         if value is not None and not info.data.get("stream"):
             raise PydanticCustomError("stream_options", "Only allowed when 'stream' is true")
         return value
+
+    @field_validator("prompt_logprobs")
+    @classmethod
+    def _not_with_stream(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("stream"):
+            raise PydanticCustomError("prompt_logprobs", "Not available when 'stream' is true")
+        return value
+
+    @property
+    def num_choices(self) -> int:
+        return self.n or 1
 
     @property
     def includes_usage(self) -> bool:

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Protocol
 
 from engine.errors import InvalidRequest, ModelNotFound
-from engine.types import Request, SamplingParams
+from engine.types import Key, Request, SamplingParams
 from router.errors import shown
 from router.schema import ChatBody, CompletionBody
 from router.text_stream import Detokenizer, TextStream
@@ -63,6 +63,11 @@ class TextModel:
         self._check_ids(body, max_tokens)
         sampling = replace(_sampling(body, max_tokens, seed), bad_words=await self._bad_words(body.bad_words or ()))
         return Request(request_id, prompt_ids, sampling, timeout_s=timeout_s)
+
+    def siblings_of(self, request: Request, num_choices: int) -> tuple[Request, ...]:
+        """The other answers to the same prompt: same parameters, other noise."""
+        names = ((choice, f"{request.request_id}.{choice}") for choice in range(1, num_choices))
+        return tuple(request.sibling(Key(name, 0), choice) for choice, name in names)
 
     def _check_ids(self, body: ChatBody | CompletionBody, max_tokens: int) -> None:
         """InvalidRequest for token ids that the model does not have, and for a minimum above the maximum."""
@@ -152,6 +157,7 @@ def _sampling(body: ChatBody | CompletionBody, max_tokens: int, seed: int) -> Sa
         logit_bias=tuple(body.logit_bias.items()),
         stop_token_ids=tuple(body.stop_token_ids or ()),
         logprobs=_num_logprobs(body),
+        prompt_logprobs=-1 if body.prompt_logprobs is None else body.prompt_logprobs,
     )
 
 

@@ -56,6 +56,7 @@ FORBIDDEN_IMPORTS = {
     "engine uses a worker": ("engine/scheduler.py", "from prefill_worker.outbox import Outbox"),
     "engine uses ray": ("engine/scheduler.py", "import ray"),
     "engine uses the network": ("engine/scheduler.py", "from grpc import aio"),
+    "engine uses an HTTP client": ("engine/models/pull.py", "def f():\n    import httpx"),
     "engine opens sockets": ("engine/scheduler.py", "import socket"),
     "kv_transfer uses torch's side of engine": ("kv_transfer/pull.py", "from engine.runner import Runner"),
     "kv_transfer uses kernels": ("kv_transfer/pull.py", "import kernels"),

@@ -46,22 +46,21 @@ def submission_to(submission: Submission, role_epoch: int) -> request_pb2.Submit
         timeout_s=request.timeout_s,
     )  # fmt: skip
     decode = None if submission.decode is None else endpoint_to(submission.decode)
+    siblings = [request_pb2.Sibling(key=key_to(one.key), choice=one.sampling.choice) for one in submission.siblings]
     return request_pb2.SubmitRequest(
-        request=message, gateway_id=submission.gateway_id, decode=decode, role_epoch=role_epoch
+        request=message, gateway_id=submission.gateway_id, decode=decode, role_epoch=role_epoch, siblings=siblings
     )
 
 
 def submission_from(message: request_pb2.SubmitRequest) -> Submission:
-    request = message.request
-    key = key_from(request.key)
-    return Submission(
-        Request(
-            key.request_id, tuple(request.prompt_ids), _sampling_from(request.sampling), key.epoch,
-            tuple(request.generated_ids), request.namespace, request.timeout_s,
-        ),
-        message.gateway_id,
-        endpoint_from(message.decode) if message.HasField("decode") else None,
+    key = key_from(message.request.key)
+    request = Request(
+        key.request_id, tuple(message.request.prompt_ids), _sampling_from(message.request.sampling), key.epoch,
+        tuple(message.request.generated_ids), message.request.namespace, message.request.timeout_s,
     )  # fmt: skip
+    decode = endpoint_from(message.decode) if message.HasField("decode") else None
+    siblings = tuple(request.sibling(key_from(one.key), one.choice) for one in message.siblings)
+    return Submission(request, message.gateway_id, decode, siblings)
 
 
 def _sampling_to(params: SamplingParams) -> request_pb2.SamplingParams:
@@ -89,7 +88,7 @@ def offer_to(offer: Offer) -> request_pb2.OfferRequest:
     return request_pb2.OfferRequest(
         lease=request_pb2.Lease(key=key_to(lease.key), producer=producer, secret=lease.secret),
         num_tokens=offer.num_tokens, num_growth=offer.num_growth, gateway_id=offer.gateway_id,
-        timeout_s=offer.timeout_s,
+        timeout_s=offer.timeout_s, siblings=map(key_to, offer.siblings),
     )  # fmt: skip
 
 
@@ -99,7 +98,8 @@ def offer_from(message: request_pb2.OfferRequest) -> Offer:
         key_from(message.lease.key), producer.worker_id, producer.incarnation, producer.address, producer.cohort,
         message.lease.secret,
     )  # fmt: skip
-    return Offer(lease, message.num_tokens, message.num_growth, message.gateway_id, message.timeout_s)
+    siblings = tuple(map(key_from, message.siblings))
+    return Offer(lease, message.num_tokens, message.num_growth, message.gateway_id, message.timeout_s, siblings)
 
 
 def stats_to(stats: EngineStats) -> token_pb2.Stats:

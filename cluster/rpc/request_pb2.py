@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63luster/rpc/request.proto\x12\tsteelyard\"+\n\tTokenBias\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x01\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x95\x03\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05top_p\x18\x04 \x01(\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x12\n\nmin_tokens\x18\x08 \x01(\r\x12\r\n\x05min_p\x18\t \x01(\x01\x12\x11\n\ttypical_p\x18\n \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x0b \x01(\x01\x12\x18\n\x10presence_penalty\x18\x0c \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\r \x01(\x01\x12(\n\nlogit_bias\x18\x0e \x03(\x0b\x32\x14.steelyard.TokenBias\x12&\n\tbad_words\x18\x0f \x03(\x0b\x32\x13.steelyard.TokenIds\x12\x10\n\x08logprobs\x18\x10 \x01(\x05\x12\x17\n\x0fprompt_logprobs\x18\x11 \x01(\x05\"(\n\x03Key\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\"\xa4\x01\n\x07Request\x12\x1b\n\x03key\x18\x01 \x01(\x0b\x32\x0e.steelyard.Key\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12\x15\n\rgenerated_ids\x18\x03 \x03(\r\x12+\n\x08sampling\x18\x04 \x01(\x0b\x32\x19.steelyard.SamplingParams\x12\x11\n\tnamespace\x18\x05 \x01(\t\x12\x11\n\ttimeout_s\x18\x06 \x01(\x01\"S\n\x08\x45ndpoint\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0e\n\x06\x63ohort\x18\x04 \x01(\t\"\x91\x01\n\rSubmitRequest\x12#\n\x07request\x18\x01 \x01(\x0b\x32\x12.steelyard.Request\x12\x12\n\ngateway_id\x18\x02 \x01(\t\x12(\n\x06\x64\x65\x63ode\x18\x03 \x01(\x0b\x32\x13.steelyard.EndpointH\x00\x88\x01\x01\x12\x12\n\nrole_epoch\x18\x04 \x01(\rB\t\n\x07_decode\"+\n\x0c\x41\x62ortRequest\x12\x1b\n\x03key\x18\x01 \x01(\x0b\x32\x0e.steelyard.Key\"[\n\x05Lease\x12\x1b\n\x03key\x18\x01 \x01(\x0b\x32\x0e.steelyard.Key\x12%\n\x08producer\x18\x02 \x01(\x0b\x32\x13.steelyard.Endpoint\x12\x0e\n\x06secret\x18\x03 \x01(\t\"~\n\x0cOfferRequest\x12\x1f\n\x05lease\x18\x01 \x01(\x0b\x32\x10.steelyard.Lease\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x12\n\nnum_growth\x18\x03 \x01(\r\x12\x12\n\ngateway_id\x18\x04 \x01(\t\x12\x11\n\ttimeout_s\x18\x05 \x01(\x01\"\x06\n\x04\x44one2\xa5\x01\n\x08Requests\x12\x33\n\x06Submit\x12\x18.steelyard.SubmitRequest\x1a\x0f.steelyard.Done\x12\x31\n\x05\x41\x62ort\x12\x17.steelyard.AbortRequest\x1a\x0f.steelyard.Done\x12\x31\n\x05Offer\x12\x17.steelyard.OfferRequest\x1a\x0f.steelyard.Doneb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63luster/rpc/request.proto\x12\tsteelyard\"+\n\tTokenBias\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x01\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xa5\x03\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05top_p\x18\x04 \x01(\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x12\n\nmin_tokens\x18\x08 \x01(\r\x12\r\n\x05min_p\x18\t \x01(\x01\x12\x11\n\ttypical_p\x18\n \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x0b \x01(\x01\x12\x18\n\x10presence_penalty\x18\x0c \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\r \x01(\x01\x12(\n\nlogit_bias\x18\x0e \x03(\x0b\x32\x14.steelyard.TokenBias\x12&\n\tbad_words\x18\x0f \x03(\x0b\x32\x13.steelyard.TokenIds\x12\x10\n\x08logprobs\x18\x10 \x01(\x05\x12\x17\n\x0fprompt_logprobs\x18\x11 \x01(\x05\x12\x0e\n\x06\x63hoice\x18\x12 \x01(\r\"(\n\x03Key\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\"\xa4\x01\n\x07Request\x12\x1b\n\x03key\x18\x01 \x01(\x0b\x32\x0e.steelyard.Key\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12\x15\n\rgenerated_ids\x18\x03 \x03(\r\x12+\n\x08sampling\x18\x04 \x01(\x0b\x32\x19.steelyard.SamplingParams\x12\x11\n\tnamespace\x18\x05 \x01(\t\x12\x11\n\ttimeout_s\x18\x06 \x01(\x01\"6\n\x07Sibling\x12\x1b\n\x03key\x18\x01 \x01(\x0b\x32\x0e.steelyard.Key\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\"S\n\x08\x45ndpoint\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0e\n\x06\x63ohort\x18\x04 \x01(\t\"\xb7\x01\n\rSubmitRequest\x12#\n\x07request\x18\x01 \x01(\x0b\x32\x12.steelyard.Request\x12\x12\n\ngateway_id\x18\x02 \x01(\t\x12(\n\x06\x64\x65\x63ode\x18\x03 \x01(\x0b\x32\x13.steelyard.EndpointH\x00\x88\x01\x01\x12\x12\n\nrole_epoch\x18\x04 \x01(\r\x12$\n\x08siblings\x18\x05 \x03(\x0b\x32\x12.steelyard.SiblingB\t\n\x07_decode\"+\n\x0c\x41\x62ortRequest\x12\x1b\n\x03key\x18\x01 \x01(\x0b\x32\x0e.steelyard.Key\"[\n\x05Lease\x12\x1b\n\x03key\x18\x01 \x01(\x0b\x32\x0e.steelyard.Key\x12%\n\x08producer\x18\x02 \x01(\x0b\x32\x13.steelyard.Endpoint\x12\x0e\n\x06secret\x18\x03 \x01(\t\"\xa0\x01\n\x0cOfferRequest\x12\x1f\n\x05lease\x18\x01 \x01(\x0b\x32\x10.steelyard.Lease\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x12\n\nnum_growth\x18\x03 \x01(\r\x12\x12\n\ngateway_id\x18\x04 \x01(\t\x12\x11\n\ttimeout_s\x18\x05 \x01(\x01\x12 \n\x08siblings\x18\x06 \x03(\x0b\x32\x0e.steelyard.Key\"\x06\n\x04\x44one2\xa5\x01\n\x08Requests\x12\x33\n\x06Submit\x12\x18.steelyard.SubmitRequest\x1a\x0f.steelyard.Done\x12\x31\n\x05\x41\x62ort\x12\x17.steelyard.AbortRequest\x1a\x0f.steelyard.Done\x12\x31\n\x05Offer\x12\x17.steelyard.OfferRequest\x1a\x0f.steelyard.Doneb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,23 +36,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIDS']._serialized_start=85
   _globals['_TOKENIDS']._serialized_end=108
   _globals['_SAMPLINGPARAMS']._serialized_start=111
-  _globals['_SAMPLINGPARAMS']._serialized_end=516
-  _globals['_KEY']._serialized_start=518
-  _globals['_KEY']._serialized_end=558
-  _globals['_REQUEST']._serialized_start=561
-  _globals['_REQUEST']._serialized_end=725
-  _globals['_ENDPOINT']._serialized_start=727
-  _globals['_ENDPOINT']._serialized_end=810
-  _globals['_SUBMITREQUEST']._serialized_start=813
-  _globals['_SUBMITREQUEST']._serialized_end=958
-  _globals['_ABORTREQUEST']._serialized_start=960
-  _globals['_ABORTREQUEST']._serialized_end=1003
-  _globals['_LEASE']._serialized_start=1005
-  _globals['_LEASE']._serialized_end=1096
-  _globals['_OFFERREQUEST']._serialized_start=1098
-  _globals['_OFFERREQUEST']._serialized_end=1224
-  _globals['_DONE']._serialized_start=1226
-  _globals['_DONE']._serialized_end=1232
-  _globals['_REQUESTS']._serialized_start=1235
-  _globals['_REQUESTS']._serialized_end=1400
+  _globals['_SAMPLINGPARAMS']._serialized_end=532
+  _globals['_KEY']._serialized_start=534
+  _globals['_KEY']._serialized_end=574
+  _globals['_REQUEST']._serialized_start=577
+  _globals['_REQUEST']._serialized_end=741
+  _globals['_SIBLING']._serialized_start=743
+  _globals['_SIBLING']._serialized_end=797
+  _globals['_ENDPOINT']._serialized_start=799
+  _globals['_ENDPOINT']._serialized_end=882
+  _globals['_SUBMITREQUEST']._serialized_start=885
+  _globals['_SUBMITREQUEST']._serialized_end=1068
+  _globals['_ABORTREQUEST']._serialized_start=1070
+  _globals['_ABORTREQUEST']._serialized_end=1113
+  _globals['_LEASE']._serialized_start=1115
+  _globals['_LEASE']._serialized_end=1206
+  _globals['_OFFERREQUEST']._serialized_start=1209
+  _globals['_OFFERREQUEST']._serialized_end=1369
+  _globals['_DONE']._serialized_start=1371
+  _globals['_DONE']._serialized_end=1377
+  _globals['_REQUESTS']._serialized_start=1380
+  _globals['_REQUESTS']._serialized_end=1545
 # @@protoc_insertion_point(module_scope)

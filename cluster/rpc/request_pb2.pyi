@@ -21,7 +21,7 @@ class TokenIds(_message.Message):
     def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
-    __slots__ = ("max_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos", "stop_token_ids", "min_tokens", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "bad_words", "logprobs", "prompt_logprobs")
+    __slots__ = ("max_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos", "stop_token_ids", "min_tokens", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "bad_words", "logprobs", "prompt_logprobs", "choice")
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +39,7 @@ class SamplingParams(_message.Message):
     BAD_WORDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
     max_tokens: int
     temperature: float
     top_k: int
@@ -56,7 +57,8 @@ class SamplingParams(_message.Message):
     bad_words: _containers.RepeatedCompositeFieldContainer[TokenIds]
     logprobs: int
     prompt_logprobs: int
-    def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., min_tokens: _Optional[int] = ..., min_p: _Optional[float] = ..., typical_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Iterable[_Union[TokenBias, _Mapping]]] = ..., bad_words: _Optional[_Iterable[_Union[TokenIds, _Mapping]]] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
+    choice: int
+    def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., min_tokens: _Optional[int] = ..., min_p: _Optional[float] = ..., typical_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Iterable[_Union[TokenBias, _Mapping]]] = ..., bad_words: _Optional[_Iterable[_Union[TokenIds, _Mapping]]] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., choice: _Optional[int] = ...) -> None: ...
 
 class Key(_message.Message):
     __slots__ = ("request_id", "epoch")
@@ -82,6 +84,14 @@ class Request(_message.Message):
     timeout_s: float
     def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., generated_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., namespace: _Optional[str] = ..., timeout_s: _Optional[float] = ...) -> None: ...
 
+class Sibling(_message.Message):
+    __slots__ = ("key", "choice")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    key: Key
+    choice: int
+    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., choice: _Optional[int] = ...) -> None: ...
+
 class Endpoint(_message.Message):
     __slots__ = ("worker_id", "incarnation", "address", "cohort")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -95,16 +105,18 @@ class Endpoint(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ..., cohort: _Optional[str] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
-    __slots__ = ("request", "gateway_id", "decode", "role_epoch")
+    __slots__ = ("request", "gateway_id", "decode", "role_epoch", "siblings")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     GATEWAY_ID_FIELD_NUMBER: _ClassVar[int]
     DECODE_FIELD_NUMBER: _ClassVar[int]
     ROLE_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SIBLINGS_FIELD_NUMBER: _ClassVar[int]
     request: Request
     gateway_id: str
     decode: Endpoint
     role_epoch: int
-    def __init__(self, request: _Optional[_Union[Request, _Mapping]] = ..., gateway_id: _Optional[str] = ..., decode: _Optional[_Union[Endpoint, _Mapping]] = ..., role_epoch: _Optional[int] = ...) -> None: ...
+    siblings: _containers.RepeatedCompositeFieldContainer[Sibling]
+    def __init__(self, request: _Optional[_Union[Request, _Mapping]] = ..., gateway_id: _Optional[str] = ..., decode: _Optional[_Union[Endpoint, _Mapping]] = ..., role_epoch: _Optional[int] = ..., siblings: _Optional[_Iterable[_Union[Sibling, _Mapping]]] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("key",)
@@ -123,18 +135,20 @@ class Lease(_message.Message):
     def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., producer: _Optional[_Union[Endpoint, _Mapping]] = ..., secret: _Optional[str] = ...) -> None: ...
 
 class OfferRequest(_message.Message):
-    __slots__ = ("lease", "num_tokens", "num_growth", "gateway_id", "timeout_s")
+    __slots__ = ("lease", "num_tokens", "num_growth", "gateway_id", "timeout_s", "siblings")
     LEASE_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_GROWTH_FIELD_NUMBER: _ClassVar[int]
     GATEWAY_ID_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    SIBLINGS_FIELD_NUMBER: _ClassVar[int]
     lease: Lease
     num_tokens: int
     num_growth: int
     gateway_id: str
     timeout_s: float
-    def __init__(self, lease: _Optional[_Union[Lease, _Mapping]] = ..., num_tokens: _Optional[int] = ..., num_growth: _Optional[int] = ..., gateway_id: _Optional[str] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+    siblings: _containers.RepeatedCompositeFieldContainer[Key]
+    def __init__(self, lease: _Optional[_Union[Lease, _Mapping]] = ..., num_tokens: _Optional[int] = ..., num_growth: _Optional[int] = ..., gateway_id: _Optional[str] = ..., timeout_s: _Optional[float] = ..., siblings: _Optional[_Iterable[_Union[Key, _Mapping]]] = ...) -> None: ...
 
 class Done(_message.Message):
     __slots__ = ()

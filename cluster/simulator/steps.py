@@ -19,7 +19,7 @@ from engine.engine import Engine, ModelRunner
 from engine.errors import WorkerLost
 from engine.scheduler import Batch, Scheduled
 from engine.step_runner import begin_turn
-from engine.types import Command, Request, Sampled, StepOutputs
+from engine.types import Command, Request, Sampled, SamplingParams, StepOutputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +59,10 @@ class ModelledWeights:
         data = before + earlier + token_id.to_bytes(4, "little")
         return hashlib.blake2b(data, digest_size=STATE_BYTES, salt=(self.seed % 2**64).to_bytes(8, "little")).digest()
 
-    def next_token(self, state: bytes, sampling_seed: int) -> int:
+    def next_token(self, state: bytes, sampling: SamplingParams) -> int:
         """The token after the position of this state."""
-        drawn = hashlib.blake2b(state, digest_size=16, salt=sampling_seed.to_bytes(8, "little")).digest()
+        salt = sampling.seed.to_bytes(8, "little") + sampling.choice.to_bytes(8, "little")
+        drawn = hashlib.blake2b(state, digest_size=16, salt=salt).digest()
         token_id = int.from_bytes(drawn[:8], "little") % self.vocab_size
         if self.eos_every and int.from_bytes(drawn[8:], "little") % self.eos_every == 0:
             return min(self.eos_token_ids)
@@ -76,7 +77,7 @@ class ModelledWeights:
         while len(tokens) - num_prompt < sampling.max_tokens:
             for position in range(len(states), len(tokens)):
                 states.append(self.next_state(position, tokens[position], states.__getitem__))
-            tokens.append(self.next_token(states[-1], sampling.seed))
+            tokens.append(self.next_token(states[-1], sampling))
             if tokens[-1] in self.eos_token_ids and not sampling.ignore_eos:
                 break
         return tuple(tokens[num_prompt:])
@@ -103,7 +104,8 @@ class ModelledRunner:
             self._pool.store(blocks, position, state)
         if not item.samples:
             return Sampled()
-        return Sampled((self._weights.next_token(state, item.sequence.request.sampling.seed),))
+        first, *siblings = (Sampled((self._weights.next_token(state, one.sampling),)) for one in item.sequence.answers)
+        return replace(first, siblings=tuple(siblings))
 
 
 class ModelledStepRunner:

@@ -128,17 +128,17 @@ class World:
 
     # --- requests ------------------------------------------------------------------------------------------
 
-    async def generate(self, request: Request) -> AsyncGenerator[TokenOutput]:
+    async def generate(self, request: Request, *siblings: Request) -> AsyncGenerator[TokenOutput]:
         """The dispatcher's stream; what came and how it ended is noted."""
         name = request.request_id
         self.log.add(GATEWAY, "request", id=name, prompt=len(request.prompt_ids))
         try:
-            async with aclosing(self.dispatcher.generate(request)) as outputs:
+            async with aclosing(self.dispatcher.generate(request, *siblings)) as outputs:
                 async for output in outputs:
                     ids = ",".join(map(str, output.token_ids))
                     self.log.add(
-                        GATEWAY, "tokens", id=name, epoch=output.key.epoch, first=output.first_index, ids=ids,
-                        finish=output.finish,
+                        GATEWAY, "tokens", id=output.key.request_id, epoch=output.key.epoch, first=output.first_index,
+                        ids=ids, finish=output.finish,
                     )  # fmt: skip
                     yield output
         except SteelyardError as error:

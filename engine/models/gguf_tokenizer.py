@@ -1,30 +1,35 @@
-"""Build a byte-level BPE tokenizer from a GGUF file's metadata.
+"""Build a tokenizer from a GGUF file's metadata: byte-level BPE here, SentencePiece in spm_tokenizer.py.
 
-The file holds tokens, their types and merges, but names its pre-tokenizer (how text is cut before merging) only by
-`tokenizer.ggml.pre`; `_PRE_TOKENIZERS` holds the ones we know. Another vocabulary model than `gpt2` is refused.
+Of byte-level BPE the file holds tokens, their types and merges, but names its pre-tokenizer (how text is cut before
+merging) only by `tokenizer.ggml.pre`; `_PRE_TOKENIZERS` holds the ones we know. Other vocabulary models are refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from engine.errors import ModelError
 from engine.models.config import MetaValue
-
-_CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's token types; both are matched whole in the text
+from engine.models.fields import refused
+from engine.models.gguf_vocabulary import TokenType, add_whole_tokens, strings, surround, token_types
+from engine.models.spm_tokenizer import build_spm_tokenizer
 
 
 def build_tokenizer(metadata: Mapping[str, MetaValue]) -> Tokenizer:
     """The tokenizer that `metadata` describes. Raises ModelError that names the key at fault."""
     kind = metadata.get("tokenizer.ggml.model")
-    if kind != "gpt2":
-        raise ModelError(f"tokenizer.ggml.model is {kind!r}; only 'gpt2' is supported", param="tokenizer.ggml.model")
+    builders = {"gpt2": _build_byte_level, "llama": build_spm_tokenizer}
+    if not isinstance(kind, str) or kind not in builders:
+        raise refused("tokenizer.ggml.model", kind, tuple(builders))
+    return builders[kind](metadata)
+
+
+def _build_byte_level(metadata: Mapping[str, MetaValue]) -> Tokenizer:
     pre = metadata.get("tokenizer.ggml.pre", "default")
     if not isinstance(pre, str) or pre not in _PRE_TOKENIZERS:
-        known = ", ".join(_PRE_TOKENIZERS)
-        raise ModelError(f"tokenizer.ggml.pre is {pre!r}; supported: {known}", param="tokenizer.ggml.pre")
+        raise refused("tokenizer.ggml.pre", pre, tuple(_PRE_TOKENIZERS))
     tokens = strings(metadata, "tokenizer.ggml.tokens")
     tokenizer = Tokenizer(
         _merges_model(tokens, strings(metadata, "tokenizer.ggml.merges"), ignore_merges=pre == "llama-bpe")
@@ -33,18 +38,11 @@ def build_tokenizer(metadata: Mapping[str, MetaValue]) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
-    _add_whole_tokens(tokenizer, tokens, metadata.get("tokenizer.ggml.token_type"))
-    if metadata.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"):
-        _prepend_bos(tokenizer, tokens, metadata.get("tokenizer.ggml.bos_token_id"))
+    add_whole_tokens(
+        tokenizer, tokens, token_types(metadata, len(tokens)), special=(TokenType.CONTROL,), normalized=False
+    )
+    surround(tokenizer, metadata, tokens, add_bos=pre == "llama-bpe")
     return tokenizer
-
-
-def strings(metadata: Mapping[str, MetaValue], key: str) -> list[str]:
-    """The list of strings under `key`. Raises ModelError that names the key."""
-    value = metadata.get(key)
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise ModelError(f"{key} must be a list of strings", param=key)
-    return [str(item) for item in value]
 
 
 def _merges_model(tokens: list[str], merges: list[str], ignore_merges: bool) -> models.BPE:
@@ -56,31 +54,6 @@ def _merges_model(tokens: list[str], merges: list[str], ignore_merges: bool) -> 
         raise ModelError(
             f"tokenizer.ggml.merges do not fit the tokens: {error}", param="tokenizer.ggml.merges"
         ) from error
-
-
-def _add_whole_tokens(tokenizer: Tokenizer, tokens: list[str], types: MetaValue | None) -> None:
-    """Register control tokens as special, and user-defined ones as added, under the ids they already have."""
-    if types is None:
-        return
-    if not isinstance(types, list) or len(types) != len(tokens):
-        raise ModelError("tokenizer.ggml.token_type must have one entry per token", param="tokenizer.ggml.token_type")
-    of_type = {
-        kind: [token for token, found in zip(tokens, types, strict=True) if found == kind]
-        for kind in (_CONTROL, _USER_DEFINED)
-    }
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in of_type[_CONTROL]])
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in of_type[_USER_DEFINED]])
-
-
-def _prepend_bos(tokenizer: Tokenizer, tokens: list[str], bos_id: MetaValue | None) -> None:
-    if not isinstance(bos_id, int) or not 0 <= bos_id < len(tokens):
-        raise ModelError(
-            f"tokenizer.ggml.bos_token_id is {bos_id!r}, but BOS is to be added", param="tokenizer.ggml.bos_token_id"
-        )
-    bos = tokens[bos_id]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, bos_id)]
-    )
 
 
 # --- pre-tokenizers -------------------------------------------------------------------------------------------

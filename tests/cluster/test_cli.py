@@ -8,16 +8,19 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import StringIO
 from pathlib import Path
 from threading import Thread
 from typing import cast
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from cluster import launch
 from cluster.cli import app
 from cluster.client import ApiClient, ApiError, ChatOptions, Message
+from cluster.pull_progress import pull_progress
 from cluster.ray_session import local_ray_environment, ray_address
 from engine.errors import ConfigError
 
@@ -244,6 +247,24 @@ def test_the_catalogue_is_listed_with_licence_and_size() -> None:
     done = run("models", "list")
     assert done.exit_code == 0
     assert re.search(r"smollm2-135m-instruct +Apache-2\.0 +89 MiB +94 MiB", done.stdout)
+    assert re.search(r"gemma-3-270m +Gemma Terms of Use +227 MiB +242 MiB", done.stdout)
+    assert "gemma-3-270m: Gemma Terms of Use: use-restricted, see https://ai.google.dev/gemma/terms" in done.stdout
+
+
+def test_a_pull_s_progress_is_lines_in_a_log_and_a_bar_on_a_terminal() -> None:
+    for is_terminal in (False, True):
+        console = Console(file=StringIO(), force_terminal=is_terminal, width=100)
+        with pull_progress(console) as report:
+            for done in range(30, 101):
+                report("download", done * 2**20, 100 * 2**20)
+            report("unpack", 2**20, 2**20)
+        assert isinstance(console.file, StringIO)
+        lines = console.file.getvalue().splitlines()
+        if is_terminal:
+            assert any("\x1b[" in line for line in lines)
+        else:
+            tenths = [f"download {done} of 100 MiB" for done in range(30, 101, 10)]
+            assert lines == [*tenths, "unpack 1 of 1 MiB"]
 
 
 def test_a_model_that_is_nowhere_is_named(tmp_path: Path) -> None:

@@ -90,6 +90,11 @@ def test_a_loaded_config_cannot_be_altered() -> None:
 # --- what is refused ------------------------------------------------------------------------------------------
 
 FAULTS = {
+    # waits and bounds of the HTTP side
+    "router: {read_timeout_s: 0}": "router.read_timeout_s: must be more than 0, got 0",
+    "router: {write_timeout_s: soon}": "router.write_timeout_s: expected a number, got 'soon'",
+    "router: {drain_s: -1}": "router.drain_s: must be at least 0, got -1",
+    "router: {max_connections: 0}": "router.max_connections: must be at least 1, got 0",
     # unknown keys
     "router: {prot: 1}": "router.prot: unknown key; did you mean 'port'?",
     "rooter: {port: 1}": "rooter: unknown key; did you mean 'router'?",

@@ -45,8 +45,17 @@ TEXT = st.text(max_size=20)
 KEYS = st.builds(Key, TEXT, U32)
 ENDPOINTS = st.builds(Endpoint, TEXT, TEXT, TEXT, TEXT)
 REQUESTS = st.builds(Request, TEXT, IDS, SAMPLING_PARAMS, U32, IDS, TEXT, FLOATS)
-SUBMISSIONS = st.builds(Submission, REQUESTS, TEXT, st.none() | ENDPOINTS)
-OFFERS = st.builds(Offer, st.builds(Lease, KEYS, TEXT, TEXT, TEXT, TEXT, TEXT), U32, U32, TEXT, FLOATS)
+SIBLINGS = st.lists(st.tuples(KEYS, U32), max_size=3)
+SUBMISSIONS = st.builds(
+    lambda request, gateway_id, decode, siblings: Submission(
+        request, gateway_id, decode, tuple(request.sibling(key, choice) for key, choice in siblings)
+    ),
+    REQUESTS, TEXT, st.none() | ENDPOINTS, SIBLINGS,
+)  # fmt: skip
+OFFERS = st.builds(
+    Offer, st.builds(Lease, KEYS, TEXT, TEXT, TEXT, TEXT, TEXT), U32, U32, TEXT, FLOATS,
+    st.lists(KEYS, max_size=3).map(tuple),
+)  # fmt: skip
 STATS = st.builds(EngineStats, **{each.name: U32 for each in fields(EngineStats)})
 OUTPUTS = st.builds(
     TokenOutput, KEYS, U32, IDS, st.none() | st.sampled_from(FinishReason),

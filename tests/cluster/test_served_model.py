@@ -120,6 +120,29 @@ def test_sampling_parameters_and_logprobs_work_through_the_cluster(served: Serve
     assert ask(**sampling).message.content == ask(**sampling).message.content
 
 
+def test_several_answers_come_from_one_prompt(served: Served):
+    """The first is the one that comes alone; each stops on its own; streamed or not they are the same."""
+    client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none")
+    body: dict[str, Any] = {"model": MODEL, "messages": CAPITAL, "max_tokens": 16, "temperature": 1.1, "seed": 3}
+    whole = client.chat.completions.create(n=4, stop=["Paris"], **body)
+    texts = [choice.message.content or "" for choice in whole.choices]
+    alone = client.chat.completions.create(stop=["Paris"], **body)
+    assert texts[0] == alone.choices[0].message.content and len(set(texts)) > 1
+    assert whole.usage is not None and alone.usage is not None
+    assert whole.usage.prompt_tokens == alone.usage.prompt_tokens
+    streamed = ["", "", "", ""]
+    for chunk in client.chat.completions.create(n=4, stop=["Paris"], stream=True, **body):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.delta.content or ""
+    assert streamed == texts
+    scored = client.completions.create(
+        model=MODEL, prompt="One, two, three", max_tokens=1, extra_body={"prompt_logprobs": 1}
+    )
+    told = (scored.choices[0].model_extra or {})["prompt_logprobs"]
+    assert scored.usage is not None and told[0] is None and len(told) == scored.usage.prompt_tokens
+    assert max(one["logprob"] for one in told[-1].values()) > -1
+
+
 def test_bad_input_is_refused_by_field_and_the_cluster_serves_on(served: Served):
     client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
     with pytest.raises(openai.NotFoundError, match="nobody"):

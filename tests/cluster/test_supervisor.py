@@ -10,6 +10,7 @@ from itertools import count
 import pytest
 
 from cluster.config import ClusterConfig, ClusterSection, PoolConfig, PoolsSection
+from cluster.end_limits import EndLimits, end_limits
 from cluster.incarnation import Incarnation
 from cluster.spec import Phase, UnitState, WorkerSpec
 from cluster.supervisor import MAX_BACKOFF_S, MAX_FIRST_ATTEMPTS, Supervisor, backoff_s
@@ -37,7 +38,7 @@ class FakeProcess:
     async def failed(self) -> str:
         return await asyncio.shield(self._ended)
 
-    async def stop(self) -> None:
+    async def stop(self, polite_s: float) -> None:
         self.num_stops += 1
 
 
@@ -64,6 +65,7 @@ class FakeGatewayProcess(FakeProcess):
         self.applied: list[Membership] = []
         self._fault = fault
         self._canary = asyncio.Event()
+        self.on_stop: Callable[[float], None] = lambda polite_s: None
 
     async def start(self) -> str:
         if self._fault is not None:
@@ -80,6 +82,10 @@ class FakeGatewayProcess(FakeProcess):
 
     async def ready(self) -> None:
         await self._canary.wait()
+
+    async def stop(self, polite_s: float) -> None:
+        await super().stop(polite_s)
+        self.on_stop(polite_s)
 
 
 class FakeSpawner:
@@ -116,10 +122,14 @@ def make_config(**cluster: object) -> ClusterConfig:
 
 
 @asynccontextmanager
-async def running(spawner: FakeSpawner, **cluster: object) -> AsyncIterator[Supervisor]:
+async def running(
+    spawner: FakeSpawner, limits: EndLimits | None = None, **cluster: object
+) -> AsyncIterator[Supervisor]:
     """A supervisor with one prefill and two decode workers, stopped at the end."""
     names = (f"incarnation-{number}" for number in count())
-    supervisor = Supervisor(make_config(**cluster), spawner, loopback=True, new_incarnation=lambda: next(names))
+    supervisor = Supervisor(
+        make_config(**cluster), spawner, loopback=True, new_incarnation=lambda: next(names), limits=limits
+    )
     life = asyncio.create_task(supervisor.run())
     try:
         yield supervisor
@@ -304,17 +314,39 @@ async def test_stopping_twice_stops_once() -> None:
         await supervisor.stop()
         assert spawner.num_closes == 1
         assert supervisor.status().phase == Phase.STOPPED
-        assert spawner.gateways[0].applied[-1].members == (), "the gateway hears that nobody is left"
         assert {unit.state for unit in supervisor.status().workers} == {UnitState.STOPPED}
 
 
-async def test_stopping_is_bounded_though_a_process_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def hang() -> None:
-        await asyncio.get_running_loop().create_future()
-
-    monkeypatch.setattr("cluster.supervisor.STOP_S", 0.1)
+async def test_the_gateway_drains_while_its_workers_still_serve() -> None:
     spawner = FakeSpawner()
     async with running(spawner) as supervisor:
+        await until(is_ready(supervisor))
+        seen = list[tuple[float, int, int]]()
+
+        def look(polite_s: float) -> None:
+            members = spawner.gateways[0].applied[-1].members
+            seen.append((polite_s, len(members), sum(worker.num_stops for worker in spawner.workers)))
+
+        spawner.gateways[0].on_stop = look
+        await supervisor.stop()
+        assert seen == [(end_limits(RouterConfig()).gateway_s, 3, 0)]
+        assert supervisor.membership().members == ()
+
+
+def test_every_limit_holds_those_inside_it() -> None:
+    for drain_s in (0.0, 10.0, 600.0):
+        limits = end_limits(RouterConfig(drain_s=drain_s))
+        assert drain_s < limits.gateway_s < limits.gateway_step_s
+        assert limits.total_s > limits.gateway_step_s + limits.worker_step_s
+
+
+async def test_stopping_is_bounded_though_a_process_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def hang(polite_s: float) -> None:
+        await asyncio.get_running_loop().create_future()
+
+    monkeypatch.setattr("cluster.end_limits.KILL_S", 0.05)
+    spawner = FakeSpawner()
+    async with running(spawner, limits=EndLimits(gateway_s=0.05, worker_s=0.05)) as supervisor:
         await until(is_ready(supervisor))
         monkeypatch.setattr(spawner.latest("decode-0"), "stop", hang)
         monkeypatch.setattr(spawner.gateways[0], "stop", hang)

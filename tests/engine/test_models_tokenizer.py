@@ -256,7 +256,7 @@ def metadata(smollm2_files: ModelFiles) -> dict:
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.model"),
+        ({"tokenizer.ggml.model": "rwkv"}, "tokenizer.ggml.model"),
         ({"tokenizer.ggml.pre": "tekken"}, "tokenizer.ggml.pre"),
         ({"tokenizer.ggml.tokens": None}, "tokenizer.ggml.tokens"),
         ({"tokenizer.ggml.merges": 5}, "tokenizer.ggml.merges"),

@@ -7,6 +7,7 @@ that was lost, overwritten or shared wrongly shows as a wrong slot or as wrong t
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from engine.block_manager import BlockManager
 from engine.engine import Engine, EngineSpec
-from engine.scheduler import Batch, Scheduled, SchedulerLimits
+from engine.scheduler import MAX_OVERTAKEN, Batch, Scheduled, SchedulerLimits
 from engine.types import (
     Abort,
     Add,
@@ -382,6 +383,34 @@ def test_a_preempted_sequence_continues_where_it_was() -> None:
     for item in requests:
         indices = [output.first_index for output in bench.outputs if output.key == item.key and output.token_ids]
         assert indices == list(range(12))
+
+
+def test_short_prompts_pass_long_ones_and_the_oldest_goes_on_in_every_step() -> None:
+    """Two long prompts would fill each step; the short ones behind them get their first token in the next step."""
+    bench = Bench(num_blocks=100, limits=limits(tokens=16))
+    bench.send(*(Add(request(name, 80)) for name in ("long1", "long2")))
+    bench.step()
+    assert bench.batches[-1] == [("long1", 0, 8), ("long2", 0, 8)]
+    bench.send(*(Add(request(name, 4)) for name in "abc"))
+    bench.step()
+    assert bench.batches[-1] == [("long1", 8, 8), ("a", 0, 4), ("b", 0, 4)]
+    bench.step()
+    assert ("long1", 16, 8) in bench.batches[-1] and ("c", 0, 4) in bench.batches[-1]
+    bench.run()
+    bench.check_idle()
+
+
+def test_nobody_is_overtaken_for_ever() -> None:
+    bench = Bench(num_blocks=12, limits=limits(tokens=16, seqs=3))
+    bench.send(Add(request("busy", 8, max_tokens=12)), Add(request("long", 40, max_tokens=2)))
+    names = (f"short{index}" for index in itertools.count())
+    steps = 0
+    while Key("long", 0) not in bench.finished:
+        bench.send(Add(request(next(names), 4, max_tokens=1)), Add(request(next(names), 4, max_tokens=1)))
+        bench.step()
+        steps += 1
+        assert steps < 2 * MAX_OVERTAKEN, "it starves"
+    assert steps > 10, "it was overtaken"
 
 
 def test_a_preempted_sequence_goes_before_those_that_waited() -> None:

@@ -143,11 +143,11 @@ class Transfer:
         data = (handoff or handoff_of(self.num_tokens)).encode()
         self.outbox.commit(self.lease.key, self.source_ids, data)
 
-    def puller(self, **options: bool) -> Puller:
-        return Puller(self.target.layout, self.target, self.target_ids, self.link, self.lease, **options)
+    def puller(self, verify_digests: bool = True) -> Puller:
+        return Puller(self.target.layout, self.target, self.target_ids, self.link, self.lease, verify_digests)
 
-    async def run(self, timeout_s: float = 1.0, **options: bool) -> Pulled:
-        return await self.puller(**options).run(timeout_s)
+    async def run(self, timeout_s: float = 1.0, verify_digests: bool = True) -> Pulled:
+        return await self.puller(verify_digests).run(timeout_s)
 
     def arrived(self) -> list[bool]:
         """Of each block of the request: does the target hold the source's bytes?"""

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import TransferFailed
-from engine.types import Request
+from engine.types import Key, Request
 from kv_transfer.handoff import HANDOFF_VERSION, HandOff
 from tests.kv_transfer.fakes import handoff_of
 from tests.strategies import SAMPLING_PARAMS
@@ -30,7 +30,11 @@ def handoffs(draw: st.DrawFn) -> HandOff:
     request = draw(REQUESTS)
     computed = draw(st.integers(0, request.num_tokens - 1))
     stages = draw(st.lists(st.tuples(st.text(), FLOATS), max_size=3).map(tuple))
-    return HandOff(request, computed, draw(st.integers(0, 2**31)), draw(st.text()), stages)
+    keys = st.builds(Key, st.text(), st.integers(0, 2**32 - 1))
+    siblings = draw(st.lists(st.tuples(keys, st.integers(0, 2**31), IDS), max_size=3))
+    found = tuple(request.sibling(*one) for one in siblings)
+    usable = tuple(one for one in found if computed < one.num_tokens)
+    return HandOff(request, computed, draw(st.integers(0, 2**31)), draw(st.text()), stages, usable)
 
 
 def parts_of(handoff: HandOff) -> list[list]:

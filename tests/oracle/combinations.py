@@ -31,13 +31,15 @@ from engine.config import EngineConfig, ModelSource
 from engine.engine import Engine, ModelRunner
 from engine.kv_cache import KVCache
 from engine.model_runner import TorchRunner, build_model
+from engine.models.decoder import Weights
 from engine.models.loader import load_config
+from engine.models.store import resolve
 from engine.models.weights import load_weights
 from engine.scheduler import Batch
 from engine.setup import plan_engine
 from engine.types import Add, EngineStats, FinishReason, Request, SamplingParams
 from tests.oracle.compare import Expected, Verdict, compare
-from tests.oracle.prompts import MODEL, WHOLE_BLOCKS, OraclePrompt, model_files
+from tests.oracle.prompts import MODEL, WHOLE_BLOCKS, OraclePrompt
 from tests.oracle.reference import NUM_NEW
 
 WHOLE = 2048  # a chunk that holds every prompt
@@ -127,10 +129,13 @@ def run(engine: Engine, model: ModelRunner, requests: Iterable[Request]) -> dict
 class EngineLab:
     """One loaded model for many engines."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = MODEL, weights: Weights | None = None) -> None:
+        """`weights` are the model's own, where they are loaded already; the model takes them out of the dict."""
         torch.set_num_threads(1)
-        config = load_config(model_files())
-        weights = load_weights(model_files(), config, torch.float32)
+        files = resolve(name)
+        config = load_config(files)
+        weights = weights or load_weights(files, config, torch.float32)
+        self._source = ModelSource(name=name)
         with torch.inference_mode():
             # Both block sizes give attention tiles of 128, so that one measured ladder fits both.
             self._model = build_model(config, weights, WHOLE_BLOCKS, batch_invariant=True)
@@ -141,7 +146,7 @@ class EngineLab:
             block_size=one.block_size, num_blocks=num_blocks, prefill_chunk=one.chunk, max_batch_seqs=one.batch,
             max_batch_tokens=max(512, one.chunk), prefix_cache=one.prefix_cache,
         )  # fmt: skip
-        setup = plan_engine(ModelSource(name=MODEL), config, b"key of the oracle tests")
+        setup = plan_engine(self._source, config, b"key of the oracle tests")
         cache = KVCache(setup.layout, num_blocks, "cpu", None)
         cache.fill(float("nan"))
         engine = Engine(setup.spec)

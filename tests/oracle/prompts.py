@@ -54,12 +54,12 @@ def digest_of(ids: Iterable[int]) -> str:
 
 def oracle_prompts(count: int) -> tuple[OraclePrompt, ...]:
     """`count` of the 40 prompts, shortest to longest, spread over their lengths."""
-    return _spread(_choose(_candidates(_data_texts() if has_data() else _own_texts())), count)
+    return _spread(_choose(_candidates(data_texts() if has_data() else own_texts())), count)
 
 
 def own_prompts(count: int) -> tuple[OraclePrompt, ...]:
     """The same from this project's own texts alone: what a checkout without the data sets gets."""
-    return _spread(_choose(_candidates(_own_texts())), count)
+    return _spread(_choose(_candidates(own_texts())), count)
 
 
 def has_data() -> bool:
@@ -131,7 +131,7 @@ def _chat_ids(text: str) -> list[int]:
 
 
 @cache
-def _data_texts() -> tuple[tuple[str, str], ...]:
+def data_texts() -> tuple[tuple[str, str], ...]:
     questions = [json.loads(line) for line in (DATA / "spec-bench" / "question.jsonl").read_text("utf-8").splitlines()]
     with gzip.open(DATA / "human-eval" / "HumanEval.jsonl.gz", "rt", encoding="utf-8") as file:
         programs = [json.loads(line)["prompt"] for line in file]
@@ -144,8 +144,8 @@ def _data_texts() -> tuple[tuple[str, str], ...]:
 
 
 @cache
-def _own_texts() -> tuple[tuple[str, str], ...]:
-    """Our short texts, and runs of 1, 2, 4, ... paragraphs of the licence from every third paragraph on."""
+def own_texts() -> tuple[tuple[str, str], ...]:
+    """(kind, text): our short ones, and runs of 1, 2, 4, ... paragraphs of the licence from every third one on."""
     licence = (REPOSITORY / "LICENSE").read_text("utf-8").split("\n\n")
     runs = [
         "\n\n".join(licence[first : first + count])

@@ -1,9 +1,10 @@
-"""The oracle: what transformers' own Llama chooses in float32, live, and as recorded in golden.json.
+"""The oracle: what transformers' own models choose in float32, live, and as recorded in golden.json.
 
-1. `Reference` is LlamaForCausalLM with the weights that our loader read. That these equal transformers' own reading
-   of the file is tests/engine/test_models_weights.py's business.
+1. `Reference` is LlamaForCausalLM or Gemma3ForCausalLM with the weights that our loader read. That these equal another
+   reading of the file is the business of tests/engine/test_models_weights.py and tests/oracle/test_gemma.py.
 2. `greedy` prefills at once, then decodes token by token over transformers' KV cache, past any end-of-sequence.
-3. `golden` reads what `python -m tests.oracle.record` wrote, by digest of the prompt's token ids.
+3. `golden` reads what `python -m tests.oracle.record` wrote, by digest of the prompt's token ids; golden_gemma.json
+   is written by `python -m tests.oracle.record gemma` and read by tests/oracle/test_gemma.py.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.models.config import ModelConfig
+from engine.models.decoder import Weights
 from engine.models.loader import load_config
-from engine.models.store import ModelFiles
 from engine.models.weights import load_weights
 from tests.oracle.compare import Expected
 from tests.oracle.prompts import digest_of, model_files
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 GOLDEN_PATH = Path(__file__).with_name("golden.json")
 NUM_NEW = 64
@@ -33,11 +34,11 @@ CLOSE_GAP = 1e-2  # gaps below it are recorded
 
 
 class Reference:
-    """transformers' Llama with the default model's weights, on the CPU."""
+    """transformers' model with these weights of ours, on the CPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
         torch.set_num_threads(1)  # see tests/oracle/combinations.py
-        self._model = load_model(model_files())
+        self._model = load_model(config, weights)
 
     @torch.inference_mode()
     def greedy(self, prompt_ids: Sequence[int], count: int = NUM_NEW) -> Expected:
@@ -55,15 +56,16 @@ class Reference:
         return Expected(tuple(tokens), min(gaps), close)
 
 
-def load_model(files: ModelFiles) -> LlamaForCausalLM:
-    """transformers' model with the weights of these files, in float32."""
-    from transformers import LlamaForCausalLM  # seconds to import
+def load_model(config: ModelConfig, weights: Weights) -> LlamaForCausalLM | Gemma3ForCausalLM:
+    from transformers import Gemma3ForCausalLM, LlamaForCausalLM  # seconds to import
 
-    config = load_config(files)
-    weights = load_weights(files, config, torch.float32)
-    model = LlamaForCausalLM(_llama_config(config)).eval()
     if config.tie_embeddings:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+        weights = {**weights, "lm_head.weight": weights["model.embed_tokens.weight"]}
+    if config.architecture == "Gemma3ForCausalLM":
+        model = Gemma3ForCausalLM(_gemma_config(config)).eval()
+        weights = {name: _their_norm(name, weight) for name, weight in weights.items()}
+    else:
+        model = LlamaForCausalLM(_llama_config(config)).eval()
     model.load_state_dict(weights)
     return model
 
@@ -82,9 +84,34 @@ def _llama_config(config: ModelConfig) -> LlamaConfig:
     )  # fmt: skip
 
 
+def _gemma_config(config: ModelConfig) -> Gemma3TextConfig:
+    from transformers import Gemma3TextConfig
+
+    assert config.rope_scaling is None, "not needed for the smallest model"
+    return Gemma3TextConfig(
+        vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim, rms_norm_eps=config.rms_norm_eps,
+        max_position_embeddings=config.max_context, tie_word_embeddings=config.tie_embeddings,
+        query_pre_attn_scalar=int(config.query_scalar or config.head_dim),
+        sliding_window=next(window for window in config.layer_windows if window is not None),
+        layer_types=["full_attention" if window is None else "sliding_attention" for window in config.layer_windows],
+        rope_parameters={
+            "full_attention": {"rope_type": "default", "rope_theta": config.rope_theta},
+            "sliding_attention": {"rope_type": "default", "rope_theta": config.local_rope_theta},
+        },
+    )  # fmt: skip
+
+
+def _their_norm(name: str, weight: torch.Tensor) -> torch.Tensor:
+    """transformers multiplies by 1 + weight, we by the weight, as GGUF files have it."""
+    return weight - 1 if name.endswith("norm.weight") else weight
+
+
 @cache
 def load_reference() -> Reference:
-    return Reference()
+    config = load_config(model_files())
+    return Reference(config, load_weights(model_files(), config, torch.float32))
 
 
 # --- golden.json ----------------------------------------------------------------------------------------------
@@ -103,9 +130,14 @@ class Golden:
         return self.by_digest[digest_of(prompt_ids)]
 
 
-@cache
 def golden() -> Golden:
-    record = json.loads(GOLDEN_PATH.read_text("utf-8"))
+    """Of the default model."""
+    return read_golden(GOLDEN_PATH)
+
+
+@cache
+def read_golden(path: Path) -> Golden:
+    record = json.loads(path.read_text("utf-8"))
     by_digest = {digest: _expected_from(one) for digest, one in record["prompts"].items()}
     return Golden(record["numerics_version"], record["versions"], by_digest)
 

@@ -401,7 +401,7 @@ async def test_an_abort_after_the_commit_ends_the_lease_for_its_reader() -> None
         h.side.abort(KEY)
         with pytest.raises(LeaseLost):
             await anext(stream)
-        assert h.sent[1:] == [Abort(KEY)]
+        assert h.sent[1:] == [Release(KEY)]
         assert h.is_clean()
 
 
@@ -412,7 +412,7 @@ async def test_an_abort_of_an_unknown_key_or_a_second_one_is_no_error() -> None:
         await h.to_commit()
         h.side.abort(KEY)
         h.side.abort(KEY)
-        assert {type(command) for command in h.sent[1:]} == {Add, Abort}
+        assert {type(command) for command in h.sent[1:]} == {Add, Abort, Release}
         assert h.is_clean()
 
 
@@ -496,3 +496,93 @@ async def test_nothing_that_went_wrong_leaves_a_task_behind() -> None:
         h.peers.refuse(Overloaded("full"))
         await settle()
         assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+# --- several answers to one prompt ----------------------------------------------------------------------------
+
+
+SIBLING = Key("r.1", 0)
+
+
+async def two_answers(h: House) -> None:
+    """Submitted as one, and the first chunk scheduled."""
+    request = Request("r", tuple(range(10)), SamplingParams(max_tokens=8))
+    h.side.submit(Submission(request, GATEWAY, DECODE, (request.sibling(SIBLING, 1),)))
+    h.turn(Progress(KEY, 0, BLOCKS))
+    await settle()
+    h.peers.accept()
+
+
+def both_firsts() -> tuple[TokenOutput | Progress, ...]:
+    return TokenOutput(KEY, 0, (42,)), TokenOutput(SIBLING, 0, (43,)), Progress(KEY, 10, BLOCKS, done=True)
+
+
+async def handed(h: House) -> HandOff:
+    messages = [message async for message in h.outbox.messages(h.lease, 0)]
+    assert isinstance(messages[-1], Commit)
+    return HandOff.decode(messages[-1].handoff)
+
+
+@in_virtual_time
+async def test_several_answers_are_one_offer_and_one_hand_off() -> None:
+    with house() as h:
+        await two_answers(h)
+        assert h.peers.offers[0].keys == (KEY, SIBLING)
+        h.turn(*both_firsts())
+        handoff = await handed(h)
+        assert (handoff.request.generated_ids, handoff.request.key) == ((42,), KEY)
+        (sibling,) = handoff.siblings
+        assert (sibling.generated_ids, sibling.key, sibling.sampling.choice) == ((43,), SIBLING, 1)
+        h.outbox.release(h.lease)
+        await h.told()
+        assert h.is_clean() and h.sent[1:] == [Release(KEY)]
+
+
+@in_virtual_time
+@pytest.mark.parametrize("gone", [KEY, SIBLING], ids=["the one that names the blocks", "the other"])
+async def test_an_answer_that_is_ended_leaves_the_other_its_blocks(gone: Key) -> None:
+    """The blocks are held under the first one's key: an Abort of it would free them under the reader."""
+    with house() as h:
+        await two_answers(h)
+        h.side.abort(gone)
+        assert h.sent[1:] == ([] if gone == KEY else [Abort(SIBLING)])
+        h.turn(*both_firsts())
+        handoff = await handed(h)
+        assert handoff.request.key == (SIBLING if gone == KEY else KEY) and not handoff.siblings
+        h.outbox.release(h.lease)
+        await h.told()
+        assert h.is_clean() and h.sent[-1] == Release(KEY)
+
+
+@in_virtual_time
+async def test_the_last_answer_that_is_ended_ends_the_submission() -> None:
+    with house() as h:
+        await two_answers(h)
+        h.side.abort(KEY)
+        h.side.abort(SIBLING)
+        assert h.sent[1:] == [Abort(KEY), Abort(SIBLING)] and h.is_clean()
+
+
+@in_virtual_time
+async def test_one_answer_leaves_the_queue_and_the_others_stay() -> None:
+    with house() as h:
+        for index in range(ENGINE_BACKLOG):
+            h.submit(f"before{index}")
+        request = Request("r", tuple(range(10)), SamplingParams(max_tokens=8))
+        h.side.submit(Submission(request, GATEWAY, DECODE, (request.sibling(SIBLING, 1),)))
+        h.side.abort(KEY)
+        h.turn(Progress(Key("before0", 0), 0, BLOCKS))
+        assert h.sent[-1] == Add(request.sibling(SIBLING, 1), handoff=True)
+
+
+@in_virtual_time
+async def test_a_refusal_reaches_every_answer() -> None:
+    with house() as h:
+        request = Request("r", tuple(range(10)), SamplingParams(max_tokens=8))
+        h.side.submit(Submission(request, GATEWAY, DECODE, (request.sibling(SIBLING, 1),)))
+        h.turn(Progress(KEY, 0, BLOCKS))
+        await settle()
+        h.peers.refuse(Overloaded("full"))
+        told = await h.told()
+        assert [one.key for one in told] == [KEY, SIBLING] and all(is_error(one, "overloaded") for one in told)
+        assert h.is_clean()

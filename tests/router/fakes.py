@@ -129,12 +129,34 @@ class FakeGenerator:
         self.script = script
         self.requests: list[Request] = []
         self.live: dict[str, Request] = {}
+        self.cancelled: list[str] = []
         self.started = asyncio.Event()
         self.closed = asyncio.Event()
         self.view = healthy()
         self._num_ids = 0
 
-    async def generate(self, request: Request) -> AsyncGenerator[TokenOutput, None]:
+    async def generate(self, request: Request, *siblings: Request) -> AsyncGenerator[TokenOutput, None]:
+        """One output of each in turn; those that were cancelled say ABORT."""
+        scripts = [self._generate(one) for one in (request, *siblings)]
+        open_scripts = dict(zip((request, *siblings), scripts, strict=True))
+        try:
+            while open_scripts:
+                for one, script in list(open_scripts.items()):
+                    is_cancelled = one.request_id in self.cancelled
+                    cancelled = output(one, 0, (), FinishReason.ABORT) if is_cancelled else None
+                    said = cancelled or await anext(script, None)
+                    if said is None or said.finish:
+                        del open_scripts[one]
+                    if said is not None:
+                        yield said
+        finally:
+            for script in scripts:
+                await script.aclose()
+
+    def cancel(self, request_id: str) -> None:
+        self.cancelled.append(request_id)
+
+    async def _generate(self, request: Request) -> AsyncGenerator[TokenOutput, None]:
         self.requests.append(request)
         self.live[request.request_id] = request
         self.started.set()
@@ -169,12 +191,12 @@ def text_model() -> TextModel:
     return TextModel(MODEL, MAX_CONTEXT, ByteTokenizer(), ByteDetokenizer)
 
 
-def make_app(generator: FakeGenerator, **settings: int) -> FastAPI:
+def make_app(generator: FakeGenerator, **settings: float) -> FastAPI:
     config = RouterConfig.model_validate(settings)
     return create_app(generator, text_model(), config, wall_clock=lambda: CREATED + 0.5, version="1.2.3")
 
 
-def make_client(generator: FakeGenerator, **settings: int) -> httpx.AsyncClient:
+def make_client(generator: FakeGenerator, **settings: float) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(make_app(generator, **settings)), base_url="http://gateway")
 
 
