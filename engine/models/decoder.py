@@ -17,7 +17,7 @@ from engine.models.config import ModelConfig
 from engine.models.moe import Experts, Mlp, feed_forward
 from engine.models.rope import rope_tables
 from kernels.dispatch import prepare, weigh_for
-from kernels.reference.attention import paged_attention
+from kernels.reference.attention import Segment, paged_attention
 from kernels.reference.ladder import Ladders, linear
 from kernels.reference.layers import apply_rope, rms_norm, store_kv
 from kernels.reference.matrix import Matrix
@@ -92,19 +92,22 @@ class Decoder:
 
     def _attend(self, layer: Layer, x: torch.Tensor, place: _Place, step: StepInput) -> torch.Tensor:
         config, count, group = self.config, step.num_tokens, place.group
-        heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-        qkv = linear(x, layer.qkv, layer.qkv_bias, self.ladders.linear)
-        q, k, v = qkv.view(len(qkv), -1, config.head_dim).split(heads, dim=1)
-        q = apply_rope(self._normed(q, layer.q_norm), place.cos, place.sin)
-        k = apply_rope(self._normed(k, layer.k_norm), place.cos, place.sin)
+        qkv = linear(x, layer.qkv, layer.qkv_bias, self.ladders.linear).view(len(x), -1, config.head_dim)
+        qk, v = qkv.split((config.num_heads + config.num_kv_heads, config.num_kv_heads), dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = qk.split((config.num_heads, config.num_kv_heads), dim=1)
+            qk = torch.cat((self._normed(q, layer.q_norm), self._normed(k, layer.k_norm)), dim=1)
+        q, k = apply_rope(qk, place.cos, place.sin).split((config.num_heads, config.num_kv_heads), dim=1)
         store_kv(place.k_cache, k[:count], group.block_ids, step.offsets)
         store_kv(place.v_cache, v[:count], group.block_ids, step.offsets)
-        out = torch.zeros_like(q)
-        for segment in group.segments:
-            out[segment.rows] = paged_attention(
-                q[segment.rows], place.k_cache, place.v_cache, segment, config.attention_scale, self.weigh
-            )
+        attended = [self._attend_to(q, segment, place) for segment in group.segments]
+        padding = q.new_zeros(len(q) - count, *q.shape[1:])
+        out = torch.cat((*attended, padding)) if len(attended) > 1 or len(padding) else attended[0]
         return linear(out.flatten(1), layer.out, layer.out_bias, self.ladders.linear)
+
+    def _attend_to(self, q: torch.Tensor, segment: Segment, place: _Place) -> torch.Tensor:
+        scale = self.config.attention_scale
+        return paged_attention(q[segment.rows], place.k_cache, place.v_cache, segment, scale, self.weigh)
 
     def _normed(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         """x itself where the family has no such norm."""

@@ -117,27 +117,33 @@ def paged_attention(
 
     Returns the shape of q. Unused cache slots may hold anything, NaN included. weigh: weigh_by_tiles, or faster."""
     num_seqs, num_kv_heads, head_dim = segment.num_seqs, k_cache.shape[1], q.shape[2]
-    keys = _gather(k_cache, segment.blocks).transpose(1, 2)  # [num_seqs * num_kv_heads, head_dim, num_keys]
-    values = _gather(v_cache, segment.blocks)  # [num_seqs * num_kv_heads, num_keys, head_dim]
+    records = _records(segment.blocks, num_kv_heads)
+    keys = _gather(k_cache, records, num_seqs).transpose(1, 2)  # [num_seqs * num_kv_heads, head_dim, num_keys]
+    values = _gather(v_cache, records, num_seqs)  # [num_seqs * num_kv_heads, num_keys, head_dim]
     for index, which in segment.stale:
         values[index * num_kv_heads : (index + 1) * num_kv_heads, which].zero_()  # 0 * NaN would be NaN
     # [num_seqs, num_kv_heads, num_new, groups, head_dim]: queries that share a KV head side by side
     queries = (q * scale).view(num_seqs, segment.num_new, num_kv_heads, -1, head_dim).transpose(1, 2)
-    out = torch.empty_like(queries)
+    found = []
     for tile in segment.tiles:
         rows = queries[:, :, tile.tokens]
-        found = _attend(rows.reshape(num_seqs * num_kv_heads, -1, head_dim), keys, values, tile, segment, weigh)
-        out[:, :, tile.tokens] = found.view(rows.shape)
-    return out.transpose(1, 2).reshape(q.shape)
+        out = _attend(rows.reshape(num_seqs * num_kv_heads, -1, head_dim), keys, values, tile, segment, weigh)
+        found.append(out.view(rows.shape))
+    whole = found[0] if len(found) == 1 else torch.cat(found, dim=2)
+    return whole.transpose(1, 2).reshape(q.shape)
 
 
-def _gather(cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    """[num_blocks, heads, block_size, dim] at [num_seqs, n] -> [num_seqs * heads, n * block_size, dim]."""
-    num_heads, block_size, head_dim = cache.shape[1:]
+def _records(blocks: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Where each head's part of these blocks [num_seqs, n] lies among all such parts: [num_seqs * heads * n]."""
     heads = torch.arange(num_heads, device=blocks.device)
-    records = (blocks[:, None, :] * num_heads + heads[:, None]).flatten()
+    return (blocks[:, None, :] * num_heads + heads[:, None]).flatten()
+
+
+def _gather(cache: torch.Tensor, records: torch.Tensor, num_seqs: int) -> torch.Tensor:
+    """[num_blocks, heads, block_size, dim] at n blocks of each sequence -> [num_seqs * heads, n * block_size, dim]."""
+    num_heads, block_size, head_dim = cache.shape[1:]
     gathered = cache.view(-1, block_size * head_dim).index_select(0, records)
-    return gathered.view(blocks.shape[0] * num_heads, -1, head_dim)
+    return gathered.view(num_seqs * num_heads, -1, head_dim)
 
 
 def _attend(

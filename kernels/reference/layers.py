@@ -30,7 +30,8 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     Not F.silu: on a CPU its last bits depend on where the memory is cut among threads and vectors. exp's do not."""
     gate, up = x.chunk(2, dim=-1)
     wide = gate.float()
-    return (wide / wide.neg().exp_().add_(1)).to(x.dtype).mul_(up)
+    divisor = wide.neg().exp_().add_(1)
+    return torch.div(wide, divisor, out=divisor).to(x.dtype).mul_(up)
 
 
 def gelu_tanh_and_mul(x: torch.Tensor) -> torch.Tensor:
@@ -40,7 +41,8 @@ def gelu_tanh_and_mul(x: torch.Tensor) -> torch.Tensor:
     gate, up = x.chunk(2, dim=-1)
     wide = gate.float()
     inner = (wide.square().mul_(0.044715).add_(1)).mul_(wide).mul_(-2 * math.sqrt(2 / math.pi))
-    return (wide / inner.exp_().add_(1)).to(x.dtype).mul_(up)
+    divisor = inner.exp_().add_(1)
+    return torch.div(wide, divisor, out=divisor).to(x.dtype).mul_(up)
 
 
 def store_kv(cache: torch.Tensor, new: torch.Tensor, block_ids: torch.Tensor, offsets: torch.Tensor) -> None:

@@ -58,6 +58,7 @@ def test_rope_turns_a_pair_by_its_angle() -> None:
     assert quarter.tolist() == [[[-4.0, 3.0]]]
 
 
+@torch.inference_mode()
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_silu_and_mul_equals_the_gated_part_of_transformers_mlp(dtype: torch.dtype) -> None:
     from transformers import LlamaConfig
