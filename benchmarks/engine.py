@@ -1,6 +1,6 @@
 """One engine beside transformers' `generate`: prefill, decode at 1, 4 and 16, and 64 prompts offline, in float32.
 
-    python -m benchmarks.engine [--quick] [--threads N] [--rows NAME ...] [--json FILE]
+    python -m benchmarks.engine [--quick] [--threads N] [--rows NAME ...] [--rounds N] [--json FILE]
 
 1. Both have the same weights and the same number of threads; ours runs in its default mode, batch-invariant, with the
    prefix cache off so that every prompt is computed. transformers gets static batches of equally long prompts.
@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="three short rows, three rounds: under a minute")
     parser.add_argument("--threads", type=int, default=1, help="of either side")
     parser.add_argument("--rows", nargs="+", choices=[case.name for case in CASES], help="only these")
+    parser.add_argument("--rounds", type=int, help="how often each row runs on either side (5, or 3 with --quick)")
     parser.add_argument("--json", metavar="FILE", help="write rows and targets there too")
     options = parser.parse_args()
     cases = [case for case in (QUICK_CASES if options.quick else CASES) if case.name in (options.rows or case.name)]
@@ -90,7 +91,7 @@ def main() -> None:
     prompts, source = real_prompts(
         setup, max(case.num_prompts for case in cases), max(case.num_prompt for case in cases)
     )
-    rounds = 3 if options.quick else 5
+    rounds = options.rounds or (3 if options.quick else 5)
     rates = measure(cases, prompts, ours, theirs, rounds)
     peak, bandwidth = product_rate(), read_rate(setup.model)
     rows = [_row(case, rates[case.name], floor_s(case, setup.model, peak, bandwidth)) for case in cases]

@@ -190,9 +190,6 @@ class ProcessStepRunner:
 
 
 def _child_env(threads: int) -> dict[str, str]:
-    """The child finds our packages where we did, and its libraries start no more threads than it may use. torch asks for
-    huge pages unless the user has said otherwise: steps of few rows are then faster, as
-    `THP_MEM_ALLOC_ENABLE=1 python -m benchmarks.engine` shows beside the same with 0."""
+    """The child finds our packages where we did, and its libraries start no more threads than it may use."""
     paths = [path for path in sys.path if path] + [os.getcwd()]
-    ours = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads)}
-    return {"THP_MEM_ALLOC_ENABLE": "1"} | dict(os.environ) | ours
+    return dict(os.environ) | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads)}
