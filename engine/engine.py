@@ -171,7 +171,9 @@ class Engine:
     def _reserve(self, command: Reserve) -> None:
         holder = Holder(HolderKind.RESERVATION, command.key)
         needed = len(self._reserve_entries(command.num_tokens))
-        growth = self._num_growth_blocks(command.num_growth) * command.num_answers
+        growth = self._num_growth_blocks(command.num_growth)
+        if command.num_answers > 1:  # many answers may take turns: half of the pool is enough to begin with
+            growth = max(growth, min(growth * command.num_answers, self.blocks.num_blocks // 2))
         free = self.blocks.num_available - self.scheduler.num_blocks_wanted
         if holder in self._held:
             block_ids: TokenIds[int] | None = self._held[holder].block_ids

@@ -1,7 +1,8 @@
 """Token streams: from one engine's outputs to one batched stream per gateway.
 
 1. `register` says which gateway owns a key;
-2. `publish` sorts a step's outputs by owner; each subscriber wakes once per step, however many tokens there are;
+2. `publish` sorts a step's outputs by owner; each subscriber wakes once per step, however many tokens there are, and
+   gets them in batches that fit a message;
 3. a subscriber that hears nothing new gets an empty batch every `keepalive_s`, so that silence means death;
 4. while a gateway has no stream (it ended, or never came) its sequences go on for `orphan_s`, then they are aborted.
 """
@@ -9,12 +10,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from engine.types import EngineStats, Key, TokenOutput
 
 KEEPALIVE_S = 1.0
+MAX_BATCH_BYTES = 2**20  # about, on the wire; a single output may be larger
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +94,10 @@ class TokenStreams:
             pass  # an empty batch tells the reader that we live
 
     def _take(self, channel: _Channel) -> StreamBatch:
-        outputs, channel.pending = tuple(channel.pending), []
-        channel.news.clear()
+        count = _num_fitting(channel.pending)
+        outputs, channel.pending = tuple(channel.pending[:count]), channel.pending[count:]
+        if not channel.pending:
+            channel.news.clear()
         return StreamBatch(outputs, self._stats)
 
     def _channel(self, gateway_id: str) -> _Channel:
@@ -116,3 +120,19 @@ class TokenStreams:
             self._abort(key)
             self.forget(key)
         del self._channels[gateway_id]
+
+
+def _num_fitting(outputs: Sequence[TokenOutput]) -> int:
+    """How many of the first ones make a batch: at least one, where there is one."""
+    size_bytes = 0
+    for count, output in enumerate(outputs):
+        size_bytes += _size_bytes(output)
+        if size_bytes > MAX_BATCH_BYTES and count:
+            return count
+    return len(outputs)
+
+
+def _size_bytes(output: TokenOutput) -> int:
+    """About what it takes on the wire: 16 bytes for a likely token, and as much for what each belongs to."""
+    likely = sum(1 + len(one.top) for logprobs in (output.logprobs, output.prompt_logprobs) for one in logprobs)
+    return 128 + 8 * len(output.token_ids) + 16 * likely

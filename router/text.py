@@ -21,6 +21,7 @@ from router.text_stream import Detokenizer, TextStream
 
 DEFAULT_CHAT_TOKENS = 1024  # an answer's length when the client names none, if the context has that much left
 DEFAULT_COMPLETION_TOKENS = 16  # the API's own default
+MAX_PROMPT_LOGPROBS = 2**17  # of one prompt, the likely tokens included: they go to the gateway in one message
 LONG_TEXT_CHARS = 4096  # tokenising more than this would hold up the loop
 
 
@@ -61,6 +62,7 @@ class TextModel:
         max_tokens = self._max_tokens(body, field, len(prompt_ids))
         seed = new_seed() if body.seed is None else body.seed % 2**64
         self._check_ids(body, max_tokens)
+        _check_prompt_logprobs(body, len(prompt_ids))
         sampling = replace(_sampling(body, max_tokens, seed), bad_words=await self._bad_words(body.bad_words or ()))
         return Request(request_id, prompt_ids, sampling, timeout_s=timeout_s)
 
@@ -127,6 +129,12 @@ class TextModel:
 
 async def _off_loop_if_long(num_chars: int, encode: Callable[[], list[int]]) -> tuple[int, ...]:
     return tuple(await asyncio.to_thread(encode) if num_chars > LONG_TEXT_CHARS else encode())
+
+
+def _check_prompt_logprobs(body: ChatBody | CompletionBody, num_prompt: int) -> None:
+    if body.prompt_logprobs is not None and num_prompt * (1 + body.prompt_logprobs) > MAX_PROMPT_LOGPROBS:
+        words = f"{body.prompt_logprobs} for each of {num_prompt} tokens; at most {MAX_PROMPT_LOGPROBS} in all"
+        raise InvalidRequest(f"'prompt_logprobs': {words}", param="prompt_logprobs")
 
 
 def _known_role(role: str) -> str:

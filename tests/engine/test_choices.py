@@ -238,6 +238,16 @@ def test_a_hand_off_leaves_out_answers_that_have_ended_even_the_one_that_names_i
     target.check_idle()
 
 
+def test_answers_that_cannot_all_grow_at_once_are_still_taken_in() -> None:
+    """Their growth is more than the pool; one that needs as much for itself is refused, as ever."""
+    one = driven(num_blocks=64)
+    one.engine.handle(Reserve(Key("a", 0), 20, 40, 16))
+    one.engine.handle(Reserve(Key("b", 0), 20, 300, 1))
+    one.listen()
+    assert one.reserved[Key("a", 0)].block_ids is not None
+    assert one.reserved[Key("b", 0)].block_ids is None
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_no_block_is_lost_in_any_mix_of_forks_and_aborts(seed: int) -> None:
     chance = random.Random(seed)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 
 import pytest
 
 from engine.streams import StreamBatch, TokenStreams
-from engine.types import EngineStats, FinishReason, Key, TokenOutput
+from engine.types import EngineStats, FinishReason, Key, TokenLogprob, TokenOutput
 
 SOON = 0.01  # seconds until an orphan is aborted, where one is wanted
 NEVER = 3600.0
@@ -253,4 +254,20 @@ async def test_a_gateway_can_start_anew_after_its_requests_were_aborted() -> Non
     stream = await open_stream(streams, "gateway")
     streams.publish([output("a"), output("b")], EngineStats())
     assert (await read(stream)).outputs == (output("b"),)
+    await stream.aclose()
+
+
+async def test_large_outputs_come_in_batches_that_fit_a_message() -> None:
+    """Logprobs of prompts are many: several at once would break the message that carries everybody's tokens."""
+    streams = Streams()
+    stream = await open_stream(streams, "g")
+    likely = (TokenLogprob(-1.0, 1, ((1, -1.0),) * 20),) * 2000  # about 670 kB
+    names = [f"r{index}" for index in range(5)]
+    for name in names:
+        streams.register(key(name), "g")
+    streams.publish([replace(output(name), prompt_logprobs=likely) for name in names], EngineStats())
+    streams.publish([output(names[0], 1)], EngineStats())
+    batches = [(await read(stream)).outputs for _ in range(5)]
+    assert [[one.key.request_id for one in batch] for batch in batches[:4]] == [["r0"], ["r1"], ["r2"], ["r3"]]
+    assert [one.first_index for one in batches[4]] == [0, 1]
     await stream.aclose()

@@ -1,4 +1,5 @@
-"""What the oracle tests share: near ties are listed at the end of the run, and the prompts' source is named."""
+"""What the oracle tests share: near ties are listed at the end of a run in one process, and the prompts' source is
+named."""
 
 from __future__ import annotations
 

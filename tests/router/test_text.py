@@ -108,3 +108,10 @@ async def test_what_is_absent_or_null_is_neutral(absent: dict) -> None:
 async def test_bad_words_are_banned_as_written_and_after_a_space() -> None:
     body = completion("a") | {"bad_words": ["no", " no", "x"]}
     assert (await prepare(body)).sampling.bad_words == tuple(tuple(text.encode()) for text in ("no", " no", "x", " x"))
+
+
+async def test_prompt_logprobs_of_a_long_prompt_are_refused_before_they_fill_a_message() -> None:
+    assert (await prepare(completion("a" * 6000, prompt_logprobs=20), 10**6)).sampling.prompt_logprobs == 20
+    with pytest.raises(InvalidRequest, match="prompt_logprobs") as refused:
+        await prepare(completion("a" * 6300, prompt_logprobs=20), 10**6)
+    assert refused.value.param == "prompt_logprobs"
