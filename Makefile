@@ -4,7 +4,9 @@ PYTHON = .venv/bin/python
 CONFIG = configs/local.yaml
 PORT =
 PYTEST_ARGS =
+PYTEST_MARKS =
 PYTEST_WORKERS = 2
+NONE_CHOSEN = test $$? -eq 5
 BASE_PYTHON = python3
 
 PROTOS := $(wildcard cluster/rpc/*.proto)
@@ -44,8 +46,9 @@ chat: $(INSTALLED) ## talk to the model that is being served: make chat [PORT=81
 status: $(INSTALLED) ## show pools, workers and load: make status [PORT=8123]
 	@exec .venv/bin/steelyard status $(if $(PORT),--url http://127.0.0.1:$(PORT))
 
-test: $(INSTALLED) ## everything that CI runs, a file per core: make test [PYTEST_WORKERS=0] [PYTEST_ARGS="tests/router -x"]
-	$(PYTHON) -m pytest -m "not gpu and not oracle" -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+test: $(INSTALLED) ## everything that CI runs, a file per core, then what starts a Ray: make test [PYTEST_ARGS="tests/router -x"]
+	$(PYTHON) -m pytest -m "not gpu and not oracle and not ray $(PYTEST_MARKS)" -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS) || $(NONE_CHOSEN)
+	$(PYTHON) -m pytest -m "ray $(PYTEST_MARKS)" $(PYTEST_ARGS) || $(NONE_CHOSEN)
 
 test-oracle: $(INSTALLED) ## the long comparison with transformers, token for token
 	$(PYTHON) -m pytest -m oracle --timeout 0 $(PYTEST_ARGS)
