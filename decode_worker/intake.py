@@ -29,7 +29,6 @@ from engine.types import (
     Endpoint,
     EngineStats,
     ErrorInfo,
-    FinishReason,
     Key,
     Release,
     Reserve,
@@ -233,9 +232,7 @@ class Intake:
         self._send(Release(key))
 
     def _tell_gateway(self, arrival: _Arrival, error: SteelyardError) -> None:
-        info = ErrorInfo(error.code, error.message)
-        outputs = [TokenOutput(key, 0, (), FinishReason.ERROR, info) for key in arrival.keys]
-        self._streams.publish(outputs, self._stats)
+        self._streams.fail(arrival.keys, ErrorInfo(error.code, error.message))
 
     async def _release(self, lease: Lease) -> None:
         """Tell the producer; if it cannot be told, the lease ends by itself."""

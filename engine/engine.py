@@ -329,7 +329,7 @@ class Engine:
         self._tokens.append(output)
 
     def _fail(self, requests: TokenIds[Request], error: ErrorInfo) -> None:
-        self._tokens += [TokenOutput(request.key, 0, (), FinishReason.ERROR, error) for request in requests]
+        self._tokens += [TokenOutput.failed(request.key, error) for request in requests]
 
     def _problem_with(self, request: Request) -> ErrorInfo | None:
         """Why this engine can never compute the request, or None."""

@@ -13,7 +13,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from engine.types import EngineStats, Key, TokenOutput
+from engine.types import EngineStats, ErrorInfo, Key, TokenOutput
 
 KEEPALIVE_S = 1.0
 MAX_BATCH_BYTES = 2**20  # about, on the wire; a single output may be larger
@@ -70,6 +70,10 @@ class TokenStreams:
             channel.news.set()
             if output.finish:
                 self.forget(output.key)
+
+    def fail(self, keys: Iterable[Key], error: ErrorInfo) -> None:
+        """Tell the owners of these keys that they could not go on."""
+        self.publish([TokenOutput.failed(key, error) for key in keys], self._stats)
 
     async def subscribe(self, gateway_id: str) -> AsyncGenerator[StreamBatch]:
         """Batches for this gateway until the subscriber leaves or subscribes anew."""

@@ -124,6 +124,11 @@ class TokenOutput:
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
+    @staticmethod
+    def failed(key: Key, error: ErrorInfo) -> TokenOutput:
+        """The last word on a request that could not go on."""
+        return TokenOutput(key, 0, (), FinishReason.ERROR, error)
+
 
 @dataclass(frozen=True, slots=True)
 class Sampled:

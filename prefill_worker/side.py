@@ -26,7 +26,6 @@ from engine.types import (
     Endpoint,
     EngineStats,
     ErrorInfo,
-    FinishReason,
     Key,
     Progress,
     Release,
@@ -142,7 +141,7 @@ class PrefillSide:
     def _drop(self, waiting: Waiting) -> None:
         """Nobody waits for it any more."""
         error = ErrorInfo(DeadlineExceeded.code, "the deadline passed in the prefill queue")
-        self._tell_gateway([request.key for request in waiting.submission.requests], error)
+        self._streams.fail([request.key for request in waiting.submission.requests], error)
 
     def _give(self, waiting: Waiting) -> None:
         submission = waiting.submission
@@ -186,12 +185,8 @@ class PrefillSide:
                 self._fail(live, ErrorInfo(code, f"decode worker {target.worker_id}: {error.message}"))
 
     def _fail(self, live: _Live, error: ErrorInfo) -> None:
-        self._tell_gateway(live.wanted, error)
+        self._streams.fail(live.wanted, error)
         self._end(live)
-
-    def _tell_gateway(self, keys: list[Key], error: ErrorInfo) -> None:
-        outputs = [TokenOutput(key, 0, (), FinishReason.ERROR, error) for key in keys]
-        self._streams.publish(outputs, self._stats)
 
     def _end(self, live: _Live) -> None:
         """Forget a submission; what the engine still has of it goes."""

@@ -154,7 +154,7 @@ def _attend(
     num_rows, num_padded = queries.shape[1], tile.mask.shape[2]
     if num_padded > num_rows:
         queries = F.pad(queries, (0, 0, 0, num_padded - num_rows))
-    scores = _multiply(queries, keys[..., tile.keys], segment.row_tile).float()
+    scores = multiply(queries, keys[..., tile.keys], segment.row_tile).float()
     masked = scores.view(segment.num_seqs, -1, *scores.shape[1:])[..., scores.shape[2] - tile.mask.shape[3] :]
     masked.masked_fill_(tile.mask, float("-inf"))
     out = weigh(scores, values[:, tile.keys], segment.key_tile, segment.row_tile)
@@ -167,14 +167,14 @@ def weigh_by_tiles(scores: torch.Tensor, values: torch.Tensor, tile: int, row_ti
     weights = scores.sub_(scores.amax(dim=-1, keepdim=True)).exp_()
     # cumsum adds in order, so tiles of zeros before and after change nothing
     total = weights.view(batch, rows, num_keys // tile, tile).sum(-1).cumsum(-1)[..., -1:]
-    out = _multiply(weights[..., :tile].to(values.dtype), values[:, :tile], row_tile).float()
+    out = multiply(weights[..., :tile].to(values.dtype), values[:, :tile], row_tile).float()
     for start in range(tile, num_keys, tile):
         part = slice(start, start + tile)
-        out += _multiply(weights[..., part].to(values.dtype), values[:, part], row_tile).float()
+        out += multiply(weights[..., part].to(values.dtype), values[:, part], row_tile).float()
     return (out / total).to(values.dtype)
 
 
-def _multiply(a: torch.Tensor, b: torch.Tensor, row_tile: int | None) -> torch.Tensor:
+def multiply(a: torch.Tensor, b: torch.Tensor, row_tile: int | None) -> torch.Tensor:
     """[batch, rows, inner] @ [batch, inner, outer], at most `row_tile` rows at a time."""
     if row_tile is None or a.shape[1] <= row_tile:
         return torch.bmm(a, b)

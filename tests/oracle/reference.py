@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -75,11 +75,7 @@ def _llama_config(config: ModelConfig) -> LlamaConfig:
 
     assert config.rope_scaling is None, "not needed for the default model"
     return LlamaConfig(
-        vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim, rms_norm_eps=config.rms_norm_eps,
-        max_position_embeddings=config.max_context, tie_word_embeddings=config.tie_embeddings,
-        attention_bias=config.attention_bias, mlp_bias=config.mlp_bias,
+        **_common_fields(config), attention_bias=config.attention_bias, mlp_bias=config.mlp_bias,
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
     )  # fmt: skip
 
@@ -89,11 +85,7 @@ def _gemma_config(config: ModelConfig) -> Gemma3TextConfig:
 
     assert config.rope_scaling is None, "not needed for the smallest model"
     return Gemma3TextConfig(
-        vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim, rms_norm_eps=config.rms_norm_eps,
-        max_position_embeddings=config.max_context, tie_word_embeddings=config.tie_embeddings,
-        query_pre_attn_scalar=int(config.query_scalar or config.head_dim),
+        **_common_fields(config), query_pre_attn_scalar=int(config.query_scalar or config.head_dim),
         sliding_window=next(window for window in config.layer_windows if window is not None),
         layer_types=["full_attention" if window is None else "sliding_attention" for window in config.layer_windows],
         rope_parameters={
@@ -101,6 +93,16 @@ def _gemma_config(config: ModelConfig) -> Gemma3TextConfig:
             "sliding_attention": {"rope_type": "default", "rope_theta": config.local_rope_theta},
         },
     )  # fmt: skip
+
+
+def _common_fields(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "vocab_size": config.vocab_size, "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size, "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim, "rms_norm_eps": config.rms_norm_eps,
+        "max_position_embeddings": config.max_context, "tie_word_embeddings": config.tie_embeddings,
+    }  # fmt: skip
 
 
 def _their_norm(name: str, weight: torch.Tensor) -> torch.Tensor:
