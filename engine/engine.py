@@ -18,8 +18,9 @@ from engine.block_manager import BlockManager, Holder, HolderKind
 from engine.block_table import BlockTable, first_needed, num_blocks_for, transfer_entries
 from engine.host_tier import HostTier, TierStats
 from engine.planes import Group
-from engine.scheduler import COPY, Batch, Scheduled, Scheduler, SchedulerLimits, holder_of
+from engine.scheduler import Batch, Scheduled, Scheduler, SchedulerLimits
 from engine.sequence import Sequence
+from engine.sequence_blocks import COPY, holder_of
 from engine.types import (
     Abort,
     Add,
@@ -114,7 +115,7 @@ class Engine:
     def finish(self, batch: Batch, sampled: TokenIds[Sampled]) -> None:
         """Record what the model sampled for each scheduled item, in order."""
         self._num_steps += 1
-        self.scheduler.copied()
+        self.scheduler.holdings.copied()
         for item, chosen in zip(batch.scheduled, sampled, strict=True):
             self._finish_item(item, chosen)
 
@@ -150,8 +151,8 @@ class Engine:
             ),
             num_steps=self._num_steps,
             num_preemptions=scheduler.num_preemptions,
-            prefix_queries=scheduler.prefix_queries,
-            prefix_hits=scheduler.prefix_hits,
+            prefix_queries=scheduler.holdings.prefix_queries,
+            prefix_hits=scheduler.holdings.prefix_hits,
             host_blocks=tier.num_blocks,
             host_queries=tier.num_queries,
             host_hits=tier.num_hits,
@@ -249,7 +250,7 @@ class Engine:
             self._tokens.append(TokenOutput(key, sequence.num_generated, (), FinishReason.ABORT))
             if not sequence.answers:
                 self.scheduler.remove(sequence)
-                self.scheduler.free(sequence)
+                self.scheduler.holdings.free(sequence)
         self._release(key)
 
     # --- results -------------------------------------------------------------------------------------------
@@ -268,7 +269,7 @@ class Engine:
             self._emit(sequence, accepted, finish, chosen.logprobs[: len(accepted)])
         if finish:
             self.scheduler.remove(sequence)
-            self.scheduler.free(sequence)
+            self.scheduler.holdings.free(sequence)
         elif accepted and sequence.handoff:
             self._hand_off(sequence)
 
@@ -370,5 +371,5 @@ class Engine:
         live: dict[Holder, TokenIds[int]] = {holder: held.block_ids for holder, held in self._held.items()}
         for sequence in (*self.scheduler.running, *self.scheduler.waiting):
             live[holder_of(sequence)] = sequence.block_ids
-        live[COPY] = self.scheduler.copy_sources
+        live[COPY] = self.scheduler.holdings.copy_sources
         return live

@@ -117,7 +117,7 @@ def test_the_prompt_is_computed_once_and_its_blocks_are_shared() -> None:
     one = driven()
     add(one, asked)
     one.turn()  # the prompt
-    assert len(one.tokens) == 6 and one.engine.scheduler.prefix_queries == 22
+    assert len(one.tokens) == 6 and one.engine.stats().prefix_queries == 22
     used = one.engine.blocks.num_blocks - one.engine.blocks.num_available
     assert used == 5 + 1 + 5, "five full blocks, and the one that all write to, for each"
     one.run()
@@ -157,6 +157,24 @@ def test_answers_go_on_where_blocks_are_short() -> None:
     one.run()
     assert one.tokens == alone(CONFIG, asked)
     assert one.engine.stats().num_preemptions > 0
+    one.check_idle()
+
+
+def test_an_answer_that_waits_for_a_block_is_not_overtaken() -> None:
+    """A prompt that came later is short enough to go ahead of any that had not begun."""
+    asked = answers(random_prompt(CONFIG, 30, 4), 4, max_tokens=4)
+    one = driven(num_blocks=10, prefill_chunk=8)
+    add(one, asked)
+    while asked[0].key not in one.tokens:
+        one.turn()
+    assert len(one.engine.scheduler.waiting) == 1, "its copy found no block"
+    late = request("late", random_prompt(CONFIG, 4, 1), 1)
+    one.engine.handle(Add(late))
+    while late.key not in one.finished:
+        one.turn()
+    begun = [key for key in one.tokens if len(one.tokens[key]) > 1]
+    assert {each.key for each in asked} <= {*begun, late.key}, "all went on before"
+    one.run()
     one.check_idle()
 
 
