@@ -42,9 +42,10 @@ def serve(config: ClusterConfig, console: Console, *, parts: Parts = REAL_PARTS,
     secret = cluster_secret()
     steps = Steps(console)
     try:
-        with _sigterm_interrupts() as catch_sigterm, _without_ray_messages(verbose), ExitStack() as undo:
+        starts_ray = ray_address(config, os.environ) is None
+        with _interrupts(deferred=starts_ray) as raise_deferred, _without_ray_messages(verbose), ExitStack() as undo:
             session = _start_ray(config, verbose, steps, undo)
-            catch_sigterm()  # ray.init put its own handler in
+            raise_deferred()
             if session.local:
                 _pull_model(config, parts, steps)
             from cluster.driver import Driver
@@ -90,22 +91,37 @@ def _pull_model(config: ClusterConfig, parts: Parts, steps: Steps) -> None:
 
 
 @contextmanager
-def _sigterm_interrupts() -> Iterator[Callable[[], None]]:
-    """SIGTERM ends us as Ctrl-C does while no event loop runs; the yielded function puts the handler back in."""
+def _interrupts(deferred: bool) -> Iterator[Callable[[], None]]:
+    """While no event loop runs, SIGTERM ends us as Ctrl-C does. A first one that is `deferred` is raised when the
+    yielded function is called: Ray swallows it while it starts, or crashes of it. That function is to be called in any
+    case, because Ray puts handlers of its own in."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in signals]
+    came = False
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.getsignal(signal.SIGTERM)
+        nonlocal came
+        is_first, came = not came, True
+        if not (deferred and is_first):
+            raise KeyboardInterrupt
 
     def catch() -> None:
-        signal.signal(signal.SIGTERM, interrupt)
+        for number in signals:
+            signal.signal(number, interrupt)
+
+    def raise_deferred() -> None:
+        nonlocal deferred
+        deferred = False
+        catch()
+        if came:
+            raise KeyboardInterrupt
 
     catch()
     try:
-        yield catch
+        yield raise_deferred
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
 
 
 @contextmanager

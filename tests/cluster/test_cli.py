@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import StringIO
 from pathlib import Path
@@ -20,8 +22,9 @@ from typer.testing import CliRunner, Result
 from cluster import launch
 from cluster.cli import app
 from cluster.client import ApiClient, ApiError, ChatOptions, Message
+from cluster.config import ClusterConfig
 from cluster.pull_progress import pull_progress
-from cluster.ray_session import local_ray_environment, ray_address
+from cluster.ray_session import RaySession, local_ray_environment, ray_address
 from engine.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -243,6 +246,47 @@ def test_flags_win_over_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("serve", str(ROOT / "configs/local.yaml"), "--port", "81234").exit_code == 2
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_while_ray_starts_waits_for_that_and_then_ends_the_command(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    steps: list[str] = []
+
+    @contextmanager
+    def starting(_config: ClusterConfig, verbose: bool) -> Iterator[RaySession]:
+        signal.raise_signal(number)
+        steps.append("started")
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        yield RaySession(local=True, address="local")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(launch, "ray_session", starting)
+    said = StringIO()
+    assert launch.serve(ClusterConfig(), Console(file=said)) == launch.INTERRUPTED
+    assert steps == ["started"]
+    assert said.getvalue().endswith("interrupted\n")
+
+
+@pytest.mark.parametrize(("address", "num_signals"), [(None, 2), ("there:6379", 1)])
+def test_a_second_interrupt_waits_for_nothing_and_none_waits_for_a_ray_that_runs_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, address: str | None, num_signals: int
+) -> None:
+    steps: list[str] = []
+
+    @contextmanager
+    def starting(_config: ClusterConfig, verbose: bool) -> Iterator[RaySession]:
+        for _ in range(num_signals):
+            signal.raise_signal(signal.SIGINT)
+        steps.append("started")
+        yield RaySession(local=address is None, address=address or "local")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(launch, "ray_session", starting)
+    config = ClusterConfig.model_validate({"ray": {"address": address}})
+    assert launch.serve(config, Console(file=StringIO())) == launch.INTERRUPTED
+    assert steps == []
+
+
 def test_the_catalogue_is_listed_with_licence_and_size() -> None:
     done = run("models", "list")
     assert done.exit_code == 0
@@ -296,7 +340,7 @@ def test_a_local_ray_has_token_authentication_unless_the_user_chose() -> None:
 
 
 def test_the_files_address_wins_over_the_environments() -> None:
-    from cluster.config import ClusterConfig, RaySection
+    from cluster.config import RaySection
 
     here, there = ClusterConfig(), ClusterConfig(ray=RaySection(address="there:6379"))
     assert ray_address(here, {}) is None

@@ -8,17 +8,21 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import signal
 import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 from tests.cluster.harness import LocalCluster, local_cluster
 from tests.cluster.hostile import COMPLETIONS, MAX_BODY_BYTES, Attack, Outcome, attacks
 from tests.cluster.serving import connect, send
+from tests.cluster.test_served_model import Served, wait_until
 from tests.cluster.tiny_model import NAME, write_tiny_model
 from tests.oracle.test_accounting import refresh, settled
 
@@ -133,7 +137,47 @@ async def test_hostile_requests_are_refused_and_disturb_nobody(
     cluster: LocalCluster, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    port = int(cluster.url.rpartition(":")[2])
+    tasks_before = await assail(cluster.url)
+    await refresh(cluster)
+    assert await settled(cluster) == {}
+    assert all(view.num_leaked_blocks == 0 for view in cluster.dispatcher.health().workers)
+    await nothing_is_left(cluster, tasks_before)
+    records = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert not records, [record.getMessage() for record in records[:5]]
+    assert any("took nothing" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.ray
+def test_the_same_of_a_served_cluster(tmp_path: Path) -> None:
+    """`steelyard serve` on Ray: the gateway, the workers and their engines in processes of their own."""
+    values = yaml.safe_load(Path("configs/local.yaml").read_text())
+    settings = SETTINGS | {"model.name": str(write_tiny_model(tmp_path / NAME)), "engine.runner": "process"}
+    for key, value in settings.items():
+        part, _, name = key.partition(".")
+        values[part][name] = value
+    config = tmp_path / "hostile.yaml"
+    config.write_text(yaml.safe_dump(values))
+    served = Served(tmp_path, str(config))
+    try:
+        asyncio.run(assail(served.url))
+        wait_until(lambda: is_quiet(httpx.get(f"{served.url}/health").json()))
+    finally:
+        served.process.send_signal(signal.SIGINT)
+        assert served.process.wait(60) == 0
+
+
+def is_quiet(health: dict[str, Any]) -> bool:
+    """Nothing is held by any worker or live at the gateway, and nothing leaked."""
+    workers = health["workers"]
+    assert len(workers) == 2 and all(worker["connected"] for worker in workers)
+    assert all(worker["num_leaked_blocks"] == 0 for worker in workers)
+    held = [worker["num_blocks"] - worker["num_free_blocks"] for worker in workers]
+    return health["num_live_requests"] == 0 and not any(held)
+
+
+async def assail(url: str) -> Counter[str]:
+    """All attacks, beside streams that must not change. Returns the tasks there were before."""
+    port = int(url.rpartition(":")[2])
     table = attacks()
     assert len(table) >= 500
     places = asyncio.Semaphore(AT_ONCE)
@@ -142,7 +186,7 @@ async def test_hostile_requests_are_refused_and_disturb_nobody(
         async with places:
             return await attack(port, one)
 
-    async with httpx.AsyncClient(base_url=cluster.url, timeout=BOUND_S) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=BOUND_S) as client:
         undisturbed = [await good_stream(client, seed) for seed in range(NUM_GOOD)]
         assert all(len(tokens) == 40 for tokens in undisturbed)
         tasks_before = names_of_tasks()
@@ -162,14 +206,7 @@ async def test_hostile_requests_are_refused_and_disturb_nobody(
         assert not faults, "\n".join(map(str, [len(faults), *faults]))
         assert min(num_streams) > 1
         assert [await good_stream(client, seed) for seed in range(NUM_GOOD)] == undisturbed
-
-    await refresh(cluster)
-    assert await settled(cluster) == {}
-    assert all(view.num_leaked_blocks == 0 for view in cluster.dispatcher.health().workers)
-    await nothing_is_left(cluster, tasks_before)
-    records = [record for record in caplog.records if record.levelno >= logging.ERROR]
-    assert not records, [record.getMessage() for record in records[:5]]
-    assert any("took nothing" in record.getMessage() for record in caplog.records)
+    return tasks_before
 
 
 def names_of_tasks() -> Counter[str]:

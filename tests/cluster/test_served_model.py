@@ -37,8 +37,8 @@ CAPITAL: list[Any] = [{"role": "user", "content": "What is the capital of France
 class Served:
     """`steelyard serve` as a child, and what it printed."""
 
-    def __init__(self, folder: Path) -> None:
-        command = [sys.executable, "-m", "cluster", "serve", "configs/local.yaml", "--port", "0"]
+    def __init__(self, folder: Path, config: str = "configs/local.yaml") -> None:
+        command = [sys.executable, "-m", "cluster", "serve", config, "--port", "0"]
         environ = os.environ | {"NO_COLOR": "1", "COLUMNS": "1000"}
         self._output = folder / "output.txt"
         with self._output.open("w") as file:
