@@ -25,6 +25,7 @@ from engine.block_manager import BlockManager
 from engine.planes import Group
 from engine.sequence import Sequence
 from engine.sequence_blocks import SequenceBlocks
+from engine.step_shape import Chunk, StepShape
 from engine.types import Key
 
 MAX_OVERTAKEN = 64
@@ -50,6 +51,12 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         return sum(item.num_new for item in self.scheduled)
+
+    @property
+    def shape(self) -> StepShape:
+        contexts = [item.start + item.num_new for item in self.scheduled if item.sequence.is_decoding]
+        chunks = [Chunk(item.start, item.num_new) for item in self.scheduled if not item.sequence.is_decoding]
+        return StepShape(tuple(chunks), len(contexts), sum(contexts))
 
 
 @dataclass(frozen=True, slots=True)

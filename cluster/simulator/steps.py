@@ -1,4 +1,4 @@
-"""Modelled steps: how long a step takes, which tokens it gives, and a step runner whose steps are delays.
+"""Modelled steps: which tokens a step gives, and a step runner whose steps are delays.
 
 The tokens come out of KV, as a real model's do: the state of a position is a digest of its token, of the state before
 and of one earlier state that the one before chooses, all read from the pool's blocks. By induction it is a pure
@@ -15,31 +15,12 @@ from dataclasses import dataclass, replace
 
 from cluster.simulator.log import EventLog
 from cluster.simulator.pool import STATE_BYTES, StatePool
+from cluster.simulator.service_times.model import ServiceTimes
 from engine.engine import Engine, ModelRunner
 from engine.errors import WorkerLost
 from engine.scheduler import Batch, Scheduled
 from engine.step_runner import begin_turn
 from engine.types import Command, Request, Sampled, SamplingParams, StepOutputs
-
-
-@dataclass(frozen=True, slots=True)
-class StepTimes:
-    """A step's duration: overhead + max(memory, compute), a pure function of its batch. The defaults are round
-    numbers of the order of an 8-billion-parameter model in bfloat16 on one large GPU."""
-
-    overhead_s: float = 1e-3
-    weights_s: float = 5e-3  # to read all weights once
-    context_token_s: float = 4e-8  # to read one stored position
-    prefill_token_s: float = 5e-5  # to compute one position of a prompt
-    decode_sequence_s: float = 5e-5  # to compute one pending token
-
-    def duration_s(self, batch: Batch) -> float:
-        num_decoding = sum(item.sequence.is_decoding for item in batch.scheduled)
-        num_prompt_tokens = batch.num_tokens - num_decoding
-        num_context_tokens = sum(item.start + item.num_new for item in batch.scheduled)
-        memory_s = self.weights_s + self.context_token_s * num_context_tokens
-        compute_s = self.prefill_token_s * num_prompt_tokens + self.decode_sequence_s * num_decoding
-        return self.overhead_s + max(memory_s, compute_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +92,14 @@ class ModelledRunner:
 class ModelledStepRunner:
     """Turns in the order of engine.step_runner.drive, on the running loop. Implements engine.step_runner.StepRunner."""
 
-    def __init__(self, name: str, engine: Engine, model: ModelRunner, times: StepTimes, log: EventLog) -> None:
+    def __init__(self, name: str, engine: Engine, model: ModelRunner, times: ServiceTimes, log: EventLog) -> None:
         self._name = name
         self._engine = engine
         self._model = model
         self._times = times
         self._log = log
+        self.num_steps = 0
+        self.num_extrapolated = 0  # beyond what the service times were measured for
         self._commands: asyncio.Queue[Command] = asyncio.Queue()
         self._outputs: asyncio.Queue[StepOutputs | Exception] = asyncio.Queue()
         self._task = asyncio.get_running_loop().create_task(self._run(), name=f"engine of {name}")
@@ -152,7 +135,10 @@ class ModelledStepRunner:
             batch = begin_turn(self._engine, await self._take(block=idle), self._outputs.put_nowait)
             idle = batch is None
             if batch is not None:
-                step_s = self._times.duration_s(batch)
+                shape = batch.shape
+                step_s = self._times.step_s(shape)
+                self.num_steps += 1
+                self.num_extrapolated += self._times.extrapolates(shape)
                 self._log.add(
                     self._name, "step", sequences=len(batch.scheduled), tokens=batch.num_tokens, step_s=step_s
                 )

@@ -22,7 +22,10 @@ from cluster.simulator.links import SimulatedCarriers, SimulatedConnector, Simul
 from cluster.simulator.log import EventLog
 from cluster.simulator.network import LinkTimes, Network
 from cluster.simulator.pool import StatePool, state_layout
-from cluster.simulator.steps import ModelledRunner, ModelledStepRunner, ModelledWeights, StepTimes
+from cluster.simulator.results import Happening
+from cluster.simulator.service_times.model import ServiceTimes
+from cluster.simulator.service_times.roofline import Roofline
+from cluster.simulator.steps import ModelledRunner, ModelledStepRunner, ModelledWeights
 from engine.engine import Engine, EngineSpec
 from engine.errors import SteelyardError
 from engine.planes import layout_hash
@@ -42,7 +45,7 @@ class WorldSpec:
 
     seed: int
     config: ClusterConfig = field(default_factory=ClusterConfig)
-    steps: StepTimes = field(default_factory=StepTimes)
+    steps: ServiceTimes = field(default_factory=Roofline)
     links: LinkTimes = field(default_factory=LinkTimes)
     vocab_size: int = 32000
     eos_token_ids: frozenset[int] = frozenset((2,))
@@ -98,6 +101,7 @@ class World:
         self.log = log
         self.workers: dict[str, SimulatedWorker] = {}  # those that live, by worker id
         self.network: WorkerNetwork = Network(spec.links, log)
+        self.happenings: list[Happening] = []
         self._dead: list[SimulatedWorker] = []
         self._chance = Chance(spec.seed)
         self._membership = Membership()
@@ -123,8 +127,13 @@ class World:
 
     async def close(self) -> None:
         await self.dispatcher.close()
-        for worker in (*self.workers.values(), *self._dead):
+        for worker in self.all_workers:
             await worker.stop()
+
+    @property
+    def all_workers(self) -> tuple[SimulatedWorker, ...]:
+        """Every life that there was."""
+        return (*self.workers.values(), *self._dead)
 
     # --- requests ------------------------------------------------------------------------------------------
 
@@ -164,6 +173,7 @@ class World:
         assert worker_id not in self.workers, f"{worker_id} lives"
         life = self._num_lives[worker_id] = self._num_lives.get(worker_id, 0) + 1
         worker = self.workers[worker_id] = self._make_worker(worker_id, f"{worker_id}.{life}", role)
+        self._note(worker_id, f"came as {role}")
         self._list(worker_id, listed=True)
         return worker
 
@@ -171,15 +181,20 @@ class World:
         """Its process ends at once, in the middle of whatever it does. It stays listed."""
         worker = self.workers.pop(worker_id)
         self.log.add(worker_id, "killed")
+        self._note(worker_id, "died")
         self.network.kill(worker.port)
         worker.runner.crash()
         self._dead.append(worker)
 
     def unlist(self, worker_id: str) -> None:
         """The membership goes on without it."""
+        self._note(worker_id, "left")
         self._list(worker_id, listed=False)
 
     # --- parts ---------------------------------------------------------------------------------------------
+
+    def _note(self, worker_id: str, what: str) -> None:
+        self.happenings.append(Happening(asyncio.get_running_loop().time(), worker_id, what))
 
     def _list(self, worker_id: str, listed: bool) -> None:
         members = [member for member in self._membership.members if member.worker_id != worker_id]

@@ -20,7 +20,8 @@ from cluster.simulator.clock import VirtualLoop, run_virtual
 from cluster.simulator.log import EventLog
 from cluster.simulator.network import LinkTimes
 from cluster.simulator.pool import StatePool
-from cluster.simulator.steps import ModelledRunner, ModelledStepRunner, StepTimes
+from cluster.simulator.service_times.roofline import Roofline
+from cluster.simulator.steps import ModelledRunner, ModelledStepRunner
 from cluster.simulator.world import SimulatedWorker, World, WorldSpec
 from engine.engine import Engine
 from engine.errors import DeadlineExceeded, StaleIncarnation, SteelyardError
@@ -111,7 +112,7 @@ def test_a_request_goes_through_prefill_pull_and_decode_and_gets_its_own_tokens(
 
 def test_its_times_are_those_of_the_model() -> None:
     """300 tokens in three chunks, then one frame's wait at most; a token is a step and the way to the gateway."""
-    steps = StepTimes(overhead_s=0.01, weights_s=0, context_token_s=0, prefill_token_s=0.001, decode_sequence_s=0.02)
+    steps = Roofline(overhead_s=0.01, weights_s=0, context_token_s=0, prefill_token_s=0.001, decode_sequence_s=0.02)
     spec = WorldSpec(seed=1, config=config(), steps=steps, links=LinkTimes(latency_s=0.1, bytes_per_s=1e12))
     times: list[float] = []
 

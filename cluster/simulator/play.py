@@ -1,0 +1,120 @@
+"""Plays a workload on a simulated cluster, one client per request, and tells how each fared.
+
+1. each arrival becomes a request at its time, whether earlier ones are served or not (an open loop);
+2. workers are looked at every `sample_s`;
+3. it ends when the last request has, then the cluster is let go of.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from cluster.simulator.clock import run_virtual
+from cluster.simulator.log import EventLog
+from cluster.simulator.results import RequestResult, SimulationResult, WorkerSample
+from cluster.simulator.workloads.prompts import prompt_of
+from cluster.simulator.workloads.workload import Arrival, Workload
+from cluster.simulator.world import World, WorldSpec
+from engine.errors import SteelyardError
+from engine.types import Request, SamplingParams
+
+SAMPLE_S = 1.0
+
+
+def simulate(
+    spec: WorldSpec, workload: Workload, log: EventLog, sample_s: float = SAMPLE_S,
+    on_progress: Callable[[int, float], None] = lambda _num_ended, _now_s: None,
+) -> SimulationResult:  # fmt: skip
+    """Raises LostErrors and what failed in a worker. `on_progress` hears how many requests have ended, and the time."""
+    return run_virtual(_play(spec, workload, log, sample_s, on_progress))
+
+
+async def _play(
+    spec: WorldSpec, workload: Workload, log: EventLog, sample_s: float, on_progress: Callable[[int, float], None]
+) -> SimulationResult:
+    world = World(spec, log)
+    await world.start()
+    loop = asyncio.get_running_loop()
+    begun = loop.time()
+    results: dict[int, RequestResult] = {}
+    samples: list[WorkerSample] = []
+
+    async def sample() -> None:
+        while True:
+            samples.extend(_samples(world, loop.time() - begun))
+            on_progress(len(results), loop.time() - begun)
+            await asyncio.sleep(sample_s)
+
+    async def serve(number: int) -> None:
+        results[number] = await _Client(world, workload, number, begun).run()
+
+    sampling = loop.create_task(sample(), name="samples")
+    clients = []
+    for number, arrival in enumerate(workload.arrivals):
+        await asyncio.sleep(max(0.0, begun + arrival.at_s - loop.time()))
+        clients = [task for task in clients if not task.done()]
+        clients.append(loop.create_task(serve(number), name=f"client {number}"))
+    await asyncio.gather(*clients)
+    span_s = loop.time() - begun
+    sampling.cancel()
+    await asyncio.gather(sampling, return_exceptions=True)
+    await world.close()
+    steps = [(worker.runner.num_steps, worker.runner.num_extrapolated) for worker in world.all_workers]
+    return SimulationResult(
+        tuple(results[number] for number in range(len(workload.arrivals))), tuple(samples), tuple(world.happenings),
+        span_s, sum(num for num, _ in steps), sum(num for _, num in steps), log.digest(),
+    )  # fmt: skip
+
+
+@dataclass(slots=True)
+class _Client:
+    """One request as its client sees it."""
+
+    world: World
+    workload: Workload
+    number: int
+    begun: float
+    _times: list[float] = field(default_factory=list)  # of the first two tokens
+    _num_output: int = 0
+    _cached_tokens: int = 0
+
+    async def run(self) -> RequestResult:
+        loop = asyncio.get_running_loop()
+        arrived, request = loop.time(), self._request()
+        error = ""
+        try:
+            async with aclosing(self.world.generate(request)) as outputs:
+                async for output in outputs:
+                    self._times += [loop.time()] * min(len(output.token_ids), 2 - len(self._times))
+                    self._num_output += len(output.token_ids)
+                    self._cached_tokens = output.cached_tokens
+        except SteelyardError as failure:
+            error = failure.code
+        arrival, times = self._arrival, self._times
+        return RequestResult(
+            request.request_id, arrived - self.begun, arrival.num_prompt, arrival.num_output, self._num_output,
+            self._cached_tokens, times[0] - arrived if times else None, times[1] - times[0] if times[1:] else None,
+            loop.time() - self.begun, error,
+        )  # fmt: skip
+
+    @property
+    def _arrival(self) -> Arrival:
+        return self.workload.arrivals[self.number]
+
+    def _request(self) -> Request:
+        prompt = prompt_of(self.workload, self.number, self.world.spec.vocab_size)
+        sampling = SamplingParams(self._arrival.num_output, seed=self.number, ignore_eos=True)
+        return Request(f"r{self.number}", prompt, sampling, timeout_s=self.world.spec.config.router.deadline_s)
+
+
+def _samples(world: World, now_s: float) -> Iterator[WorkerSample]:
+    for worker_id, worker in world.workers.items():
+        status = worker.sides.status()
+        stats = status.stats
+        yield WorkerSample(
+            now_s, worker_id, status.role, stats.num_running, status.num_queued + stats.num_waiting, stats.num_blocks,
+            stats.num_free_blocks, stats.num_held_blocks,
+        )  # fmt: skip

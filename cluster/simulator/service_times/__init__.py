@@ -1,0 +1,1 @@
+"""Service times: how long a step takes on some device, by the step's shape."""

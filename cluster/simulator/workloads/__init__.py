@@ -1,0 +1,1 @@
+"""Workloads: which requests come when."""
