@@ -13,7 +13,7 @@ import difflib
 import math
 from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal, TypeGuard, TypeVar
+from typing import Literal, TypeGuard, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -236,9 +236,9 @@ def _suggestion(loc: tuple[int | str, ...], model: type[BaseModel]) -> str:
     """The likeliest key meant: a sibling with a similar name, else one of the same name in another section."""
     section = model
     for part in loc[:-1]:
-        inner = section.model_fields[str(part)].annotation
-        assert _is_section(inner), "only sections forbid keys"
-        section = inner
+        if isinstance(part, str):  # else it is a place in a list of sections
+            annotation = section.model_fields[part].annotation
+            section = next(inner for inner in (annotation, *get_args(annotation)) if _is_section(inner))
     key = str(loc[-1])
     if close := difflib.get_close_matches(key, list(section.model_fields), n=1):
         return f"; did you mean {close[0]!r}?"

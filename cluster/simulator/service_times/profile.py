@@ -13,8 +13,9 @@ from statistics import median
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
+from cluster.config import read_yaml, validated
 from engine.config import StrictModel
 from engine.errors import ConfigError
 from engine.step_shape import Chunk, StepRecord, StepShape
@@ -74,17 +75,7 @@ class WorkerProfile(StrictModel):
 
 def read_profile(path: Path) -> WorkerProfile:
     """Raises ConfigError with a line per fault, which names the file and the key."""
-    try:
-        values: object = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
-    try:
-        return WorkerProfile.model_validate(values, strict=True)
-    except ValidationError as error:
-        faults = [(".".join(map(str, fault["loc"])) or "top level", fault["msg"]) for fault in error.errors()]
-        raise ConfigError("\n".join(f"{path}: {key}: {message}" for key, message in faults)) from error
+    return validated(WorkerProfile, read_yaml(path), f"{path}: ")
 
 
 def write_profile(profile: WorkerProfile, path: Path) -> None:
