@@ -112,7 +112,9 @@ class ModelledStepRunner:
     async def _step(self, batch: Batch) -> None:
         shape = batch.shape
         step_s = self._model.times.step_s(shape)
-        self._note(shape, self._loop.time(), step_s)
+        self.num_steps += 1
+        self.num_extrapolated += self._model.times.extrapolates(shape)
+        self._log_step(shape, self._loop.time(), step_s)
         await asyncio.sleep(step_s)
         self._engine.finish(batch, self._model.runner.execute(batch))
         self._emit(replace(self._engine.take_outputs(), step_s=step_s))
@@ -127,9 +129,7 @@ class ModelledStepRunner:
         self._told = outputs.stats
         self._outputs.put_nowait(outputs)
 
-    def _note(self, shape: StepShape, begun: float, step_s: float) -> None:
-        self.num_steps += 1
-        self.num_extrapolated += self._model.times.extrapolates(shape)
+    def _log_step(self, shape: StepShape, begun: float, step_s: float) -> None:
         if self._log.detailed:
             num_sequences = len(shape.chunks) + shape.num_decoding
             num_tokens = shape.num_chunk_tokens + shape.num_decoding
@@ -166,10 +166,18 @@ class ModelledStepRunner:
         self._emit(StepOutputs(tokens, stats=burst.stats_after(num_steps), step_s=burst.steps_s[num_steps - 1]))
 
     def _note_steps(self, burst: Burst, first: int, stop: int) -> None:
-        begun = burst.ends[first - 1] if first else burst.begun
-        for index in range(first, stop):
-            self._note(burst.shape_of(index), begun, burst.steps_s[index])
-            begun = burst.ends[index]
+        self.num_steps += stop - first
+        self.num_extrapolated += self._num_extrapolated(burst, range(first, stop))
+        for index in range(first, stop) if self._log.detailed else ():
+            begun = burst.ends[index - 1] if index else burst.begun
+            self._log_step(burst.shape_of(index), begun, burst.steps_s[index])
+
+    def _num_extrapolated(self, burst: Burst, steps: range) -> int:
+        """Contexts only grow: where neither the first nor the last is beyond the measured range, none is."""
+        extrapolates = self._model.times.extrapolates
+        if not any(extrapolates(burst.shape_of(index)) for index in (steps[0], steps[-1])):
+            return 0
+        return sum(extrapolates(burst.shape_of(index)) for index in steps)
 
 
 class _Alarm:
