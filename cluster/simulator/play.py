@@ -113,7 +113,7 @@ class _Client:
 def _samples(world: World, now_s: float) -> Iterator[WorkerSample]:
     for worker_id, worker in world.workers.items():
         status = worker.sides.status()
-        stats = status.stats
+        stats = worker.engine.stats()  # of now; the status has those of its last step
         yield WorkerSample(
             now_s, worker_id, status.role, stats.num_running, status.num_queued + stats.num_waiting, stats.num_blocks,
             stats.num_free_blocks, stats.num_held_blocks,
