@@ -2,7 +2,7 @@
 
 1. workload and service times are loaded, and the places of all files are checked, before anything runs;
 2. the cluster of the configuration plays it in virtual time, while a bar says how far it is;
-3. what was found is printed and written. Ctrl-C ends it between two virtual moments, and nothing is written.
+3. what was found is printed and written. Ctrl-C ends it at the next look at the workers, and nothing is written.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import logging
 import shlex
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 
 import yaml
 from rich.console import Console
@@ -79,11 +81,8 @@ def run_simulation(config: ClusterConfig, options: SimulateOptions, console: Con
     spec = _spec(config, options)
     workload = load_workload(options.trace, options.seed, speedup=options.speedup, max_requests=options.max_requests)
     log = EventLog(keep=options.log_path is not None)
-    look_s = max(SHORTEST_LOOK_S, workload.span_s / NUM_LOOKS)
     try:
-        console.print(Text(f"{workload.name}: {_arrivals_of(workload)}"), soft_wrap=True)
-        with _progress(console, len(workload.arrivals)) as on_progress, _without_warnings():
-            result = simulate(spec, workload, log, look_s, on_progress)
+        result = _play(spec, workload, log, console)
     except KeyboardInterrupt:
         console.print("interrupted; nothing is written")
         return INTERRUPTED
@@ -107,6 +106,41 @@ def _service_times(source: str) -> ServiceTimes:
 
 
 # --- while it runs --------------------------------------------------------------------------------------------
+
+
+def _play(spec: WorldSpec, workload: Workload, log: EventLog, console: Console) -> SimulationResult:
+    """Raises KeyboardInterrupt."""
+    look_s = max(SHORTEST_LOOK_S, workload.span_s / NUM_LOOKS)
+    with _deferred_interrupt() as check, _progress(console, len(workload.arrivals)) as show, _without_warnings():
+        console.print(Text(f"{workload.name}: {_arrivals_of(workload)}"), soft_wrap=True)
+
+        def on_progress(num_ended: int, now_s: float) -> None:
+            check()
+            show(num_ended, now_s)
+
+        return simulate(spec, workload, log, look_s, on_progress)
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[Callable[[], None]]:
+    """Ctrl-C is raised by the yielded function: in the middle of asyncio's own code it would leave tasks that nothing
+    ever wakes. A second one does not wait."""
+    came = False
+
+    def note(_number: int, _frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
+        signal.signal(signal.SIGINT, before)
+
+    def check() -> None:
+        if came:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

@@ -107,7 +107,7 @@ def test_a_mistake_in_the_config_is_named(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_ends_it_quietly(tmp_path: Path) -> None:
-    command = ["-m", "cluster", "simulate", CONFIG, "--trace", "poisson:rate=5,seconds=3000,output=9"]
+    command = ["-m", "cluster", "simulate", CONFIG, "--trace", "poisson:rate=5,seconds=600,output=9"]
     with subprocess.Popen(
         [sys.executable, *command, "--output", str(tmp_path / "r")], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
