@@ -27,6 +27,6 @@ class RouterConfig(StrictModel):
     )
     rpc_timeout_s: float = Field(default=5.0, gt=0, description="deadline of one control call to a worker")
     policy: Policy = Field(
-        default=Policy.LEAST_WORK, description="least_work, or round_robin as a yardstick for comparisons"
+        default="least_work", description="least_work, or round_robin as a yardstick for comparisons"
     )
     max_attempts: int = Field(default=3, ge=1, description="placements of one request before it fails")

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+from typing import Literal
 
 from engine.types import EngineStats, Role
 from router.membership import Member
+
+Policy = Literal["least_work", "round_robin"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,20 +37,15 @@ class Placement:
     decode: Member | None
 
 
-class Policy(StrEnum):
-    LEAST_WORK = "least_work"
-    ROUND_ROBIN = "round_robin"
-
-
 def choose(
-    loads: Sequence[WorkerLoad], hand_off: bool = True, policy: Policy = Policy.LEAST_WORK, turn: int = 0
+    loads: Sequence[WorkerLoad], hand_off: bool = True, policy: Policy = "least_work", turn: int = 0
 ) -> Placement | None:
     """The best placement by the policy, or None if no worker can be reached. Without `hand_off` one worker does all of
     it, a decode worker if there is one: that is where the request is not in the way of prompts. `turn` counts the
     placements so far."""
     usable = [load for load in loads if load.connected]
     pools = [[load for load in usable if load.member.role is role] for role in (Role.PREFILL, Role.DECODE)]
-    if policy is Policy.ROUND_ROBIN:
+    if policy == "round_robin":
         prefill, decode = (_from_turn(sorted(pool, key=_name), turn) for pool in pools)
     else:
         prefill, decode = sorted(pools[0], key=prefill_work), sorted(pools[1], key=decode_work)

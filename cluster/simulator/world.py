@@ -80,8 +80,9 @@ class WorldSpec:
     def engine_spec(self) -> EngineSpec:
         config = self.config.engine
         limits = SchedulerLimits(
-            config.block_size, config.max_batch_tokens, config.max_batch_seqs, config.prefill_chunk, config.prefix_cache
-        )
+            config.block_size, config.max_batch_tokens, config.max_batch_seqs, config.prefill_chunk,
+            config.prefix_cache, max_overtaken=config.max_overtaken,
+        )  # fmt: skip
         max_context = self.config.model.max_context or self.max_context
         return EngineSpec(
             limits, config.num_blocks, max_context, self.vocab_size, self.eos_token_ids, hash_key=b"simulated"
