@@ -11,7 +11,7 @@ All that is random comes from the spec's seed. Made and used inside of one virtu
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -38,10 +38,19 @@ GATEWAY = "gateway-0"
 
 
 @dataclass(frozen=True, slots=True)
+class RoleSpec:
+    """What is modelled of the workers of one role, where the roles differ."""
+
+    steps: ServiceTimes
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
 class WorldSpec:
     """What is simulated. Pools, engine, transfer and router are as `config` says; of its model only `max_context`
     counts. `kv_token_bytes`: KV of one token of the modelled model, which sets how long a transfer takes (the default
-    is Llama 3.1 8B in bfloat16: 32 layers x 2 planes x 8 heads x 128 x 2 bytes)."""
+    is Llama 3.1 8B in bfloat16: 32 layers x 2 planes x 8 heads x 128 x 2 bytes). `roles`: for those that are not there,
+    `steps` and the config's blocks hold."""
 
     seed: int
     config: ClusterConfig = field(default_factory=ClusterConfig)
@@ -52,19 +61,28 @@ class WorldSpec:
     eos_every: int = 0
     max_context: int = 8192
     kv_token_bytes: int = 2**17
+    roles: Mapping[Role, RoleSpec] = field(default_factory=dict)
 
     @property
     def weights(self) -> ModelledWeights:
         return ModelledWeights(self.seed, self.vocab_size, self.eos_token_ids, self.eos_every)
 
-    def engine_spec(self) -> EngineSpec:
+    def role(self, role: Role) -> RoleSpec:
+        return self.roles.get(role) or RoleSpec(self.steps, self.config.engine.num_blocks)
+
+    def engine_spec(self, num_blocks: int | None = None) -> EngineSpec:
         config = self.config.engine
         limits = SchedulerLimits(
             config.block_size, config.max_batch_tokens, config.max_batch_seqs, config.prefill_chunk, config.prefix_cache
         )
         max_context = self.config.model.max_context or self.max_context
         return EngineSpec(
-            limits, config.num_blocks, max_context, self.vocab_size, self.eos_token_ids, hash_key=b"simulated"
+            limits,
+            num_blocks or config.num_blocks,
+            max_context,
+            self.vocab_size,
+            self.eos_token_ids,
+            hash_key=b"simulated",
         )
 
 
@@ -205,13 +223,14 @@ class World:
 
     def _make_worker(self, worker_id: str, incarnation: str, role: Role) -> SimulatedWorker:
         spec, config = self.spec, self._config
-        engine = Engine(spec.engine_spec())
-        pool = StatePool(config.engine.block_size, config.engine.num_blocks)
-        runner = ModelledStepRunner(worker_id, engine, ModelledRunner(spec.weights, pool), spec.steps, self.log)
+        modelled = spec.role(role)
+        engine = Engine(spec.engine_spec(modelled.num_blocks))
+        pool = StatePool(config.engine.block_size, modelled.num_blocks)
+        runner = ModelledStepRunner(worker_id, engine, ModelledRunner(spec.weights, pool), modelled.steps, self.log)
         me = Endpoint(worker_id, incarnation, f"{worker_id}:1", self._cohort)
         port: WorkerPort = self.network.attach(me.address, worker_id, incarnation, None)
         links = Links(SimulatedPeers(self.network, port), SimulatedCarriers(self.network, port, self._bytes_scale))
-        cache = Cache(self._layout, config.engine.num_blocks, pool)
+        cache = Cache(self._layout, modelled.num_blocks, pool)
         secrets = self._chance.fork(incarnation)
         sides = WorkerSides(me, role, cache, links, runner.send, config, new_secret=lambda: secrets.hex(16))
         port.served = sides
