@@ -27,6 +27,7 @@ FREE_LINK = LinkTimes(latency_s=1e-6, bytes_per_s=1e15)
 ENDLESS = 10**9  # KV tokens
 GROWTH = 1.1  # over what was needed at the last try: requests take longer as more come
 MAX_GROWTH = 16
+FRAME_BYTES = 2**26  # few frames: pulls share links less evenly, and a trial costs less
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,7 @@ class Trials:
         most = min(len(workload.arrivals), MAX_GROWTH * num_requests)
         while True:
             part = at_rate(cut(workload, max_requests=num_requests), rate)
-            result = simulate(self._spec(fleet, part, links), part, EventLog(keep=False))
+            result = simulate(self._spec(fleet, part, links), part, EventLog(keep=False, detailed=False))
             verdict = judge(result, targets)
             self._on_trial(verdict)
             if num_requests >= most or not (verdict.keeps and verdict.is_short):
@@ -116,7 +117,7 @@ class Trials:
         most_blocks = max(role.num_blocks for role in roles.values())
         return WorldSpec(
             self._seed, config, links=links, roles=roles, max_context=most_blocks * config.engine.block_size,
-            kv_token_bytes=self._kv_token_bytes,
+            kv_token_bytes=self._kv_token_bytes, plain=True, frame_bytes=FRAME_BYTES,
         )  # fmt: skip
 
 
