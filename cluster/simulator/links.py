@@ -19,6 +19,7 @@ from kv_transfer.lease import Lease, Offer
 from router.membership import Member
 
 OUTPUT_BYTES = 32  # of one token output beside its ids
+STEP_BYTES = 24  # of the record of a step
 CALL_TIMEOUT_S = 2.0  # of a release or a renewal
 TOKEN_BYTES = 4
 
@@ -145,4 +146,4 @@ class SimulatedCarrier:
 
 def batch_bytes(batch: StreamBatch) -> int:
     num_tokens = sum(len(output.token_ids) for output in batch.outputs)
-    return CALL_BYTES + OUTPUT_BYTES * len(batch.outputs) + TOKEN_BYTES * num_tokens
+    return CALL_BYTES + OUTPUT_BYTES * len(batch.outputs) + TOKEN_BYTES * num_tokens + STEP_BYTES * len(batch.steps)

@@ -20,6 +20,7 @@ from engine.engine import Engine, ModelRunner
 from engine.errors import WorkerLost
 from engine.scheduler import Batch, Scheduled
 from engine.step_runner import begin_turn
+from engine.step_shape import StepRecord
 from engine.types import Command, Request, Sampled, SamplingParams, StepOutputs
 
 
@@ -144,7 +145,7 @@ class ModelledStepRunner:
                 )
                 await asyncio.sleep(step_s)
                 self._engine.finish(batch, self._model.execute(batch))
-                self._outputs.put_nowait(replace(self._engine.take_outputs(), step_s=step_s))
+                self._outputs.put_nowait(replace(self._engine.take_outputs(), step=StepRecord(shape, step_s)))
 
     async def _take(self, block: bool) -> list[Command]:
         taken = [await self._commands.get()] if block else []
