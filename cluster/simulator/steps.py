@@ -13,6 +13,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as TokenIds
 from dataclasses import dataclass, replace
 
+from cluster.simulator.host import Host
 from cluster.simulator.log import EventLog
 from cluster.simulator.pool import STATE_BYTES, StatePool
 from cluster.simulator.service_times.model import ServiceTimes
@@ -93,7 +94,12 @@ class ModelledRunner:
 class ModelledStepRunner:
     """Turns in the order of engine.step_runner.drive, on the running loop. Implements engine.step_runner.StepRunner."""
 
-    def __init__(self, name: str, engine: Engine, model: ModelRunner, times: ServiceTimes, log: EventLog) -> None:
+    def __init__(
+        self, name: str, engine: Engine, model: ModelRunner, times: ServiceTimes, log: EventLog,
+        host: Host | None = None,
+    ) -> None:  # fmt: skip
+        """`host`: shared with other workers; without, nobody slows a step down."""
+        self._host = host
         self._name = name
         self._engine = engine
         self._model = model
@@ -143,7 +149,10 @@ class ModelledStepRunner:
                 self._log.add(
                     self._name, "step", sequences=len(batch.scheduled), tokens=batch.num_tokens, step_s=step_s
                 )
-                await asyncio.sleep(step_s)
+                if self._host is None:
+                    await asyncio.sleep(step_s)
+                else:
+                    step_s = await self._host.compute(shape, step_s)
                 self._engine.finish(batch, self._model.execute(batch))
                 self._outputs.put_nowait(replace(self._engine.take_outputs(), step=StepRecord(shape, step_s)))
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from cluster.config import ClusterConfig
 from cluster.sides import Cache, Links, WorkerSides
 from cluster.simulator.chance import Chance, SeededNames
+from cluster.simulator.host import Host, Slowdown
 from cluster.simulator.links import SimulatedCarriers, SimulatedConnector, SimulatedPeers, WorkerNetwork, WorkerPort
 from cluster.simulator.log import EventLog
 from cluster.simulator.network import LinkTimes, Network
@@ -41,7 +42,8 @@ GATEWAY = "gateway-0"
 class WorldSpec:
     """What is simulated. Pools, engine, transfer and router are as `config` says; of its model only `max_context`
     counts. `kv_token_bytes`: KV of one token of the modelled model, which sets how long a transfer takes (the default
-    is Llama 3.1 8B in bfloat16: 32 layers x 2 planes x 8 heads x 128 x 2 bytes)."""
+    is Llama 3.1 8B in bfloat16: 32 layers x 2 planes x 8 heads x 128 x 2 bytes). `slowdown`: all workers share one
+    host, and this is what they do to each other; None: each has its own."""
 
     seed: int
     config: ClusterConfig = field(default_factory=ClusterConfig)
@@ -52,6 +54,7 @@ class WorldSpec:
     eos_every: int = 0
     max_context: int = 8192
     kv_token_bytes: int = 2**17
+    slowdown: Slowdown | None = None
 
     @property
     def weights(self) -> ModelledWeights:
@@ -103,6 +106,7 @@ class World:
         self.network: WorkerNetwork = Network(spec.links, log)
         self.happenings: list[Happening] = []
         self._dead: list[SimulatedWorker] = []
+        self._host = Host(spec.slowdown) if spec.slowdown else None
         self._chance = Chance(spec.seed)
         self._membership = Membership()
         self._num_lives: dict[str, int] = {}
@@ -207,7 +211,8 @@ class World:
         spec, config = self.spec, self._config
         engine = Engine(spec.engine_spec())
         pool = StatePool(config.engine.block_size, config.engine.num_blocks)
-        runner = ModelledStepRunner(worker_id, engine, ModelledRunner(spec.weights, pool), spec.steps, self.log)
+        model = ModelledRunner(spec.weights, pool)
+        runner = ModelledStepRunner(worker_id, engine, model, spec.steps, self.log, self._host)
         me = Endpoint(worker_id, incarnation, f"{worker_id}:1", self._cohort)
         port: WorkerPort = self.network.attach(me.address, worker_id, incarnation, None)
         links = Links(SimulatedPeers(self.network, port), SimulatedCarriers(self.network, port, self._bytes_scale))
