@@ -24,13 +24,14 @@ from cluster.profiling.observed import Observed, Probe
 from cluster.profiling.plan import Plan, make_plan
 from engine.step_shape import StepRecord, StepShape, decode_shape
 from engine.types import Role
+from router.api import HealthView
 
 BUDGET_S = 100.0
 MAX_ROUNDS = 8  # more tell little more
 WARM_TOKENS = 128
 ID_RANGE = (20, 250)  # below are often special tokens; every vocabulary has more than 256
 POLL_S = 0.05
-QUIET_S = 3.0  # a canary, or what was just aborted, is gone within this
+QUIET_S = 4.0  # a canary, or what was just aborted, is gone within this; workers tell at least once a second
 STEP_PATIENCE_S = 10.0  # for one step of the batch that is waited for
 WAVE = 4  # streams opened together: their prompts are cached, their transfers are not
 HELD_TOKENS = 2048  # of a stream that is held: more than it is held for
@@ -62,12 +63,17 @@ async def measure(
 
 
 async def ensure_quiet(cluster: LiveCluster) -> None:
-    """Raises ApiError when requests of others do not end soon."""
+    """Returns when nothing runs any more. Raises ApiError when requests of others do not end soon."""
     deadline = time.perf_counter() + QUIET_S
-    while num_live := (await cluster.health()).num_live_requests:
+    while num_running := _num_running(await cluster.health()):
         if time.perf_counter() > deadline:
-            raise ApiError(f"it is serving {num_live} other requests: a profile needs the cluster for itself")
+            raise ApiError(f"it is serving {num_running} other requests: a profile needs the cluster for itself")
         await asyncio.sleep(POLL_S)
+
+
+def _num_running(health: HealthView) -> int:
+    """As the gateway sees it, or the workers, who may still be at what it has aborted."""
+    return max(health.num_live_requests, sum(worker.num_running + worker.num_waiting for worker in health.workers))
 
 
 class _Session:

@@ -112,9 +112,7 @@ async def test_a_round_measures_prompts_batches_and_both_workers_at_once(overrid
         served, observed = await measure(cluster, lambda *what: told.append(what), PLAN, budget_s=0.1)
         assert served == Served("model", MAX_CONTEXT, 256)
         assert (await cluster.health()).num_live_requests == 0
-        async with asyncio.timeout(10):
-            while any(worker.num_running for worker in (await cluster.health()).workers):
-                pass  # what was held is being aborted
+        assert all(worker.num_running == 0 for worker in (await cluster.health()).workers)
     shapes = {record.shape for record in observed.alone}
     assert {StepShape((Chunk(0, size),)) for size in (16, 64, 128, 20, 30)} <= shapes
     assert {StepShape((Chunk(32, 9),)), StepShape((Chunk(96, 20),))} <= shapes
