@@ -13,7 +13,7 @@ import difflib
 import math
 from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal, TypeGuard
+from typing import Literal, TypeGuard, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -25,6 +25,8 @@ from engine.errors import ConfigError
 from kv_transfer.config import TransferConfig
 from prefill_worker.config import PrefillConfig
 from router.config import RouterConfig
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class ClusterSection(StrictModel):
@@ -109,20 +111,27 @@ def load_config(path: str | Path, overrides: Mapping[str, object] = {}) -> Clust
 
     Raises ConfigError whose message has one line per fault.
     """
-    values = _read(Path(path))
+    values = read_yaml(Path(path))
     for dotted, value in overrides.items():
         _override(values, dotted, value)
+    return validated(ClusterConfig, values, f"{path}: ")
+
+
+def validated(model: type[Model], values: object, where: str, strict: bool = True) -> Model:
+    """Raises ConfigError whose message has one line per fault: `where`, the key's path and what is wrong. Unless
+    `strict`, numbers may be text."""
     try:
-        return ClusterConfig.model_validate(values, strict=True)
+        return model.model_validate(values, strict=strict)
     except ValidationError as error:
-        faults = (line for details in error.errors() for line in _explain(details))
-        raise ConfigError("\n".join(f"{path}: {fault}" for fault in faults)) from error
+        faults = (line for details in error.errors() for line in _explain(details, model))
+        raise ConfigError("\n".join(f"{where}{fault}" for fault in faults)) from error
 
 
 # --- reading --------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path) -> dict[object, object]:
+def read_yaml(path: Path) -> dict[object, object]:
+    """Raises ConfigError that names the line."""
     try:
         with path.open("rb") as file:
             values: object = yaml.load(file, Loader=_StrictLoader)
@@ -180,7 +189,9 @@ def _override(values: dict[object, object], dotted: str, value: object) -> None:
 
 _EXPECTED = {
     "int_type": "a whole number",
+    "int_parsing": "a whole number",
     "float_type": "a number",
+    "float_parsing": "a number",
     "bool_type": "true or false",
     "string_type": "text",
     "dict_type": "keys with values",
@@ -194,7 +205,7 @@ _BOUNDS = {
 }
 
 
-def _explain(details: ErrorDetails) -> Iterator[str]:
+def _explain(details: ErrorDetails, model: type[BaseModel]) -> Iterator[str]:
     """One pydantic fault as lines, each with its path, what was expected and what was there."""
     kind, value, context = details["type"], details["input"], details.get("ctx", {})
     path = ".".join(str(part) for part in details["loc"])
@@ -202,7 +213,9 @@ def _explain(details: ErrorDetails) -> Iterator[str]:
     if kind == "value_error":  # from one of our own validators
         yield from (f"{prefix}{line}" for line in str(context["error"]).split("\n"))
     elif kind == "extra_forbidden":
-        yield f"{prefix}unknown key{_suggestion(details['loc'])}"
+        yield f"{prefix}unknown key{_suggestion(details['loc'], model)}"
+    elif kind == "missing":
+        yield f"{prefix}is missing"
     elif kind == "invalid_key":
         section = ".".join(str(part) for part in details["loc"][:-1])
         yield f"{section or 'top level'}: a key must be text, got {_shown(value)}; put it in quotes"
@@ -219,17 +232,17 @@ def _explain(details: ErrorDetails) -> Iterator[str]:
         yield f"{prefix}{details['msg']}, got {_shown(value)}"
 
 
-def _suggestion(loc: tuple[int | str, ...]) -> str:
+def _suggestion(loc: tuple[int | str, ...], model: type[BaseModel]) -> str:
     """The likeliest key meant: a sibling with a similar name, else one of the same name in another section."""
-    model: type[BaseModel] = ClusterConfig
+    section = model
     for part in loc[:-1]:
-        inner = model.model_fields[str(part)].annotation
-        assert _is_section(inner), "only sections forbid keys"
-        model = inner
+        if isinstance(part, str):  # else it is a place in a list of sections
+            annotation = section.model_fields[part].annotation
+            section = next(inner for inner in (annotation, *get_args(annotation)) if _is_section(inner))
     key = str(loc[-1])
-    if close := difflib.get_close_matches(key, list(model.model_fields), n=1):
+    if close := difflib.get_close_matches(key, list(section.model_fields), n=1):
         return f"; did you mean {close[0]!r}?"
-    elsewhere = [path for path in key_paths(ClusterConfig) if path.split(".")[-1] == key]
+    elsewhere = [path for path in key_paths(model) if path.split(".")[-1] == key]
     return f"; did you mean {' or '.join(repr(path) for path in elsewhere)}?" if elsewhere else ""
 
 

@@ -137,9 +137,9 @@ class WorkerSides:
     def _distribute(self, outputs: StepOutputs) -> None:
         """Give a turn's outputs to both sides, then to the gateways."""
         self._stats = outputs.stats
-        self._last_step_s = outputs.step.step_s if outputs.step else self._last_step_s
+        self._last_step_s = outputs.steps[-1].step_s if outputs.steps else self._last_step_s
         tokens = self._intake.on_outputs(replace(outputs, tokens=self._prefill.on_outputs(outputs)))
-        self.streams.publish(tokens, outputs.stats, outputs.step)
+        self.streams.publish(tokens, outputs.stats, outputs.steps)
 
     async def _tick(self) -> None:
         while True:

@@ -8,7 +8,7 @@ A block's life:
 5. evicted     `allocate` finds `_free` empty and takes the least recently used; tails go before heads. Where there is a
                host tier (`cold`), the block's bytes are saved there under its name.
 
-`num_leaked` is computed by walking all blocks against the live tables, never by counters.
+`num_leaked` is computed by walking the held blocks against the live tables, never by counters.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class BlockManager:
         self.cold = cold
         self._free: deque[int] = deque(range(num_blocks))
         self._cached: OrderedDict[int, None] = OrderedDict()  # named, without holders; oldest first
-        self._holders: list[list[Holder]] = [[] for _ in range(num_blocks)]
+        self._holders: dict[int, list[Holder]] = {}  # of each held block, one or more
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
 
@@ -93,23 +93,24 @@ class BlockManager:
         if count > self.num_available:
             return None
         taken = [self._take() for _ in range(count)]
-        for block_id in taken:
-            self._holders[block_id].append(holder)
+        self._holders |= {block_id: [holder] for block_id in taken}
         return taken
 
     def share(self, holder: Holder, block_ids: BlockIds[int]) -> None:
         """Add a holder to held or cached blocks."""
         for block_id in block_ids:
-            assert self._hash_of[block_id] is not None or self._holders[block_id], f"block {block_id} is free"
+            assert self._hash_of[block_id] is not None or block_id in self._holders, f"block {block_id} is free"
             self._cached.pop(block_id, None)
-            self._holders[block_id].append(holder)
+            self._holders.setdefault(block_id, []).append(holder)
 
     def free(self, holder: Holder, block_ids: BlockIds[int]) -> None:
         """Take the holder's name off these blocks (given in order of position; tails become the older)."""
         for block_id in reversed(block_ids):
-            self._holders[block_id].remove(holder)
-            if self._holders[block_id]:
+            holders = self._holders[block_id]
+            holders.remove(holder)
+            if holders:
                 continue
+            del self._holders[block_id]
             if self._hash_of[block_id] is None:
                 self._free.append(block_id)
             else:
@@ -123,7 +124,7 @@ class BlockManager:
 
     def name(self, block_id: int, block_hash: bytes) -> None:
         """Record that a held block stores exactly this prefix. A second block of the same name stays unnamed."""
-        assert self._holders[block_id], f"block {block_id} has no holder"
+        assert block_id in self._holders, f"block {block_id} has no holder"
         if self._hash_of[block_id] is None and block_hash not in self._block_of:
             self._hash_of[block_id] = block_hash
             self._block_of[block_hash] = block_id
@@ -131,20 +132,19 @@ class BlockManager:
     def is_writable(self, block_id: int) -> bool:
         """May its sole holder write it? Otherwise the block must be copied first (copy-on-write). The source of a copy
         may be written: a step makes its copies before it writes anything."""
-        writers = [holder for holder in self._holders[block_id] if holder.kind is not HolderKind.COPY]
+        writers = [holder for holder in self.holders(block_id) if holder.kind is not HolderKind.COPY]
         return len(writers) == 1 and self._hash_of[block_id] is None
 
     def holders(self, block_id: int) -> tuple[Holder, ...]:
-        return tuple(self._holders[block_id])
+        return tuple(self._holders.get(block_id, ()))
 
     def num_leaked(self, live: Mapping[Holder, BlockIds[int]]) -> int:
         """Blocks that are neither free, nor cached, nor in the table of each of their holders."""
-        resting = dict.fromkeys((*self._free, *self._cached))
         owned = {(holder, block_id) for holder, block_ids in live.items() for block_id in block_ids}
-        return sum(
-            not all((holder, block_id) in owned for holder in holders) if holders else block_id not in resting
-            for block_id, holders in enumerate(self._holders)
+        num_disowned = sum(
+            any((holder, block_id) not in owned for holder in holders) for block_id, holders in self._holders.items()
         )
+        return num_disowned + abs(self.num_blocks - len(self._free) - len(self._cached) - len(self._holders))
 
     def _take(self) -> int:
         if self._free:

@@ -82,7 +82,7 @@ class Engine:
         self._tokens: list[TokenOutput] = []
         self._progress: list[Progress] = []
         self._reserved: list[Reserved] = []
-        self._num_steps = 0
+        self.num_steps = 0
         self._num_leaked = 0
         self._told_leaked = 0  # in the last outputs
 
@@ -104,7 +104,7 @@ class Engine:
     def begin(self) -> Batch | None:
         """The next batch, or None when there is nothing to compute."""
         batch = self.scheduler.schedule()
-        if batch is None or self._num_steps % LEAK_CHECK_STEPS == 0:
+        if batch is None or self.num_steps % LEAK_CHECK_STEPS == 0:
             self._num_leaked = self.blocks.num_leaked(self._live_tables())
         for item in batch.scheduled if batch else ():
             if item.sequence.handoff and not item.sequence.announced:
@@ -114,7 +114,7 @@ class Engine:
 
     def finish(self, batch: Batch, sampled: TokenIds[Sampled]) -> None:
         """Record what the model sampled for each scheduled item, in order."""
-        self._num_steps += 1
+        self.num_steps += 1
         self.scheduler.holdings.copied()
         for item, chosen in zip(batch.scheduled, sampled, strict=True):
             self._finish_item(item, chosen)
@@ -149,7 +149,7 @@ class Engine:
             num_waiting_tokens=sum(
                 seq.num_pending for seq in (*scheduler.waiting, *scheduler.running) if not seq.is_decoding
             ),
-            num_steps=self._num_steps,
+            num_steps=self.num_steps,
             num_preemptions=scheduler.num_preemptions,
             prefix_queries=scheduler.holdings.prefix_queries,
             prefix_hits=scheduler.holdings.prefix_hits,

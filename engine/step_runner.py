@@ -65,7 +65,7 @@ def drive(engine: Engine, model: ModelRunner, inbox: Inbox, emit: Callable[[Step
             shape = batch.shape  # as it is before the step moves its sequences on
             engine.finish(batch, model.execute(batch))
             ended = time.perf_counter()
-            emit(replace(engine.take_outputs(), step=StepRecord(shape, ended - begun)))
+            emit(replace(engine.take_outputs(), steps=(StepRecord(shape, ended - begun),)))
 
 
 def begin_turn(engine: Engine, commands: list[Command], emit: Callable[[StepOutputs], None]) -> Batch | None:

@@ -65,13 +65,12 @@ class TokenStreams:
     def num_keys(self) -> int:
         return len(self._owners)
 
-    def publish(self, outputs: Iterable[TokenOutput], stats: EngineStats, step: StepRecord | None = None) -> None:
-        """Queue outputs for their owners; outputs without an owner are dropped. A finished key is forgotten. `step` is
-        for everybody, and wakes nobody."""
+    def publish(self, outputs: Iterable[TokenOutput], stats: EngineStats, steps: Sequence[StepRecord] = ()) -> None:
+        """Queue outputs for their owners; outputs without an owner are dropped. A finished key is forgotten. `steps`
+        are for everybody, and wake nobody."""
         self._stats = stats
-        if step is not None:
-            for channel in self._channels.values():
-                channel.steps.append(step)
+        for channel in self._channels.values():
+            channel.steps.extend(steps)
         for output in outputs:
             gateway_id = self._owners.get(output.key)
             if gateway_id is None:

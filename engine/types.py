@@ -286,4 +286,4 @@ class StepOutputs:
     progress: tuple[Progress, ...] = ()
     reserved: tuple[Reserved, ...] = ()
     stats: EngineStats = field(default_factory=EngineStats)
-    step: StepRecord | None = None  # the one that was computed, measured by the runner
+    steps: tuple[StepRecord, ...] = ()  # that were computed, measured by the runner

@@ -34,6 +34,10 @@ class WorkerClient(Protocol):
 
     def tokens(self, gateway_id: str) -> AsyncGenerator[StreamBatch]: ...
 
+    def stats_by_now(self, told: EngineStats) -> EngineStats:
+        """What the worker's last report says now. It stands until the next one, unless a model knows better."""
+        ...
+
     async def close(self) -> None: ...
 
 
@@ -53,11 +57,16 @@ class WorkerLink:
         self.member = member
         self.client = client
         self.connected = False
-        self.stats = EngineStats()
+        self._told = EngineStats()
         self._gateway_id = gateway_id
         self._on_batch = on_batch
         self._on_down = on_down
         self._task = asyncio.get_running_loop().create_task(self._run())
+
+    @property
+    def stats(self) -> EngineStats:
+        """The worker's load as far as it is known here."""
+        return self.client.stats_by_now(self._told)
 
     async def close(self) -> None:
         self._task.cancel()
@@ -81,7 +90,7 @@ class WorkerLink:
                 async for batch in stream:
                     patience.reschedule(loop.time() + SILENCE_S)
                     self.connected = True
-                    self.stats = batch.stats
+                    self._told = batch.stats
                     self._on_batch(self.member, batch)
             return "its token stream ended"
         except TimeoutError:

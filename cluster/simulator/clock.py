@@ -16,6 +16,7 @@ import heapq
 import math
 import weakref
 from asyncio import base_events
+from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, NoReturn, TypeVar
 
@@ -47,6 +48,7 @@ class VirtualLoop(base_events.BaseEventLoop):
         self._num_timers = 0
         self._task_numbers: weakref.WeakKeyDictionary[asyncio.Future[Any], int] = weakref.WeakKeyDictionary()
         self._num_tasks = 0
+        self._quiet: deque[asyncio.Future[None]] = deque()
 
     def time(self) -> float:
         return self._virtual_s
@@ -80,8 +82,20 @@ class VirtualLoop(base_events.BaseEventLoop):
         """Tasks that are not done, in the order of their creation."""
         return sorted(asyncio.all_tasks(self), key=lambda task: self._task_numbers[task])
 
+    async def quiet(self) -> None:
+        """Returns when all that can happen at this time has."""
+        waiter = self.create_future()
+        self._quiet.append(waiter)
+        await waiter
+
     def jump(self) -> None:
-        """Nothing is ready: make the next timer due. Raises Deadlock or TimeLimit."""
+        """Nothing is ready: let the next that waits for that go on, or make the next timer due. Raises Deadlock or
+        TimeLimit."""
+        if self._quiet:
+            waiter = self._quiet.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+            return
         if not self._scheduled:
             raise Deadlock(
                 f"at {self._virtual_s:.9f} s nothing can ever happen again, and these wait:\n{self._waiting()}"

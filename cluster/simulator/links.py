@@ -5,35 +5,44 @@ Each class implements one Protocol of the part that uses it, by calls on the mod
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from cluster.sides import WorkerSides
+from cluster.simulator.burst import TimedOutput
 from cluster.simulator.network import CALL_BYTES, Network, Port
 from engine.errors import SteelyardError
 from engine.streams import StreamBatch
-from engine.types import Endpoint, Key, Submission
+from engine.types import Endpoint, EngineStats, Key, Submission, TokenOutput
 from kv_transfer.carrier import as_transfer_error
 from kv_transfer.frames import HEADER_BYTES, Frame, Message
 from kv_transfer.lease import Lease, Offer
 from router.membership import Member
 
 OUTPUT_BYTES = 32  # of one token output beside its ids
-STEP_BYTES = 24  # of the record of a step
 CALL_TIMEOUT_S = 2.0  # of a release or a renewal
 TOKEN_BYTES = 4
 
 WorkerPort = Port[WorkerSides]
 WorkerNetwork = Network[WorkerSides]
+Report = Callable[[EngineStats, float], EngineStats]
 
 
 class SimulatedClient:
-    """Implements router.workers.WorkerClient."""
+    """Implements router.workers.WorkerClient. `report`: what the worker had reported by a time, for someone who last
+    heard something else."""
 
-    def __init__(self, network: WorkerNetwork, gateway: WorkerPort, member: Member) -> None:
+    def __init__(
+        self, network: WorkerNetwork, gateway: WorkerPort, worker: WorkerPort, member: Member, report: Report
+    ) -> None:
         self._network = network
         self._gateway = gateway
+        self._worker = worker
         self._member = member
+        self._report = report
 
     async def submit(self, submission: Submission, role_epoch: int, timeout_s: float) -> None:
         async def work(sides: WorkerSides) -> None:
@@ -49,26 +58,40 @@ class SimulatedClient:
             self._gateway, to.address, to.incarnation, "abort", lambda sides: sides.abort(key), timeout_s
         )
 
-    def tokens(self, gateway_id: str) -> AsyncGenerator[StreamBatch]:
+    async def tokens(self, gateway_id: str) -> AsyncGenerator[StreamBatch]:
         to = self._member
-        return self._network.stream(
+        batches = self._network.stream(
             self._gateway, to.address, to.incarnation, "subscribe",
-            lambda sides: sides.subscribe(gateway_id), batch_bytes,
+            lambda sides: sides.subscribe(gateway_id), batch_bytes, sent_at=sent_at,
         )  # fmt: skip
+        async with aclosing(batches):
+            async for batch in batches:
+                transit_s = self._network.transit_s(self._worker, self._gateway, batch_bytes(batch))
+                outputs = tuple(_arrived(output, transit_s) for output in batch.outputs)
+                yield StreamBatch(outputs, batch.stats, batch.steps)
+
+    def stats_by_now(self, told: EngineStats) -> EngineStats:
+        size_bytes = CALL_BYTES + (OUTPUT_BYTES + TOKEN_BYTES) * told.num_running
+        transit_s = self._network.transit_s(self._worker, self._gateway, size_bytes)
+        return self._report(told, asyncio.get_running_loop().time() - transit_s)
 
     async def close(self) -> None:
         """Streams end with their readers."""
 
 
 class SimulatedConnector:
-    """Implements router.workers.Connector for one gateway."""
+    """Implements router.workers.Connector for one gateway. `worker_of` knows the ports and the reports of workers."""
 
-    def __init__(self, network: WorkerNetwork, gateway: WorkerPort) -> None:
+    def __init__(
+        self, network: WorkerNetwork, gateway: WorkerPort, worker_of: Callable[[Member], tuple[WorkerPort, Report]]
+    ) -> None:
         self._network = network
         self._gateway = gateway
+        self._worker_of = worker_of
 
     def connect(self, member: Member) -> SimulatedClient:
-        return SimulatedClient(self._network, self._gateway, member)
+        port, report = self._worker_of(member)
+        return SimulatedClient(self._network, self._gateway, port, member, report)
 
 
 class SimulatedPeers:
@@ -145,5 +168,26 @@ class SimulatedCarrier:
 
 
 def batch_bytes(batch: StreamBatch) -> int:
-    num_tokens = sum(len(output.token_ids) for output in batch.outputs)
-    return CALL_BYTES + OUTPUT_BYTES * len(batch.outputs) + TOKEN_BYTES * num_tokens + STEP_BYTES * len(batch.steps)
+    """Of the message; where it stands for those of several steps, of one of these."""
+    num_tokens = sum(1 if isinstance(output, TimedOutput) else len(output.token_ids) for output in batch.outputs)
+    return CALL_BYTES + OUTPUT_BYTES * len(batch.outputs) + TOKEN_BYTES * num_tokens
+
+
+def sent_at(batch: StreamBatch) -> float | None:
+    """When the last of several steps' messages was sent; None of a single one, which is sent now."""
+    return max((output.times[-1] for output in batch.outputs if isinstance(output, TimedOutput)), default=None)
+
+
+def times_of(output: TokenOutput, now: float, before: float) -> list[float]:
+    """When each token of an output came to the gateway, which reads it now; the token before them came at `before`."""
+    times = output.times if isinstance(output, TimedOutput) else ()
+    num_single = len(output.token_ids) - len(times)
+    if num_single:  # these came before, and what came after has waited for them
+        return [now] * num_single + [max(now, time) for time in times]
+    return [max(before, time) for time in times]
+
+
+def _arrived(output: TokenOutput, transit_s: float) -> TokenOutput:
+    if not isinstance(output, TimedOutput):
+        return output
+    return replace(output, times=tuple([time + transit_s for time in output.times]))

@@ -3,7 +3,8 @@
 1. a process attaches under an address; a new life under the same address replaces the old one;
 2. a call or a stream takes the latency to get there, is refused if it was meant for another incarnation, runs the
    real worker's method, and its answer takes the latency back. A caller who leaves is noticed there a latency later;
-3. what a process sends goes out one after another at its bandwidth, so frames of several pulls share it;
+3. what a process sends goes out one after another at its bandwidth, so frames of several pulls share it; a small
+   message goes between their packets;
 4. `kill` resets every connection of a process; between `silence` and `restore` nothing gets to it or from it, and what
    was sent meanwhile comes late, in order, as TCP has it.
 
@@ -21,7 +22,8 @@ from typing import Any, Generic, TypeVar
 from cluster.simulator.log import EventLog
 from engine.errors import DeadlineExceeded, StaleIncarnation, Unavailable
 
-CALL_BYTES = 256  # of a small message with its headers
+CALL_BYTES = 256  # of a call without contents, with its headers
+SMALL_BYTES = 2**16  # messages up to this size wait for no larger one
 
 Served = TypeVar("Served")
 Item = TypeVar("Item")
@@ -118,14 +120,17 @@ class Network(Generic[Served]):
     async def stream(
         self, caller: Port[Served], address: str, incarnation: str, what: str,
         items: Callable[[Served], AsyncGenerator[Item]], size_of: Callable[[Item], int], size_bytes: int = CALL_BYTES,
+        sent_at: Callable[[Item], float | None] = lambda _item: None,
     ) -> AsyncGenerator[Item]:  # fmt: skip
-        """What `items` yields there, in order. Raises what it raised, or Unavailable when the connection breaks."""
+        """What `items` yields there, in order. Raises what it raised, or Unavailable when the connection breaks.
+        `sent_at` tells of an item that it was sent earlier than it is yielded."""
         if caller.dead:
             raise Unavailable(f"{caller.name} is dead")
         loop = asyncio.get_running_loop()
         talk = _Talk(caller, what)
         caller.talks[talk] = None
-        talk.server = loop.create_task(self._serve(talk, address, incarnation, items, size_of, size_bytes), name=what)
+        serving = self._serve(talk, address, incarnation, items, size_of, size_bytes, sent_at)
+        talk.server = loop.create_task(serving, name=what)
         try:
             while True:
                 at, item = await talk.arrivals.get()
@@ -144,9 +149,10 @@ class Network(Generic[Served]):
     async def _serve(
         self, talk: _Talk, address: str, incarnation: str,
         items: Callable[[Served], AsyncGenerator[Item]], size_of: Callable[[Item], int], size_bytes: int,
+        sent_at: Callable[[Item], float | None],
     ) -> None:  # fmt: skip
-        await self._send(talk.caller, size_bytes)
-        await asyncio.sleep(self._latency_s(talk.caller, self._ports.get(address)))
+        send_s = await self._send(talk.caller, size_bytes)
+        await asyncio.sleep(send_s + self._latency_s(talk.caller, self._ports.get(address)))
         port = self._ports.get(address)
         await talk.caller.reachable.wait()
         if port is not None:
@@ -160,17 +166,19 @@ class Network(Generic[Served]):
         try:
             async with aclosing(items(self._admit(port, incarnation))) as source:
                 async for item in source:
-                    await self._answer(talk, port, (item,), size_of(item))
+                    await self._answer(talk, port, (item,), size_of(item), sent_at(item))
             last: Exception | None = None
         except Exception as error:  # an answer of the worker's, or a bug that the caller shall see as it is
             last = error
         await self._answer(talk, port, last, CALL_BYTES if last else 0)
 
-    async def _answer(self, talk: _Talk, port: Port[Served], item: object, size_bytes: int) -> None:
-        await self._send(port, size_bytes)
+    async def _answer(
+        self, talk: _Talk, port: Port[Served], item: object, size_bytes: int, sent_at: float | None = None
+    ) -> None:
+        send_s = await self._send(port, size_bytes)
         await talk.caller.reachable.wait()
         await port.reachable.wait()
-        self._arrive(talk, item, self._latency_s(port, talk.caller))
+        self._arrive(talk, item, send_s + self._latency_s(port, talk.caller), sent_at)
 
     def _admit(self, port: Port[Served], incarnation: str) -> Served:
         if incarnation != port.incarnation:
@@ -178,14 +186,22 @@ class Network(Generic[Served]):
         assert port.served is not None, f"{port.name} serves nothing"
         return port.served
 
-    async def _send(self, port: Port[Served], size_bytes: int) -> None:
-        """Returns when the last byte has left."""
+    async def _send(self, port: Port[Served], size_bytes: int) -> float:
+        """Returns when the last byte has left, or of a small message how long that will take."""
+        if size_bytes <= SMALL_BYTES:
+            return size_bytes / self._times.bytes_per_s
         now = asyncio.get_running_loop().time()
         port.free_at = max(now, port.free_at) + size_bytes / self._times.bytes_per_s
         await asyncio.sleep(port.free_at - now)
+        return 0.0
 
-    def _arrive(self, talk: _Talk, item: object, after_s: float) -> None:
-        talk.arrivals.put_nowait((asyncio.get_running_loop().time() + after_s, item))
+    def _arrive(self, talk: _Talk, item: object, after_s: float, sent_at: float | None = None) -> None:
+        at = asyncio.get_running_loop().time() if sent_at is None else sent_at
+        talk.arrivals.put_nowait((at + after_s, item))
+
+    def transit_s(self, sender: Port[Served], receiver: Port[Served], size_bytes: int) -> float:
+        """From the sending of a small message to its arrival."""
+        return size_bytes / self._times.bytes_per_s + self._latency_s(sender, receiver)
 
     def _latency_s(self, sender: Port[Served], receiver: Port[Served] | None) -> float:
         lag_s = sender.lags.get(receiver.name, sender.lag_s) if receiver is not None else sender.lag_s

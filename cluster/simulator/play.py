@@ -13,6 +13,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from cluster.simulator.clock import run_virtual
+from cluster.simulator.links import times_of
 from cluster.simulator.log import EventLog
 from cluster.simulator.results import RequestResult, SimulationResult, WorkerSample
 from cluster.simulator.workloads.prompts import prompt_of
@@ -78,6 +79,7 @@ class _Client:
     number: int
     begun: float
     _times: list[float] = field(default_factory=list)  # of the first two tokens
+    _last: float = 0.0  # token's time
     _num_output: int = 0
     _cached_tokens: int = 0
 
@@ -88,7 +90,9 @@ class _Client:
         try:
             async with aclosing(self.world.generate(request)) as outputs:
                 async for output in outputs:
-                    self._times += [loop.time()] * min(len(output.token_ids), 2 - len(self._times))
+                    times = times_of(output, loop.time(), self._last)
+                    self._times += times[: 2 - len(self._times)]
+                    self._last = times[-1] if times else self._last
                     self._num_output += len(output.token_ids)
                     self._cached_tokens = output.cached_tokens
         except SteelyardError as failure:
@@ -113,7 +117,7 @@ class _Client:
 def _samples(world: World, now_s: float) -> Iterator[WorkerSample]:
     for worker_id, worker in world.workers.items():
         status = worker.sides.status()
-        stats = status.stats
+        stats = worker.runner.stats_by(status.stats, world.now)
         yield WorkerSample(
             now_s, worker_id, status.role, stats.num_running, status.num_queued + stats.num_waiting, stats.num_blocks,
             stats.num_free_blocks, stats.num_held_blocks,

@@ -1,4 +1,4 @@
-"""Modelled steps: which tokens a step gives, and a step runner whose steps are delays.
+"""The model of modelled steps: which tokens a step gives.
 
 The tokens come out of KV, as a real model's do: the state of a position is a digest of its token, of the state before
 and of one earlier state that the one before chooses, all read from the pool's blocks. By induction it is a pure
@@ -7,22 +7,14 @@ function of the tokens so far; but a block that was lost, mixed up or never move
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections.abc import Callable
 from collections.abc import Sequence as TokenIds
 from dataclasses import dataclass, replace
 
-from cluster.simulator.host import Host
-from cluster.simulator.log import EventLog
 from cluster.simulator.pool import STATE_BYTES, StatePool
-from cluster.simulator.service_times.model import ServiceTimes
-from engine.engine import Engine, ModelRunner
-from engine.errors import WorkerLost
 from engine.scheduler import Batch, Scheduled
-from engine.step_runner import begin_turn
-from engine.step_shape import StepRecord
-from engine.types import Command, Request, Sampled, SamplingParams, StepOutputs
+from engine.types import Request, Sampled, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,75 +81,3 @@ class ModelledRunner:
             return Sampled()
         first, *siblings = (Sampled((self._weights.next_token(state, one.sampling),)) for one in item.sequence.answers)
         return replace(first, siblings=tuple(siblings))
-
-
-class ModelledStepRunner:
-    """Turns in the order of engine.step_runner.drive, on the running loop. Implements engine.step_runner.StepRunner."""
-
-    def __init__(
-        self, name: str, engine: Engine, model: ModelRunner, times: ServiceTimes, log: EventLog,
-        host: Host | None = None,
-    ) -> None:  # fmt: skip
-        """`host`: shared with other workers; without, nobody slows a step down."""
-        self._host = host
-        self._name = name
-        self._engine = engine
-        self._model = model
-        self._times = times
-        self._log = log
-        self.num_steps = 0
-        self.num_extrapolated = 0  # beyond what the service times were measured for
-        self._commands: asyncio.Queue[Command] = asyncio.Queue()
-        self._outputs: asyncio.Queue[StepOutputs | Exception] = asyncio.Queue()
-        self._task = asyncio.get_running_loop().create_task(self._run(), name=f"engine of {name}")
-
-    def send(self, command: Command) -> None:
-        self._commands.put_nowait(command)
-
-    async def outputs(self) -> StepOutputs:
-        item = await self._outputs.get()
-        if isinstance(item, Exception):
-            raise item
-        return item
-
-    async def stop(self) -> None:
-        self.crash()
-        await asyncio.gather(self._task, return_exceptions=True)
-
-    def crash(self) -> None:
-        """The engine is gone at once, in the middle of its step."""
-        self._task.cancel()
-        self._outputs.put_nowait(WorkerLost("the engine ended"))
-
-    async def _run(self) -> None:
-        """A fault of the engine is a bug to be seen, not a crash to recover from: its reader gets it as it is."""
-        try:
-            await self._drive()
-        except Exception as error:
-            self._outputs.put_nowait(error)
-
-    async def _drive(self) -> None:
-        idle = True
-        while True:
-            batch = begin_turn(self._engine, await self._take(block=idle), self._outputs.put_nowait)
-            idle = batch is None
-            if batch is not None:
-                shape = batch.shape
-                step_s = self._times.step_s(shape)
-                self.num_steps += 1
-                self.num_extrapolated += self._times.extrapolates(shape)
-                self._log.add(
-                    self._name, "step", sequences=len(batch.scheduled), tokens=batch.num_tokens, step_s=step_s
-                )
-                if self._host is None:
-                    await asyncio.sleep(step_s)
-                else:
-                    step_s = await self._host.compute(shape, step_s)
-                self._engine.finish(batch, self._model.execute(batch))
-                self._outputs.put_nowait(replace(self._engine.take_outputs(), step=StepRecord(shape, step_s)))
-
-    async def _take(self, block: bool) -> list[Command]:
-        taken = [await self._commands.get()] if block else []
-        while not self._commands.empty():
-            taken.append(self._commands.get_nowait())
-        return taken

@@ -18,32 +18,49 @@ from dataclasses import dataclass, field
 from cluster.config import ClusterConfig
 from cluster.sides import Cache, Links, WorkerSides
 from cluster.simulator.chance import Chance, SeededNames
+from cluster.simulator.clock import VirtualLoop
 from cluster.simulator.host import Host, Slowdown
-from cluster.simulator.links import SimulatedCarriers, SimulatedConnector, SimulatedPeers, WorkerNetwork, WorkerPort
+from cluster.simulator.links import (
+    Report,
+    SimulatedCarriers,
+    SimulatedConnector,
+    SimulatedPeers,
+    WorkerNetwork,
+    WorkerPort,
+    times_of,
+)
 from cluster.simulator.log import EventLog
 from cluster.simulator.network import LinkTimes, Network
+from cluster.simulator.plain import PlainPool, PlainTokens, plain_layout
 from cluster.simulator.pool import StatePool, state_layout
 from cluster.simulator.results import Happening
 from cluster.simulator.service_times.model import ServiceTimes
 from cluster.simulator.service_times.roofline import Roofline
-from cluster.simulator.steps import ModelledRunner, ModelledStepRunner, ModelledWeights
+from cluster.simulator.step_runner import Model, ModelledStepRunner
+from cluster.simulator.steps import ModelledRunner, ModelledWeights
 from engine.engine import Engine, EngineSpec
 from engine.errors import SteelyardError
 from engine.planes import layout_hash
 from engine.scheduler import SchedulerLimits
+from engine.sequence import Sequence
 from engine.types import Endpoint, Request, Role, TokenOutput
 from router.dispatch import Dispatcher
-from router.membership import Membership
+from router.membership import Member, Membership
 
 GATEWAY = "gateway-0"
+PATIENCE_MARGIN = 2  # latencies: a small message takes little more than one
 
 
 @dataclass(frozen=True, slots=True)
 class WorldSpec:
     """What is simulated. Pools, engine, transfer and router are as `config` says; of its model only `max_context`
     counts. `kv_token_bytes`: KV of one token of the modelled model, which sets how long a transfer takes (the default
-    is Llama 3.1 8B in bfloat16: 32 layers x 2 planes x 8 heads x 128 x 2 bytes). `slowdown`: all workers share one
-    host, and this is what they do to each other; None: each has its own."""
+    is Llama 3.1 8B in bfloat16: 32 layers x 2 planes x 8 heads x 128 x 2 bytes).
+
+    `plain`: tokens come from nowhere and KV has no bytes, which is faster and checks less. `bursts`: steps that can
+    only go one way are advanced together, if the tokens are plain. `frame_bytes`: of modelled KV in a frame, if not as
+    the config says; larger ones are fewer, and several pulls share a link less evenly. `slowdown`: all workers share
+    one host, and this is what they do to each other's steps; None: each has its own."""
 
     seed: int
     config: ClusterConfig = field(default_factory=ClusterConfig)
@@ -54,6 +71,9 @@ class WorldSpec:
     eos_every: int = 0
     max_context: int = 8192
     kv_token_bytes: int = 2**17
+    plain: bool = False
+    bursts: bool = True
+    frame_bytes: int | None = None
     slowdown: Slowdown | None = None
 
     @property
@@ -77,7 +97,7 @@ class SimulatedWorker:
 
     sides: WorkerSides
     engine: Engine
-    pool: StatePool
+    pool: StatePool | PlainPool
     runner: ModelledStepRunner
     port: WorkerPort
     serving: asyncio.Task[str] = field(repr=False)
@@ -100,6 +120,9 @@ class SimulatedWorker:
 
 class World:
     def __init__(self, spec: WorldSpec, log: EventLog) -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        self._loop = loop
         self.spec = spec
         self.log = log
         self.workers: dict[str, SimulatedWorker] = {}  # those that live, by worker id
@@ -110,13 +133,15 @@ class World:
         self._chance = Chance(spec.seed)
         self._membership = Membership()
         self._num_lives: dict[str, int] = {}
-        self._layout = state_layout(spec.config.engine.block_size)
-        self._bytes_scale = spec.kv_token_bytes * spec.config.engine.block_size / self._layout.bytes_per_block
-        self._config = _with_scaled_frames(spec.config, self._bytes_scale)
+        self._deadlines: dict[str, float] = {}  # of the live requests
+        block_size = spec.config.engine.block_size
+        self._layout = plain_layout(block_size) if spec.plain else state_layout(block_size)
+        self._bytes_scale = spec.kv_token_bytes * block_size / self._layout.bytes_per_block
+        self._config = _with_scaled_frames(spec.config, spec.frame_bytes, self._bytes_scale)
         self._cohort = layout_hash(self._layout, "simulated", str(spec.seed))
         self.gateway_port = self.network.attach(GATEWAY, GATEWAY, "1", None)
         names = SeededNames(self._chance.fork("names"))
-        connector = SimulatedConnector(self.network, self.gateway_port)
+        connector = SimulatedConnector(self.network, self.gateway_port, self._port_and_report)
         self.dispatcher = Dispatcher(spec.config.router, GATEWAY, connector, names)
 
     # --- life ----------------------------------------------------------------------------------------------
@@ -128,6 +153,10 @@ class World:
                 self.add_worker(role, index)
         while not all(worker.connected for worker in self.dispatcher.health().workers):  # noqa: ASYNC110
             await asyncio.sleep(self.spec.links.latency_s)
+
+    @property
+    def now(self) -> float:
+        return self._loop.time()
 
     async def close(self) -> None:
         await self.dispatcher.close()
@@ -143,21 +172,21 @@ class World:
 
     async def generate(self, request: Request, *siblings: Request) -> AsyncGenerator[TokenOutput]:
         """The dispatcher's stream; what came and how it ended is noted."""
-        name = request.request_id
+        name, ids = request.request_id, [one.request_id for one in (request, *siblings)]
         self.log.add(GATEWAY, "request", id=name, prompt=len(request.prompt_ids))
+        deadline = self._loop.time() + min(request.timeout_s, self.spec.config.router.deadline_s)
+        self._deadlines |= dict.fromkeys(ids, deadline)
         try:
             async with aclosing(self.dispatcher.generate(request, *siblings)) as outputs:
                 async for output in outputs:
-                    ids = ",".join(map(str, output.token_ids))
-                    self.log.add(
-                        GATEWAY, "tokens", id=output.key.request_id, epoch=output.key.epoch, first=output.first_index,
-                        ids=ids, finish=output.finish,
-                    )  # fmt: skip
+                    self._log_tokens(output)
                     yield output
         except SteelyardError as error:
             self.log.add(GATEWAY, "error", id=name, code=error.code, message=error.message)
             raise
         finally:
+            for one in ids:
+                self._deadlines.pop(one, None)
             self.log.add(GATEWAY, "end", id=name)
 
     async def tokens_of(self, request: Request) -> tuple[int, ...]:
@@ -169,7 +198,24 @@ class World:
                 tokens.extend(output.token_ids)
         return tuple(tokens)
 
+    def _log_tokens(self, output: TokenOutput) -> None:
+        key, now = output.key, self._loop.time()
+        if self.log.detailed:
+            for index, (token_id, at) in enumerate(zip(output.token_ids, times_of(output, now, 0.0), strict=True)):
+                first = output.first_index + index
+                self.log.add(GATEWAY, "token", at, id=key.request_id, epoch=key.epoch, index=first, token=token_id)
+        if output.finish is not None:
+            self.log.add(GATEWAY, "finish", id=key.request_id, epoch=key.epoch, finish=output.finish)
+
     # --- the cluster under way -----------------------------------------------------------------------------
+
+    async def catch_up(self) -> None:
+        """Let everybody know by now what they would know without bursts; for who kills, unlists or leaves next."""
+        now = self._loop.time()
+        for sent_by in (now - self.spec.links.latency_s, now):
+            for worker in self.workers.values():
+                worker.runner.catch_up(sent_by)
+            await self._loop.quiet()
 
     def add_worker(self, role: Role, index: int = 0) -> SimulatedWorker:
         """A new worker, or a new life of one that is dead, at its old address; it is listed at once."""
@@ -210,9 +256,14 @@ class World:
     def _make_worker(self, worker_id: str, incarnation: str, role: Role) -> SimulatedWorker:
         spec, config = self.spec, self._config
         engine = Engine(spec.engine_spec())
-        pool = StatePool(config.engine.block_size, config.engine.num_blocks)
-        model = ModelledRunner(spec.weights, pool)
-        runner = ModelledStepRunner(worker_id, engine, model, spec.steps, self.log, self._host)
+        if spec.plain:
+            pool: StatePool | PlainPool = PlainPool(config.engine.block_size)
+            tokens = PlainTokens(spec.vocab_size)
+            model = Model(tokens, spec.steps, tokens if spec.bursts else None, self._host)
+        else:
+            pool = StatePool(config.engine.block_size, config.engine.num_blocks)
+            model = Model(ModelledRunner(spec.weights, pool), spec.steps, host=self._host)
+        runner = ModelledStepRunner(worker_id, engine, model, self.log, self._patience)
         me = Endpoint(worker_id, incarnation, f"{worker_id}:1", self._cohort)
         port: WorkerPort = self.network.attach(me.address, worker_id, incarnation, None)
         links = Links(SimulatedPeers(self.network, port), SimulatedCarriers(self.network, port, self._bytes_scale))
@@ -223,9 +274,19 @@ class World:
         serving = asyncio.get_running_loop().create_task(sides.serve(runner.outputs), name=f"sides of {incarnation}")
         return SimulatedWorker(sides, engine, pool, runner, port, serving)
 
+    def _port_and_report(self, member: Member) -> tuple[WorkerPort, Report]:
+        worker = self.workers[member.worker_id]
+        assert worker.port.incarnation == member.incarnation
+        return worker.port, worker.runner.stats_by
 
-def _with_scaled_frames(config: ClusterConfig, bytes_scale: float) -> ClusterConfig:
+    def _patience(self, sequence: Sequence) -> float:
+        """Until when tokens of a sequence may be sent for its client to see them."""
+        deadlines = [self._deadlines.get(one.request_id, 0.0) for one in sequence.answers]
+        return min(deadlines) - PATIENCE_MARGIN * self.spec.links.latency_s
+
+
+def _with_scaled_frames(config: ClusterConfig, frame_bytes: int | None, bytes_scale: float) -> ClusterConfig:
     """Frames are cut by modelled bytes, of which there are `bytes_scale` for each that really moves."""
-    frame_bytes = max(1, round(config.kv_transfer.frame_bytes / bytes_scale))
+    frame_bytes = max(1, round((frame_bytes or config.kv_transfer.frame_bytes) / bytes_scale))
     transfer = config.kv_transfer.model_copy(update={"frame_bytes": frame_bytes})
     return config.model_copy(update={"kv_transfer": transfer})

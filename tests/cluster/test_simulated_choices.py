@@ -60,7 +60,9 @@ def test_each_answer_has_its_own_tokens_and_the_prompt_moves_once(num_prompt: in
 
     log = play(spec, scenario)
     assert len(lines(log, "submit")) == 1
-    assert len({line.split("ids=")[1] for line in lines(log, "gateway-0 tokens", "first=19")}) > 1, "the answers differ"
+    assert len({line.split("token=")[1] for line in lines(log, "gateway-0 token ", "index=19")}) > 1, (
+        "the answers differ"
+    )
 
 
 def test_answers_that_end_at_once_leave_the_others_to_go_on() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from cluster.simulator.log import EventLog
 from cluster.simulator.network import LinkTimes
 from cluster.simulator.pool import StatePool
 from cluster.simulator.service_times.roofline import Roofline
-from cluster.simulator.steps import ModelledRunner, ModelledStepRunner
+from cluster.simulator.step_runner import Model, ModelledStepRunner
+from cluster.simulator.steps import ModelledRunner
 from cluster.simulator.world import SimulatedWorker, World, WorldSpec
 from engine.engine import Engine
 from engine.errors import DeadlineExceeded, StaleIncarnation, SteelyardError
@@ -206,7 +208,7 @@ def test_tokens_that_overtake_the_first_one_wait_for_it() -> None:
         assert await world.tokens_of(asked) == spec.weights.continuation(asked)
 
     log = play(spec, scenario)
-    assert len({line.split()[0] for line in lines(log, "gateway-0 tokens")}) < 20 - 5, "nothing had to wait"
+    assert len({line.split()[0] for line in lines(log, "gateway-0 token ")}) < 20 - 5, "nothing had to wait"
 
 
 def test_an_abort_that_comes_before_its_offer_still_ends_the_request() -> None:
@@ -263,7 +265,9 @@ def test_a_modelled_turn_is_a_turn_of_the_real_loop() -> None:
     drive(Engine(spec.engine_spec()), runner(), inbox, real.append)
 
     async def main() -> list[StepOutputs]:
-        modelled = ModelledStepRunner("w", Engine(spec.engine_spec()), runner(), spec.steps, EventLog())
+        modelled = ModelledStepRunner(
+            "w", Engine(spec.engine_spec()), Model(runner(), spec.steps), EventLog(), lambda _: math.inf
+        )
         for command in commands:
             modelled.send(command)
         outputs = [await modelled.outputs() for _ in real]
@@ -271,12 +275,13 @@ def test_a_modelled_turn_is_a_turn_of_the_real_loop() -> None:
         return outputs
 
     assert [timeless(outputs) for outputs in run_virtual(main())] == [timeless(outputs) for outputs in real]
-    assert any(outputs.step and outputs.step.shape.num_decoding and outputs.step.shape.chunks for outputs in real)
+    shapes = [step.shape for outputs in real for step in outputs.steps]
+    assert any(shape.num_decoding and shape.chunks for shape in shapes)
     assert sum(len(outputs.tokens) for outputs in real) > 10
 
 
 def timeless(outputs: StepOutputs) -> StepOutputs:
-    return replace(outputs, step=outputs.step and replace(outputs.step, step_s=0.0))
+    return replace(outputs, steps=tuple(replace(step, step_s=0.0) for step in outputs.steps))
 
 
 class ScriptedInbox:
@@ -441,7 +446,7 @@ def test_a_prefill_worker_that_dies_before_the_first_token_is_replaced() -> None
 
     log = play(spec, scenario)
     assert len(lines(log, "submit")) == 2
-    assert lines(log, "gateway-0 tokens", "epoch=1", "first=0")
+    assert lines(log, "gateway-0 token ", "epoch=1", "index=0")
 
 
 def test_a_decode_worker_that_falls_silent_is_left_and_may_come_back() -> None:

@@ -193,7 +193,7 @@ def test_a_log_is_the_same_bytes_whatever_the_order_of_its_values() -> None:
         async def main() -> bytes:
             log = EventLog()
             await asyncio.sleep(0.1)
-            log.add("decode-0", "step", **values)
+            log.add("decode-0", "step", None, **values)
             assert log.num_records == 1
             return log.to_bytes()
 

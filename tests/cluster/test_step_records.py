@@ -9,7 +9,7 @@ import httpx
 from pydantic import TypeAdapter
 
 from cluster.simulator.world import World, WorldSpec
-from engine.step_shape import Chunk, StepShape, decode_shape
+from engine.step_shape import Chunk, StepRecord, StepShape, decode_shape
 from engine.types import Role
 from router.step_history import HeardStep, StepsView
 from tests.cluster.harness import local_cluster
@@ -40,6 +40,24 @@ def test_a_simulated_gateway_hears_of_every_step_and_forgets_who_has_left() -> N
         assert history.since(0).last <= len(steps)
 
     play(spec, scenario)
+
+
+def test_steps_that_are_advanced_together_are_told_as_if_they_were_not() -> None:
+    def records(bursts: bool) -> dict[Role, list[StepRecord]]:
+        told: dict[Role, list[StepRecord]] = {}
+
+        async def scenario(world: World) -> None:
+            await asyncio.gather(*(world.tokens_of(request(f"r{number}", 200, 60)) for number in range(3)))
+            await asyncio.sleep(1.5)
+            for step in world.dispatcher.step_history.since(0).steps:
+                told.setdefault(step.role, []).append(step.record)
+
+        play(WorldSpec(seed=2, config=config(), plain=True, bursts=bursts), scenario)
+        return told
+
+    singly, together = records(bursts=False), records(bursts=True)
+    assert together == singly
+    assert len(singly[Role.DECODE]) >= 59
 
 
 async def test_a_cluster_tells_each_step_once_with_its_shape_and_duration(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ async def test_commands_are_answered_while_nothing_is_computed(setup: EngineSetu
         outputs = await next_outputs(runner, lambda outputs: outputs.reserved)
         assert outputs.reserved[0].block_ids is not None
         assert outputs.stats.num_held_blocks == 2
-        assert outputs.step is None
+        assert outputs.steps == ()
 
 
 async def test_an_abort_ends_a_request_between_two_steps(setup: EngineSetup) -> None:
@@ -127,9 +127,9 @@ async def test_an_abort_ends_a_request_between_two_steps(setup: EngineSetup) -> 
         endless = request("endless", [5], max_tokens=200, ignore_eos=True)
         runner.send(Add(endless))
         first = await next_outputs(runner, lambda outputs: outputs.tokens)
-        assert first.step is not None
-        assert first.step.shape == StepShape((Chunk(0, 1),))
-        assert first.step.step_s > 0
+        (step,) = first.steps
+        assert step.shape == StepShape((Chunk(0, 1),))
+        assert step.step_s > 0
         runner.send(Abort(endless.key))
         last = await next_outputs(runner, lambda outputs: outputs.tokens and outputs.tokens[0].finish)
         assert last.tokens[0].finish is FinishReason.ABORT
@@ -152,13 +152,13 @@ def test_steps_that_follow_each_other_add_up_to_the_time_that_passed(setup: Engi
             return []
 
     def emit(outputs: StepOutputs) -> None:
-        if outputs.step is not None:
+        if outputs.steps:
             emitted.append(time.perf_counter())
             seen.append(outputs)
             time.sleep(EMIT_S)
 
     drive(built.engine, built.runner, Late(), emit)
-    durations = [outputs.step.step_s for outputs in seen if outputs.step]
+    durations = [step.step_s for outputs in seen for step in outputs.steps]
     assert [len(outputs.tokens) for outputs in seen] == [0, 0] + [1] * 12  # three chunks, the last with a token
     assert min(durations[1:]) >= EMIT_S
     assert durations[0] < IDLE_S

@@ -90,8 +90,8 @@ async def test_every_gateway_gets_the_records_of_all_steps_once() -> None:
     streams.register(key("a"), "one")
     one, two = await open_stream(streams, "one"), await open_stream(streams, "two")
     for step_s in (0.1, 0.2):
-        streams.publish([], EngineStats(), record(step_s))
-    streams.publish([output("a")], EngineStats(), record(0.3))
+        streams.publish([], EngineStats(), [record(step_s)])
+    streams.publish([output("a")], EngineStats(), [record(0.3)])
     expected = (record(0.1), record(0.2), record(0.3))
     batch = await read(one)
     assert (batch.outputs, batch.steps) == ((output("a"),), expected)
@@ -106,7 +106,7 @@ async def test_a_step_without_tokens_wakes_no_reader() -> None:
     stream = await open_stream(streams, "gateway")
     reading = asyncio.create_task(read(stream))
     await turn_loop()
-    streams.publish([], EngineStats(), record(0.1))
+    streams.publish([], EngineStats(), [record(0.1)])
     await turn_loop()
     assert not reading.done()
     reading.cancel()
@@ -118,7 +118,7 @@ async def test_of_a_reader_that_is_behind_the_oldest_records_are_dropped() -> No
     streams = Streams(keepalive_s=SOON)
     stream = await open_stream(streams, "gateway")
     for number in range(MAX_BATCH_STEPS + 3):
-        streams.publish([], EngineStats(), record(number))
+        streams.publish([], EngineStats(), [record(number)])
     steps = (await read(stream)).steps
     assert [step.step_s for step in steps] == list(range(3, MAX_BATCH_STEPS + 3))
     await stream.aclose()

@@ -1,0 +1,69 @@
+"""Rows of measured points: linear along each row and between neighbouring rows, hence bilinear on a grid.
+
+Rows may have points of their own, as measurements of a real engine do. Beyond the points a given function goes on from
+the nearest edge, so that there is no jump.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
+from statistics import median
+
+Point = tuple[float, float, float]  # row, along, value
+
+
+def lines_of(points: Iterable[Point]) -> dict[float, dict[float, float]]:
+    """By row, by place along it, both rising: the value, the median where there are several."""
+    found: dict[float, dict[float, list[float]]] = {}
+    for row, along, value in points:
+        found.setdefault(row, {}).setdefault(along, []).append(value)
+    return {row: {along: median(found[row][along]) for along in sorted(found[row])} for row in sorted(found)}
+
+
+class Rows:
+    """`beyond(row, along)`: only its differences count; without it everything stays as it is at the edge."""
+
+    def __init__(self, points: Iterable[Point], beyond: Callable[[float, float], float] | None = None) -> None:
+        lines = lines_of(points)
+        assert lines, "no points"
+        self._rows = list(lines)
+        self._along = [list(line) for line in lines.values()]
+        self._values = [list(line.values()) for line in lines.values()]
+        self._beyond = beyond
+
+    def at(self, row: float, along: float) -> float:
+        rows = self._rows
+        above = bisect_right(rows, row)
+        if 0 < above < len(rows):
+            below = above - 1
+            part = (row - rows[below]) / (rows[above] - rows[below])
+            return self._in_row(below, along) * (1.0 - part) + self._in_row(above, along) * part
+        edge = above - 1 if above else 0
+        value = self._in_row(edge, along)
+        if rows[edge] == row or self._beyond is None:
+            return value
+        return value + self._beyond(row, along) - self._beyond(rows[edge], along)
+
+    def covers(self, row: float, along: float) -> bool:
+        """Is this between measured points?"""
+        rows = self._rows
+        if not rows[0] <= row <= rows[-1]:
+            return False
+        above = bisect_right(rows, row)
+        below = above - 1
+        needed = (below,) if rows[below] == row else (below, above)
+        return all(self._along[index][0] <= along <= self._along[index][-1] for index in needed)
+
+    def _in_row(self, index: int, along: float) -> float:
+        points, values = self._along[index], self._values[index]
+        above = bisect_right(points, along)
+        if 0 < above < len(points):
+            below = above - 1
+            part = (along - points[below]) / (points[above] - points[below])
+            return values[below] * (1.0 - part) + values[above] * part
+        edge = above - 1 if above else 0
+        if points[edge] == along or self._beyond is None:
+            return values[edge]
+        row = self._rows[index]
+        return values[edge] + self._beyond(row, along) - self._beyond(row, points[edge])

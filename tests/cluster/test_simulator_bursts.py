@@ -1,0 +1,151 @@
+"""Steps advanced together: the same engine, the same event log, the same results as one by one."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.config import ClusterConfig
+from cluster.simulator.burst import TimedOutput
+from cluster.simulator.clock import run_virtual
+from cluster.simulator.links import times_of
+from cluster.simulator.log import EventLog
+from cluster.simulator.play import simulate
+from cluster.simulator.service_times.roofline import Roofline
+from cluster.simulator.workloads.workload import Arrival, Workload
+from cluster.simulator.world import World, WorldSpec
+from engine.errors import SteelyardError
+from engine.types import Key, Request, Role, SamplingParams, TokenOutput
+
+LIMIT_S = 3600.0
+STEPS = Roofline(overhead_s=1.03e-3, weights_s=5.17e-3, context_token_s=4.3e-7)  # no two spans of it are ever equal
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What happens: when requests come (and leave early), and when workers die and come again."""
+
+    requests: tuple[tuple[float, int, int, float, int], ...]  # at, prompt, max_tokens, timeout, answers
+    leaves: tuple[tuple[float, int], ...]  # at, number of the request
+    deaths: tuple[tuple[float, Role, bool], ...]  # at, of the first worker of a role, unlisted first?
+
+
+def spec(bursts: bool, num_decode: int = 2, **engine: object) -> WorldSpec:
+    small = {"num_blocks": 96, "block_size": 16, "max_batch_tokens": 256, "prefill_chunk": 128, "max_batch_seqs": 8}
+    config = ClusterConfig.model_validate(
+        {
+            "engine": small | engine,
+            "decode": {"max_pulls": 4},
+            "pools": {"prefill": {"workers": 2}, "decode": {"workers": num_decode}},
+        }
+    )
+    return WorldSpec(3, config, STEPS, plain=True, bursts=bursts)
+
+
+def log_of(plan: Plan, spec: WorldSpec) -> list[str]:
+    """All that happened, in an order that equal things at equal times cannot change."""
+    log = EventLog()
+
+    async def ask(world: World, number: int) -> None:
+        at, num_prompt, max_tokens, timeout_s, num_answers = plan.requests[number]
+        await asyncio.sleep(at)
+        sampling = SamplingParams(max_tokens, seed=number, ignore_eos=True)
+        prompt = tuple(16 + (7 * number + index) % 900 for index in range(num_prompt))
+        asked = Request(f"r{number}", prompt, sampling, timeout_s=timeout_s)
+        others = [asked.sibling(Key(f"r{number}.{choice}", 0), choice) for choice in range(1, num_answers)]
+        try:
+            async with aclosing(world.generate(asked, *others)) as outputs:
+                async for _ in outputs:
+                    pass
+        except SteelyardError:
+            pass
+
+    async def leave(world: World, at: float, client: asyncio.Task[None]) -> None:
+        await asyncio.sleep(at)
+        await world.catch_up()
+        client.cancel()
+
+    async def die(world: World, at: float, role: Role, unlisted: bool) -> None:
+        await asyncio.sleep(at)
+        name = f"{role}-0"
+        if name not in world.workers:
+            return
+        await world.catch_up()
+        if unlisted:
+            world.unlist(name)
+        world.kill(name)
+        await asyncio.sleep(0.5)
+        world.add_worker(role)
+
+    async def main() -> None:
+        world = World(spec, log)
+        await world.start()
+        loop = asyncio.get_running_loop()
+        clients = [loop.create_task(ask(world, number)) for number in range(len(plan.requests))]
+        acts = [loop.create_task(leave(world, at, clients[number])) for at, number in plan.leaves]
+        acts += [loop.create_task(die(world, *death)) for death in plan.deaths]
+        await asyncio.gather(*clients, *acts, return_exceptions=True)
+        await asyncio.sleep(60)
+        for worker in world.workers.values():
+            assert worker.is_quiet(), worker.sides.status()
+        await world.close()
+
+    run_virtual(main(), LIMIT_S)
+    return sorted(log.to_bytes().decode().splitlines())
+
+
+seconds = st.floats(0.0, 3.0)
+plans = st.builds(
+    Plan,
+    st.lists(
+        st.tuples(
+            seconds,
+            st.integers(1, 200),
+            st.integers(1, 150),
+            st.one_of(st.just(600.0), st.floats(0.1, 1.5)),
+            st.sampled_from([1, 1, 1, 3]),
+        ),
+        min_size=1,
+        max_size=10,
+    ).map(tuple),
+    st.lists(st.tuples(seconds, st.integers(0, 9)), max_size=3).map(tuple),
+    st.lists(st.tuples(seconds, st.sampled_from([Role.PREFILL, Role.DECODE]), st.booleans()), max_size=2).map(tuple),
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(plan=plans, num_decode=st.integers(1, 2), num_blocks=st.sampled_from([28, 40, 96]), prefix_cache=st.booleans())
+def test_the_event_log_is_the_same_with_and_without_bursts(
+    plan: Plan, num_decode: int, num_blocks: int, prefix_cache: bool
+) -> None:
+    num_requests = len(plan.requests)
+    plan = replace(plan, leaves=tuple((at, number) for at, number in plan.leaves if number < num_requests))
+    alone, together = (
+        log_of(plan, spec(bursts, num_decode, num_blocks=num_blocks, prefix_cache=prefix_cache))
+        for bursts in (False, True)
+    )
+    assert together == alone
+
+
+def test_bursts_make_far_fewer_turns_and_the_same_results() -> None:
+    arrivals = tuple(Arrival(0.2 * number, 100 + number, 150) for number in range(20))
+    results, num_turns = [], []
+    for bursts in (False, True):
+        log = EventLog(detailed=False)
+        results.append(simulate(spec(bursts), Workload("w", arrivals), log))
+        num_turns.append(log.num_records)
+    assert results[0] == results[1]
+    assert all(result.num_output == 150 for result in results[0].requests)
+
+
+def test_a_token_came_when_it_came_or_with_the_one_that_it_waited_for() -> None:
+    output = TimedOutput(Key("r", 0), 1, (7, 8, 9), times=(1.0, 2.0, 3.0))
+    assert times_of(output, 3.0, 0.5) == [1.0, 2.0, 3.0]
+    assert times_of(output, 3.0, 2.5) == [2.5, 2.5, 3.0]
+    assert times_of(TokenOutput(Key("r", 0), 1, (7, 8)), 4.0, 0.5) == [4.0, 4.0]
+    merged = TimedOutput(Key("r", 0), 0, (6, 7, 8, 9), times=(1.0, 2.0, 5.0))
+    assert times_of(merged, 3.0, 0.5) == [3.0, 3.0, 3.0, 5.0]
