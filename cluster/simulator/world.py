@@ -60,7 +60,8 @@ class WorldSpec:
     `plain`: tokens come from nowhere and KV has no bytes, which is faster and checks less. `bursts`: steps that can
     only go one way are advanced together, if the tokens are plain. `frame_bytes`: of modelled KV in a frame, if not as
     the config says; larger ones are fewer, and several pulls share a link less evenly. `slowdown`: all workers share
-    one host, and this is what they do to each other's steps; None: each has its own."""
+    one host, and this is what they do to each other's steps; None: each has its own. `gateway_s`, `token_s`: what a
+    client waits for outside of all this, before its first token and for each one after."""
 
     seed: int
     config: ClusterConfig = field(default_factory=ClusterConfig)
@@ -75,6 +76,8 @@ class WorldSpec:
     bursts: bool = True
     frame_bytes: int | None = None
     slowdown: Slowdown | None = None
+    gateway_s: float = 0.0
+    token_s: float = 0.0
 
     @property
     def weights(self) -> ModelledWeights:
