@@ -1,6 +1,6 @@
 """The command line, `steelyard`. Each command is a function below; exit codes:
 
-0 done · 1 it failed · 2 the command or the YAML is wrong · 130 interrupted before the cluster was ready or the profile done
+0 done · 1 it failed · 2 the command or the YAML is wrong · 130 interrupted: no cluster was ready, no profile done
 
 Everything heavy (Ray, torch, the HTTP client) is imported by the command that needs it, so that --help is quick.
 """

@@ -344,7 +344,8 @@ class Engine:
             )
         if longest > capacity:
             return ErrorInfo("invalid_request", f"{longest} tokens do not fit the KV pool of {capacity}")
-        if not all(0 <= token_id < self.spec.vocab_size for token_id in (*request.prompt_ids, *request.generated_ids)):
+        token_ids = (*request.prompt_ids, *request.generated_ids)
+        if min(token_ids) < 0 or max(token_ids) >= self.spec.vocab_size:
             return ErrorInfo("invalid_request", f"a token id is outside the vocabulary of {self.spec.vocab_size}")
         return None
 

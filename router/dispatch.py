@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from typing import Protocol
@@ -34,7 +35,7 @@ from engine.types import Endpoint, Key, Request, Submission, TokenOutput
 from router.api import HealthView, WorkerView
 from router.canary import Canary
 from router.config import RouterConfig
-from router.live import LiveRequest
+from router.live import LiveRequest, Name
 from router.membership import Member, Membership
 from router.policy import WorkerLoad, choose
 from router.step_history import StepHistory
@@ -287,21 +288,25 @@ class Dispatcher:
 
     def _on_down(self, member: Member, reason: str) -> None:
         for live in self._live.values():
-            if live.involves(member.worker_id, member.incarnation):
+            if (member.worker_id, member.incarnation) in live.workers:
                 live.fail(WorkerLost(f"worker {member.worker_id} was lost: {reason}"))
 
     # --- views ---------------------------------------------------------------------------------------------
 
     def loads(self) -> list[WorkerLoad]:
         """Every linked worker's load, derived from the table of live requests and its last report."""
-        return [self._load(link) for link in self._links.values()]
-
-    def _load(self, link: WorkerLink) -> WorkerLoad:
-        name = (link.member.worker_id, link.member.incarnation)
-        here = [live for live in self._live.values() if live.involves(*name)]
-        waiting = [live for live in here if live.is_prefilling and live.waits_on(*name) and live.leader is None]
-        prompt_tokens = sum(live.request.num_tokens for live in waiting)
-        return WorkerLoad(link.member, link.connected, len(here), prompt_tokens, link.stats)
+        num_sequences: Counter[Name] = Counter()
+        num_tokens: Counter[Name] = Counter()  # of prompts that have not given a token; shared ones count once
+        for live in self._live.values():
+            for name in live.workers:
+                num_sequences[name] += 1
+            first = live.first_worker
+            if first is not None and live.is_prefilling and live.leader is None:
+                num_tokens[first] += live.request.num_tokens
+        return [
+            WorkerLoad(link.member, link.connected, num_sequences[name], num_tokens[name], link.stats)
+            for name, link in self._links.items()
+        ]
 
     def health(self) -> HealthView:
         healthy, reason, age_s = self.canary.verdict()

@@ -16,6 +16,8 @@ from engine.types import FinishReason, Key, Request, TokenOutput
 from router.merge import Backlog
 from router.policy import Placement
 
+Name = tuple[str, str]  # one life of a worker: its id and its incarnation
+
 
 @dataclass(slots=True, eq=False)
 class LiveRequest:
@@ -71,20 +73,20 @@ class LiveRequest:
             self.request, epoch=self.epoch, generated_ids=tuple(self.tokens), timeout_s=max(0.0, self.deadline - now)
         )
 
-    def involves(self, worker_id: str, incarnation: str) -> bool:
-        """Would the death of this life of this worker stop the request?"""
-        if self.placement is None:
-            return False
-        name = (worker_id, incarnation)
-        decode = self.placement.decode
-        return self.waits_on(*name) or (decode is not None and (decode.worker_id, decode.incarnation) == name)
-
-    def waits_on(self, worker_id: str, incarnation: str) -> bool:
-        """Does the request's next token come from this worker as the first of its placement?"""
+    @property
+    def first_worker(self) -> Name | None:
+        """The worker that the next token comes from as the first of its placement."""
         if self.placement is None or self.handed_off:
-            return False
-        first = self.placement.first
-        return (first.worker_id, first.incarnation) == (worker_id, incarnation)
+            return None
+        return self.placement.first.worker_id, self.placement.first.incarnation
+
+    @property
+    def workers(self) -> tuple[Name, ...]:
+        """Those whose death would stop the request."""
+        first = self.first_worker
+        decode = self.placement.decode if self.placement is not None else None
+        second = (decode.worker_id, decode.incarnation) if decode is not None else None
+        return tuple([name for name in (first, second if second != first else None) if name is not None])
 
     @property
     def is_prefilling(self) -> bool:
@@ -131,7 +133,9 @@ class LiveRequest:
         decode = self.placement.decode if self.placement else None
         self.handed_off = self.handed_off or (decode is not None and decode.worker_id == worker_id)
         self._next_index += len(output.token_ids)
-        self._events.put_nowait(replace(output, cached_tokens=self.cached_tokens))
+        if output.cached_tokens != self.cached_tokens:
+            output = replace(output, cached_tokens=self.cached_tokens)
+        self._events.put_nowait(output)
         held, self._held = self._held, []
         for following in held:
             self.take(following, decode.worker_id if decode else worker_id)

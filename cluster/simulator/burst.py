@@ -12,7 +12,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from collections.abc import Sequence as Sequences
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 
 from cluster.simulator.service_times.model import ServiceTimes
@@ -46,10 +46,12 @@ class Burst:
     crossings: list[int]
     told: EngineStats
     num_free: int  # blocks, at its begin
-    num_done: int = field(default=0)  # steps that the engine has been brought forward
+    num_done: int = 0  # steps that the engine has been brought forward
+    last_told: tuple[int, EngineStats] | None = None  # the report after so many steps, as asked for last
 
     def shape_of(self, index: int) -> StepShape:
-        return _later(self.shape, index)
+        """Every sequence reads a position more each step."""
+        return StepShape((), self.shape.num_decoding, self.shape.num_context + index * self.shape.num_decoding)
 
     def num_ended(self, now: float) -> int:
         return bisect_right(self.ends, now)
@@ -58,8 +60,11 @@ class Burst:
         """The engine's report after so many of its steps (0: the one before)."""
         if num_steps == 0:
             return self.told
-        num_free = self.num_free - bisect_left(self.crossings, num_steps)
-        return replace(self.told, num_free_blocks=num_free, num_steps=self.told.num_steps + num_steps)
+        if self.last_told is None or self.last_told[0] != num_steps:
+            num_free = self.num_free - bisect_left(self.crossings, num_steps)
+            stats = replace(self.told, num_free_blocks=num_free, num_steps=self.told.num_steps + num_steps)
+            self.last_told = (num_steps, stats)
+        return self.last_told[1]
 
     def stats_by(self, told: EngineStats, now: float) -> EngineStats | None:
         """What has been reported by now, if the last report `told` is of this burst."""
@@ -85,7 +90,7 @@ def plan_burst(
     if bisect_left(crossings, num_steps) > num_free:
         num_steps = crossings[num_free]
     shape = batch.shape
-    steps_s = [times.step_s(_later(shape, index)) for index in range(num_steps)]
+    steps_s = times.decode_steps_s(shape.num_decoding, shape.num_context, num_steps)
     ends = list(accumulate(steps_s, initial=now))[1:]
     del ends[bisect_right(ends, until) :]
     return Burst(sequences, shape, now, ends, steps_s, crossings, told, num_free) if len(ends) >= SHORTEST else None
@@ -152,11 +157,6 @@ def _crossings(sequences: Sequences[Sequence], block_size: int, num_steps: int) 
         for sequence in sequences
         for step in range(block_size - sequence.computed % block_size, num_steps + 1, block_size)
     )
-
-
-def _later(shape: StepShape, num_steps: int) -> StepShape:
-    """The shape of the step so many steps later: every sequence reads as many positions more."""
-    return StepShape((), shape.num_decoding, shape.num_context + num_steps * shape.num_decoding)
 
 
 def _advance(sequence: Sequence, fresh: tuple[int, ...], start: int, num_steps: int) -> None:

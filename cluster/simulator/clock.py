@@ -5,7 +5,8 @@
 3. nothing ready and no timer left is a Deadlock, which names every task that waits;
 4. threads, sockets and child processes do not exist: whoever asks for one gets an error.
 
-It starts at 0 and knows nothing of what runs on it.
+It starts at 0 and knows nothing of what runs on it. It is asyncio's own loop but for its heart, `_run_once`, and the
+handles, of which a long simulation has millions: they do without what only real time and debugging need.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ import weakref
 from asyncio import base_events
 from collections import deque
 from collections.abc import Callable, Coroutine
+from contextvars import copy_context
 from typing import Any, NoReturn, TypeVar
+
+MANY_CANCELLED = 100
 
 Result = TypeVar("Result")
 
@@ -38,14 +42,16 @@ class TimeLimit(RuntimeError):
 class VirtualLoop(base_events.BaseEventLoop):
     """The same program gives the same order of callbacks in every process."""
 
-    _scheduled: list[_Timer]  # asyncio's own heap
+    _ready: deque[asyncio.Handle]  # asyncio's own, as is
+    _stopping: bool
 
     def __init__(self, limit_s: float = math.inf) -> None:
         super().__init__()
-        self._selector = _Jump(self)
-        self._set_time(0.0)
+        self._virtual_s = 0.0
         self._limit_s = limit_s
+        self._timers: list[tuple[float, int, _Timer]] = []  # a heap; the number keeps equal times in order
         self._num_timers = 0
+        self._num_cancelled = 0  # of those in the heap
         self._task_numbers: weakref.WeakKeyDictionary[asyncio.Future[Any], int] = weakref.WeakKeyDictionary()
         self._num_tasks = 0
         self._quiet: deque[asyncio.Future[None]] = deque()
@@ -64,10 +70,14 @@ class VirtualLoop(base_events.BaseEventLoop):
         assert not self.is_closed()
         self._num_timers += 1
         timer = _Timer(when, callback, args, self, context)
-        timer.number = self._num_timers
-        timer._scheduled = True
-        heapq.heappush(self._scheduled, timer)
+        heapq.heappush(self._timers, (when, self._num_timers, timer))
         return timer
+
+    def call_soon(self, callback: Callable[..., object], *args: Any, context: Any = None) -> asyncio.Handle:
+        assert not self.is_closed()
+        handle = _Soon(callback, args, self, context)
+        self._ready.append(handle)
+        return handle
 
     def create_task(self, coro: Any, *, name: Any = None, context: Any = None) -> asyncio.Task[Any]:
         task = super().create_task(coro, name=name, context=context)
@@ -96,14 +106,15 @@ class VirtualLoop(base_events.BaseEventLoop):
             if not waiter.done():
                 waiter.set_result(None)
             return
-        if not self._scheduled:
+        self._drop_cancelled()
+        if not self._timers:
             raise Deadlock(
                 f"at {self._virtual_s:.9f} s nothing can ever happen again, and these wait:\n{self._waiting()}"
             )
-        when = self._scheduled[0].when()
+        when = self._timers[0][0]
         if when > self._limit_s:
             raise TimeLimit(f"{self._limit_s:g} s of virtual time are over, and these wait:\n{self._waiting()}")
-        self._set_time(when)
+        self._virtual_s = when
 
     def end(self) -> None:
         """Cancel what is left, in order, let it finish, and close."""
@@ -117,43 +128,81 @@ class VirtualLoop(base_events.BaseEventLoop):
         finally:
             self.close()
 
-    def _set_time(self, now: float) -> None:
-        self._virtual_s = now
-        self._clock_resolution = math.ulp(now)  # what is due is due exactly now, not a little later
+    def _run_once(self) -> None:
+        """Make due timers ready, then run all that is ready now; what that makes ready has its turn next time."""
+        ready, timers = self._ready, self._timers
+        if not (ready or self._stopping):
+            self.jump()
+        while timers and timers[0][0] <= self._virtual_s:
+            timer = heapq.heappop(timers)[2]
+            timer.in_heap = False
+            self._num_cancelled -= timer._cancelled
+            ready.append(timer)
+        for _ in range(len(ready)):
+            handle = ready.popleft()
+            if not handle._cancelled:
+                self._call(handle)
+
+    def _call(self, handle: asyncio.Handle) -> None:
+        try:
+            handle._context.run(handle._callback, *handle._args)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            self.call_exception_handler({"message": f"exception in {handle!r}", "exception": error, "handle": handle})
+
+    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
+        """Cancelled timers are swept out of the heap when they are most of it."""
+        assert isinstance(handle, _Timer)
+        self._num_cancelled += handle.in_heap
+        if self._num_cancelled > MANY_CANCELLED and 2 * self._num_cancelled > len(self._timers):
+            self._timers[:] = [entry for entry in self._timers if not entry[2]._cancelled and entry[2] is not handle]
+            heapq.heapify(self._timers)
+            self._num_cancelled = 0
+
+    def _drop_cancelled(self) -> None:
+        while self._timers and self._timers[0][2]._cancelled:
+            heapq.heappop(self._timers)
+            self._num_cancelled -= 1
 
     def _waiting(self) -> str:
         return "\n".join(f"  {task.get_name()}: {_where(task)}" for task in self.pending())
-
-    # --- what asyncio asks of a loop that could wait for the outside ----------------------------------------
-
-    def _process_events(self, event_list: object) -> None:
-        """No sockets, no events."""
 
     def _write_to_self(self) -> None:
         """Nothing to wake: this loop never sleeps."""
 
 
-class _Timer(asyncio.TimerHandle):
-    """A timer that goes after all earlier ones of the same time."""
+class _Soon(asyncio.Handle):
+    """A callback that is ready."""
 
-    __slots__ = ("number",)
-    number: int
+    __slots__ = ()
 
-    def __lt__(self, other: object) -> bool:
-        assert isinstance(other, _Timer)
-        return (self._when, self.number) < (other._when, other.number)
-
-
-class _Jump:
-    """Stands where asyncio expects a selector: where it would sleep, time jumps."""
-
-    def __init__(self, loop: VirtualLoop) -> None:
+    def __init__(self, callback: Any, args: Any, loop: Any, context: Any) -> None:
+        self._context = copy_context() if context is None else context
         self._loop = loop
+        self._callback = callback
+        self._args = args
+        self._cancelled = False
+        self._repr = None
+        self._source_traceback = None
 
-    def select(self, timeout: float | None) -> tuple[()]:
-        if timeout is None or timeout > 0:
-            self._loop.jump()
-        return ()
+
+class _Timer(asyncio.TimerHandle):
+    """A callback that is due at a time."""
+
+    __slots__ = ("in_heap",)
+    in_heap: bool
+
+    def __init__(self, when: float, callback: Any, args: Any, loop: Any, context: Any) -> None:
+        self._when = when
+        self._scheduled = self.in_heap = True
+        self._context = copy_context() if context is None else context
+        self._loop = loop
+        self._callback = callback
+        self._args = args
+        self._cancelled = False
+        self._repr = None
+        self._source_traceback = None
 
 
 def run_virtual(main: Coroutine[Any, Any, Result], limit_s: float = math.inf) -> Result:

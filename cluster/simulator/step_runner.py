@@ -21,6 +21,7 @@ from engine.scheduler import Batch
 from engine.sequence import Sequence
 from engine.step_runner import begin_turn
 from engine.step_shape import StepRecord, StepShape
+from engine.streams import MAX_BATCH_STEPS
 from engine.types import Command, EngineStats, StepOutputs
 
 Patience = Callable[[Sequence], float]
@@ -114,7 +115,9 @@ class ModelledStepRunner:
     async def _step(self, batch: Batch) -> None:
         shape = batch.shape
         step_s = self._model.times.step_s(shape)
-        self._note(shape, self._loop.time(), step_s)
+        self.num_steps += 1
+        self.num_extrapolated += self._model.times.extrapolates(shape)
+        self._log_step(shape, self._loop.time(), step_s)
         if self._model.host is None:
             await asyncio.sleep(step_s)
         else:
@@ -132,9 +135,7 @@ class ModelledStepRunner:
         self._told = outputs.stats
         self._outputs.put_nowait(outputs)
 
-    def _note(self, shape: StepShape, begun: float, step_s: float) -> None:
-        self.num_steps += 1
-        self.num_extrapolated += self._model.times.extrapolates(shape)
+    def _log_step(self, shape: StepShape, begun: float, step_s: float) -> None:
         if self._log.detailed:
             num_sequences = len(shape.chunks) + shape.num_decoding
             num_tokens = shape.num_chunk_tokens + shape.num_decoding
@@ -167,16 +168,24 @@ class ModelledStepRunner:
         assert self._model.plain is not None
         first = burst.num_done
         tokens = fast_forward(self._engine, burst, num_steps, self._model.plain.tokens, goes_on)
-        steps = self._note_steps(burst, first, num_steps)
-        self._emit(StepOutputs(tokens, stats=burst.stats_after(num_steps), steps=tuple(steps)))
+        self._note_steps(burst, first, num_steps)
+        told = range(max(first, num_steps - MAX_BATCH_STEPS), num_steps)  # more do not fit a message
+        steps = tuple([StepRecord(burst.shape_of(index), burst.steps_s[index]) for index in told])
+        self._emit(StepOutputs(tokens, stats=burst.stats_after(num_steps), steps=steps))
 
-    def _note_steps(self, burst: Burst, first: int, stop: int) -> list[StepRecord]:
-        begun = burst.ends[first - 1] if first else burst.begun
-        steps = [StepRecord(burst.shape_of(index), burst.steps_s[index]) for index in range(first, stop)]
-        for index, step in enumerate(steps, first):
-            self._note(step.shape, begun, step.step_s)
-            begun = burst.ends[index]
-        return steps
+    def _note_steps(self, burst: Burst, first: int, stop: int) -> None:
+        self.num_steps += stop - first
+        self.num_extrapolated += self._num_extrapolated(burst, range(first, stop))
+        for index in range(first, stop) if self._log.detailed else ():
+            begun = burst.ends[index - 1] if index else burst.begun
+            self._log_step(burst.shape_of(index), begun, burst.steps_s[index])
+
+    def _num_extrapolated(self, burst: Burst, steps: range) -> int:
+        """Contexts only grow: where neither the first nor the last is beyond the measured range, none is."""
+        extrapolates = self._model.times.extrapolates
+        if not any(extrapolates(burst.shape_of(index)) for index in (steps[0], steps[-1])):
+            return 0
+        return sum(extrapolates(burst.shape_of(index)) for index in steps)
 
 
 class _Alarm:

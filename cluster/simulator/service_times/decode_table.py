@@ -31,6 +31,13 @@ class DecodeTable:
             return self._rows.at(num_decoding, num_context / num_decoding)
         return self._rows.at(num_context / num_decoding, num_context)
 
+    def decode_each_s(self, num_decoding: int, contexts: Sequence[int]) -> list[float]:
+        """`decode_s` of each context."""
+        means = [context / num_decoding for context in contexts]
+        if self._rows_are_batches:
+            return self._rows.at_each([num_decoding] * len(means), means)
+        return self._rows.at_each(means, contexts)
+
     def extrapolates(self, num_decoding: int, num_context: int) -> bool:
         mean = num_context / num_decoding
         row, along = (num_decoding, mean) if self._rows_are_batches else (mean, num_context)

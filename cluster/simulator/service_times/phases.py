@@ -53,6 +53,10 @@ class DecodeTimes(Protocol):
 
     def decode_s(self, num_decoding: int, num_context: int) -> float: ...
 
+    def decode_each_s(self, num_decoding: int, contexts: Sequence[int]) -> list[float]:
+        """`decode_s` of each context, bit for bit."""
+        ...
+
     def extrapolates(self, num_decoding: int, num_context: int) -> bool: ...
 
 
@@ -76,8 +80,7 @@ class PhaseTimes:
         return overhead_s + max(decoding_s + before_s, prefill_s - overhead_s + pending_s)
 
     def decode_steps_s(self, num_decoding: int, num_context: int, num_steps: int) -> list[float]:
-        decode_s = self.decode.decode_s
-        return [decode_s(num_decoding, context) for context in contexts_of(num_decoding, num_context, num_steps)]
+        return self.decode.decode_each_s(num_decoding, contexts_of(num_decoding, num_context, num_steps))
 
     def extrapolates(self, shape: StepShape) -> bool:
         if shape.chunks and self.prefill.extrapolates(shape.chunks):
