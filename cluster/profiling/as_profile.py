@@ -23,7 +23,7 @@ def profile_of(served: Served, observed: Observed, device: str) -> WorkerProfile
         gateway_ms=gateway_s_of(observed.probes, link) * MS,
         token_ms=token_s_of(observed.probes, link) * MS,
         link=ProfiledLink(latency_ms=link.latency_s * MS, gb_per_s=link.bytes_per_s * GB),
-        kv_token_bytes=served.kv_token_bytes,
+        kv_token_bytes=served.kv_token_bytes or None,
         slowdown=ProfiledSlowdown(prefill=slowdown.prefill, decode=slowdown.decode),
         steps=profiled_steps(observed.alone),
     )

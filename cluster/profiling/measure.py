@@ -43,7 +43,9 @@ Report = Callable[[str, float], None]  # what is being done, and how much of the
 async def measure(
     cluster: LiveCluster, report: Report, plan: Plan | None = None, budget_s: float = BUDGET_S
 ) -> tuple[Served, Observed]:
-    """Raises ApiError when nothing listens there, when it is not one worker of each role, or when it serves others."""
+    """Raises ApiError when nothing listens there, when it is not one worker of each role, or when it serves others too.
+
+    `plan`, if not what suits the cluster's speed; `budget_s`: no round is begun that would probably end later."""
     begun = time.perf_counter()
     served = await cluster.served()
     await ensure_quiet(cluster)
@@ -59,6 +61,8 @@ async def measure(
         now = time.perf_counter()
         if now + (now - round_begun) > begun + budget_s:
             break
+    if not any(probe.num_decoded == 1 for probe in session.observed.probes):
+        raise ApiError("its workers computed something else all the time: a profile needs the cluster for itself")
     return served, session.observed
 
 

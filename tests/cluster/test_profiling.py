@@ -3,23 +3,44 @@
 from __future__ import annotations
 
 import asyncio
+import re
+from functools import partial
+from io import StringIO
 from pathlib import Path
 
 import httpx
 import pytest
+from rich.console import Console
+from typer.testing import CliRunner, Result
 
+from cluster.cli import app
 from cluster.client import ApiError
+from cluster.profiling import command
 from cluster.profiling import measure as measuring
 from cluster.profiling.live import LiveCluster, Served
 from cluster.profiling.measure import covers, measure
 from cluster.profiling.observed import Observed, Probe, gateway_s_of, link_of, slowdown_of, token_s_of
 from cluster.profiling.plan import LONGEST, LONGEST_S, SHORTEST, Plan, make_plan
+from cluster.profiling.progress import profile_progress
 from cluster.simulator.host import Slowdown
+from cluster.simulator.log import EventLog
+from cluster.simulator.play import simulate
+from cluster.simulator.profiled import profiled_world
+from cluster.simulator.results import RequestResult
+from cluster.simulator.service_times.profile import read_profile
+from cluster.simulator.workloads.workload import Arrival, Workload
+from cluster.simulator.world import WorldSpec
 from engine.step_shape import Chunk, StepRecord, StepShape, decode_shape
 from tests.cluster.harness import local_cluster
 from tests.cluster.tiny_model import MAX_CONTEXT, write_tiny_model
 
 PLAN = Plan((16, 64, 128), ((32, 9), (96, 20)), (8, 96), (4, 2, 1), 3, 20, 30, 4, 2)
+
+
+@pytest.fixture
+def overrides(tmp_path: Path) -> dict[str, object]:
+    return {"model.name": str(write_tiny_model(tmp_path / "model")), "engine.runner": "thread"}
+
 
 # --- plans ----------------------------------------------------------------------------------------------------
 
@@ -98,12 +119,78 @@ def test_steps_are_those_of_one_prompt_alone_or_do_not_count(
     assert covers(records, 100) is covered
 
 
+# --- the command ----------------------------------------------------------------------------------------------
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["profile", *arguments], env={"COLUMNS": "200", "TERM": "dumb"})
+
+
+@pytest.mark.parametrize("output", [".", "nowhere/profile.yaml"])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(output: str) -> None:
+    done = invoke("--url", "http://127.0.0.1:9", "--output", output)
+    assert done.exit_code == 2
+    assert done.stderr.startswith("error: --output:")
+
+
+def test_an_interrupt_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "measure", interrupted)
+    done = invoke("--output", str(tmp_path / "profile.yaml"))
+    assert (done.exit_code, done.stdout) == (130, "interrupted; nothing was written\n")
+    assert not list(tmp_path.iterdir())
+
+
+async def test_the_command_writes_a_profile_that_a_simulation_runs_with(
+    overrides: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "measure", partial(measure, plan=PLAN, budget_s=0.1))
+    output, written = tmp_path / "profile.yaml", StringIO()
+    async with local_cluster(overrides) as local:
+        console = Console(file=written, width=200)
+        await asyncio.to_thread(command.profile, local.url, output, "one thread", console)
+    profile = read_profile(output)
+    assert (profile.model, profile.device, profile.kv_token_bytes) == ("model", "one thread", 256)
+    assert [step.step_ms for step in profile.steps if step.chunks == [[0, 64]]]
+    lines = written.getvalue().splitlines()
+    assert lines[0] == "  0% warming up"
+    assert "profile.yaml: model on one thread" in lines[-6]
+    assert re.search(r"so many sequences +1: \d+ ms, 2: \d+ ms, 4: \d+ ms$", lines[-4])
+    spec = profiled_world(WorldSpec(seed=1, config=local.config, plain=True), profile, one_host=True)
+    result = await asyncio.to_thread(simulate, spec, Workload("one", (Arrival(0.0, 64, 3),)), EventLog())
+    (one,) = result.requests
+    prompt_s = spec.steps.step_s(StepShape((Chunk(0, 64),)))
+    assert one.ttft_s == pytest.approx(prompt_s + spec.gateway_s + 2 * spec.links.latency_s, rel=0.05)
+
+
+def test_what_the_gateway_takes_is_before_the_first_token_and_of_each_after_it() -> None:
+    def play(gateway_s: float, token_s: float) -> RequestResult:
+        spec = WorldSpec(seed=1, plain=True, gateway_s=gateway_s, token_s=token_s)
+        return simulate(spec, Workload("one", (Arrival(0.0, 64, 5),)), EventLog()).requests[0]
+
+    without, with_both = play(0.0, 0.0), play(0.5, 0.25)
+    assert without.ttft_s and with_both.ttft_s and without.tpot_s and with_both.tpot_s
+    assert with_both.ttft_s - without.ttft_s == pytest.approx(0.5)
+    assert with_both.tpot_s - without.tpot_s == pytest.approx(0.25)
+
+
+def test_progress_is_a_line_for_each_part_in_a_log_and_a_bar_on_a_terminal() -> None:
+    for is_terminal in (False, True):
+        written = StringIO()
+        with profile_progress(Console(file=written, force_terminal=is_terminal, width=80)) as report:
+            report("round 1: prompts", 0.25)
+        assert "round 1: prompts" in written.getvalue()
+        assert (written.getvalue() == " 25% round 1: prompts\n") is not is_terminal
+
+
+def test_a_device_is_named_where_it_can_be_known() -> None:
+    assert command.device_at("http://127.0.0.1:8000") == command.device_at("http://localhost:8000/v1")
+    assert command.device_at("http://10.0.0.7:8000") == "where 10.0.0.7 is"
+
+
 # --- a live cluster -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def overrides(tmp_path: Path) -> dict[str, object]:
-    return {"model.name": str(write_tiny_model(tmp_path / "model")), "engine.runner": "thread"}
 
 
 async def test_a_round_measures_prompts_batches_and_both_workers_at_once(overrides: dict[str, object]) -> None:
