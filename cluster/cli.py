@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 FAILED = 1
 WRONG_INPUT = 2
+INTERRUPTED = 130
 TABLE_WIDTH = 110  # a row of `status`; on a narrower terminal it wraps, and loses nothing
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -129,6 +130,25 @@ def chat(
             options = ChatOptions(model or client.model(), max_tokens, temperature, seed)
             conversation = Conversation(client, options, _console(), system)
             conversation.ask(text) if text else conversation.run()
+
+
+@app.command()
+def profile(
+    url: UrlOption = DEFAULT_URL,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="what to write")] = Path(
+        "profile.yaml"
+    ),
+    device: Annotated[str | None, typer.Option(help="what to call it that the workers run on")] = None,
+) -> None:
+    """Measure how fast a cluster of one prefill and one decode worker is, for the simulator; under two minutes."""
+    with _told_plainly():
+        from cluster.profiling.command import profile as profile_cluster
+
+        try:
+            profile_cluster(url, output, device, _console())
+        except KeyboardInterrupt:
+            _say("interrupted; nothing was written")
+            raise typer.Exit(INTERRUPTED) from None
 
 
 # --- a simulated one ------------------------------------------------------------------------------------------

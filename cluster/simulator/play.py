@@ -84,9 +84,11 @@ class _Client:
     _cached_tokens: int = 0
 
     async def run(self) -> RequestResult:
-        loop = asyncio.get_running_loop()
+        loop, spec = asyncio.get_running_loop(), self.world.spec
         arrived, request = loop.time(), self._request()
         error = ""
+        if spec.gateway_s:
+            await asyncio.sleep(spec.gateway_s)
         try:
             async with aclosing(self.world.generate(request)) as outputs:
                 async for output in outputs:
@@ -101,7 +103,7 @@ class _Client:
         return RequestResult(
             request.request_id, arrived - self.begun, arrival.num_prompt, arrival.num_output, self._num_output,
             self._cached_tokens, times[0] - arrived if times else None, times[1] - times[0] if times[1:] else None,
-            loop.time() - self.begun, error,
+            loop.time() - self.begun + spec.token_s * max(0, self._num_output - 1), error,
         )  # fmt: skip
 
     @property

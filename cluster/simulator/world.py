@@ -19,6 +19,7 @@ from cluster.config import ClusterConfig
 from cluster.sides import Cache, Links, WorkerSides
 from cluster.simulator.chance import Chance, SeededNames
 from cluster.simulator.clock import VirtualLoop
+from cluster.simulator.host import Host, Slowdown
 from cluster.simulator.links import (
     Report,
     SimulatedCarriers,
@@ -67,7 +68,9 @@ class WorldSpec:
 
     `plain`: tokens come from nowhere and KV has no bytes, which is faster and checks less. `bursts`: steps that can
     only go one way are advanced together, if the tokens are plain. `frame_bytes`: of modelled KV in a frame, if not as
-    the config says; larger ones are fewer, and several pulls share a link less evenly."""
+    the config says; larger ones are fewer, and several pulls share a link less evenly. `slowdown`: all workers share
+    one host, and this is what they do to each other's steps; None: each has its own. `gateway_s`, `token_s`: what a
+    client waits for outside of all this, before its first token and for each one after."""
 
     seed: int
     config: ClusterConfig = field(default_factory=ClusterConfig)
@@ -82,6 +85,9 @@ class WorldSpec:
     bursts: bool = True
     frame_bytes: int | None = None
     roles: Mapping[Role, RoleSpec] = field(default_factory=dict)
+    slowdown: Slowdown | None = None
+    gateway_s: float = 0.0
+    token_s: float = 0.0
 
     @property
     def weights(self) -> ModelledWeights:
@@ -141,6 +147,7 @@ class World:
         self.network: WorkerNetwork = Network(spec.links, log)
         self.happenings: list[Happening] = []
         self._dead: list[SimulatedWorker] = []
+        self._host = Host(spec.slowdown) if spec.slowdown else None
         self._chance = Chance(spec.seed)
         self._membership = Membership()
         self._num_lives: dict[str, int] = {}
@@ -271,10 +278,10 @@ class World:
         if spec.plain:
             pool: StatePool | PlainPool = PlainPool(config.engine.block_size)
             tokens = PlainTokens(spec.vocab_size)
-            model = Model(tokens, modelled.steps, tokens if spec.bursts else None)
+            model = Model(tokens, modelled.steps, tokens if spec.bursts else None, self._host)
         else:
             pool = StatePool(config.engine.block_size, modelled.num_blocks)
-            model = Model(ModelledRunner(spec.weights, pool), modelled.steps)
+            model = Model(ModelledRunner(spec.weights, pool), modelled.steps, host=self._host)
         runner = ModelledStepRunner(worker_id, engine, model, self.log, self._patience)
         me = Endpoint(worker_id, incarnation, f"{worker_id}:1", self._cohort)
         port: WorkerPort = self.network.attach(me.address, worker_id, incarnation, None)
