@@ -176,6 +176,10 @@ class World:
     def now(self) -> float:
         return self._loop.time()
 
+    @property
+    def num_events(self) -> int:
+        return self._loop.num_calls
+
     async def close(self) -> None:
         await self.dispatcher.close()
         for worker in self.all_workers:
