@@ -1,6 +1,6 @@
 """The command line, `steelyard`. Each command is a function below; exit codes:
 
-0 done · 1 it failed · 2 the command or the YAML is wrong · 130 interrupted: no cluster was ready, no profile done
+0 done · 1 it failed · 2 the command or the YAML is wrong · 130 interrupted before it was done, or the cluster ready
 
 Everything heavy (Ray, torch, the HTTP client) is imported by the command that needs it, so that --help is quick.
 """
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -149,6 +149,98 @@ def profile(
         except KeyboardInterrupt:
             _say("interrupted; nothing was written")
             raise typer.Exit(INTERRUPTED) from None
+
+
+# --- a simulated one ------------------------------------------------------------------------------------------
+
+
+@app.command()
+def simulate(
+    config: ConfigArgument,
+    trace: Annotated[
+        str,
+        typer.Option(
+            metavar="SOURCE",
+            help="the workload: a trace (Azure's CSV, Mooncake's JSON lines), a YAML file as in configs/workloads, "
+            "or a short text such as poisson:rate=4,prompt=1024,output=128,seconds=300",
+        ),
+    ],
+    seed: Annotated[int, typer.Option(help="of all that is random; the same seed gives the same log")] = 0,
+    service_times: Annotated[
+        str, typer.Option(metavar="SOURCE", help="how long steps take; default: a large GPU, roughly")
+    ] = "default",
+    speedup: Annotated[float, typer.Option(help="so many times as many requests per second")] = 1.0,
+    requests: Annotated[int | None, typer.Option(min=1, help="only the first so many")] = None,
+    slo_ttft_ms: Annotated[float | None, typer.Option(min=0, help="target: time to the first token")] = None,
+    slo_tpot_ms: Annotated[float | None, typer.Option(min=0, help="target: mean time per token after it")] = None,
+    output: Annotated[Path, typer.Option(metavar="FILE", help="the report, one HTML file")] = Path("report.html"),
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="figures and requests, for programs")
+    ] = None,
+    log_file: Annotated[Path | None, typer.Option("--log", metavar="FILE", help="the event log")] = None,
+) -> None:
+    """Play a workload on a simulated cluster, in virtual time, and report how requests fare.
+
+    Routing, queues, schedulers and block managers are the real ones; only the time of steps and links is modelled.
+    """
+    with _told_plainly():
+        loaded = _load(config)
+        from cluster.simulate import SimulateOptions, run_simulation
+        from cluster.simulator.report.summary import Targets
+
+        targets = Targets(slo_ttft_ms and slo_ttft_ms / 1e3, slo_tpot_ms and slo_tpot_ms / 1e3)
+        options = SimulateOptions(
+            config, trace, seed, service_times, speedup, requests, targets, output, json_file, log_file
+        )
+        code = run_simulation(loaded, options, _console())
+    raise typer.Exit(code)
+
+
+# --- plans ----------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def plan(
+    trace: Annotated[str, typer.Argument(metavar="TRACE", help="the workload, as for `steelyard simulate --trace`")],
+    slo: Annotated[str, typer.Option(metavar="TARGETS", help="such as ttft=500ms,tpot:p99=80ms; P90 if not said")],
+    gpus: Annotated[int, typer.Option(min=2, help="how many there are")],
+    service_times: Annotated[str, typer.Option(metavar="SOURCE", help="how long steps take, by tensor-parallel size")],
+    rate: Annotated[float | None, typer.Option(min=0.001, help="requests/s to serve, instead of the trace's")] = None,
+    tensor_parallel: Annotated[
+        str, typer.Option(metavar="SIZES", help="to choose from, as 1,2,4; else all that the service times know")
+    ] = "",
+    affinity: Annotated[
+        Literal["high", "low"],
+        typer.Option(help="high: KV may cross nodes (Algorithm 1 of DistServe); low: it may not (Algorithm 2)"),
+    ] = "high",
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="a worker's GPUs are in one node")] = 8,
+    gpu_memory_gb: Annotated[float, typer.Option(min=1)] = 80.0,
+    weights_gb: Annotated[float, typer.Option(min=0, help="of the model")] = 16.0,
+    kv_token_bytes: Annotated[int, typer.Option(min=1, help="KV of one token")] = 2**17,
+    link_gb_per_s: Annotated[float, typer.Option(min=0.001, help="of a worker, between nodes")] = 25.0,
+    node_link_gb_per_s: Annotated[float, typer.Option(min=0.001, help="of a worker, inside of its node")] = 300.0,
+    requests: Annotated[int, typer.Option(min=2, help="of the trace, in each simulation")] = 300,
+    config: Annotated[
+        Path | None, typer.Option(metavar="CONFIG", help="for the engine's limits; else those of a large GPU")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of all that is random")] = 0,
+    output: Annotated[Path, typer.Option(metavar="FILE", help="the report, one HTML file")] = Path("plan.html"),
+) -> None:
+    """Say how many GPUs, at which tensor-parallel sizes and in which ratio, serve a workload within its targets.
+
+    Simulates many clusters; exit code 1 if none of them keeps the targets.
+    """
+    with _told_plainly():
+        loaded = _load(config) if config else None
+        from cluster.plan import PlanOptions, run_plan
+        from cluster.simulator.planning.search import Affinity
+
+        options = PlanOptions(
+            trace, slo, gpus, service_times, rate, tensor_parallel, Affinity(affinity), gpus_per_node, gpu_memory_gb,
+            weights_gb, kv_token_bytes, link_gb_per_s, node_link_gb_per_s, requests, seed, output,
+        )  # fmt: skip
+        code = run_plan(loaded, options, _console())
+    raise typer.Exit(code)
 
 
 # --- models ---------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ class WorkerSides:
         self._role_epoch = 0
         self._kv_token_bytes = cache.layout.bytes_per_token
         self._heartbeat_s = transfer.heartbeat_s
-        self._stats = EngineStats(num_blocks=cache.num_blocks)
+        self._stats = EngineStats(num_blocks=cache.num_blocks, num_free_blocks=cache.num_blocks)
         self._last_step_s = 0.0
         self._aborting: list[asyncio.Task[None]] = []
         self.streams = TokenStreams(config.decode.orphan_s, self._abort_soon)

@@ -67,6 +67,7 @@ class Dispatcher:
         self._links: dict[tuple[str, str], WorkerLink] = {}  # by worker id and incarnation
         self._live: dict[str, LiveRequest] = {}
         self._background: list[asyncio.Task[None]] = []
+        self._num_placed = 0
         self._strays: dict[tuple[str, Key], None] = {}  # placements being aborted because their tokens still come
         self._closed = asyncio.Event()
         self._news = asyncio.Event()  # a worker has reported, or the membership has changed
@@ -202,9 +203,10 @@ class Dispatcher:
 
     async def _place(self, live: LiveRequest) -> None:
         """Choose workers and submit; a failure to submit becomes the placement's first event."""
-        placement = choose(self.loads(), hand_off=not live.shuns_wire)
+        placement = choose(self.loads(), not live.shuns_wire, self._config.policy, self._num_placed)
         if placement is None:
             raise Unavailable("no worker can be reached", retry_after_s=1)
+        self._num_placed += 1
         live.leave()
         for one in live.placed_together:
             one.place(placement)

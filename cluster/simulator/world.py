@@ -11,7 +11,7 @@ All that is random comes from the spec's seed. Made and used inside of one virtu
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -52,10 +52,19 @@ PATIENCE_MARGIN = 2  # latencies: a small message takes little more than one
 
 
 @dataclass(frozen=True, slots=True)
+class RoleSpec:
+    """What is modelled of the workers of one role, where the roles differ."""
+
+    steps: ServiceTimes
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
 class WorldSpec:
     """What is simulated. Pools, engine, transfer and router are as `config` says; of its model only `max_context`
     counts. `kv_token_bytes`: KV of one token of the modelled model, which sets how long a transfer takes (the default
-    is Llama 3.1 8B in bfloat16: 32 layers x 2 planes x 8 heads x 128 x 2 bytes).
+    is Llama 3.1 8B in bfloat16: 32 layers x 2 planes x 8 heads x 128 x 2 bytes). `roles`: for those that are not there,
+    `steps` and the config's blocks hold.
 
     `plain`: tokens come from nowhere and KV has no bytes, which is faster and checks less. `bursts`: steps that can
     only go one way are advanced together, if the tokens are plain. `frame_bytes`: of modelled KV in a frame, if not as
@@ -75,6 +84,7 @@ class WorldSpec:
     plain: bool = False
     bursts: bool = True
     frame_bytes: int | None = None
+    roles: Mapping[Role, RoleSpec] = field(default_factory=dict)
     slowdown: Slowdown | None = None
     gateway_s: float = 0.0
     token_s: float = 0.0
@@ -83,15 +93,20 @@ class WorldSpec:
     def weights(self) -> ModelledWeights:
         return ModelledWeights(self.seed, self.vocab_size, self.eos_token_ids, self.eos_every)
 
-    def engine_spec(self) -> EngineSpec:
+    def role(self, role: Role) -> RoleSpec:
+        return self.roles.get(role) or RoleSpec(self.steps, self.config.engine.num_blocks)
+
+    def engine_spec(self, num_blocks: int | None = None) -> EngineSpec:
         config = self.config.engine
         limits = SchedulerLimits(
-            config.block_size, config.max_batch_tokens, config.max_batch_seqs, config.prefill_chunk, config.prefix_cache
-        )
+            config.block_size, config.max_batch_tokens, config.max_batch_seqs, config.prefill_chunk,
+            config.prefix_cache, max_overtaken=config.max_overtaken,
+        )  # fmt: skip
         max_context = self.config.model.max_context or self.max_context
         return EngineSpec(
-            limits, config.num_blocks, max_context, self.vocab_size, self.eos_token_ids, hash_key=b"simulated"
-        )
+            limits, num_blocks or config.num_blocks, max_context, self.vocab_size, self.eos_token_ids,
+            hash_key=b"simulated",
+        )  # fmt: skip
 
 
 @dataclass(slots=True, eq=False)
@@ -258,19 +273,20 @@ class World:
 
     def _make_worker(self, worker_id: str, incarnation: str, role: Role) -> SimulatedWorker:
         spec, config = self.spec, self._config
-        engine = Engine(spec.engine_spec())
+        modelled = spec.role(role)
+        engine = Engine(spec.engine_spec(modelled.num_blocks))
         if spec.plain:
             pool: StatePool | PlainPool = PlainPool(config.engine.block_size)
             tokens = PlainTokens(spec.vocab_size)
-            model = Model(tokens, spec.steps, tokens if spec.bursts else None, self._host)
+            model = Model(tokens, modelled.steps, tokens if spec.bursts else None, self._host)
         else:
-            pool = StatePool(config.engine.block_size, config.engine.num_blocks)
-            model = Model(ModelledRunner(spec.weights, pool), spec.steps, host=self._host)
+            pool = StatePool(config.engine.block_size, modelled.num_blocks)
+            model = Model(ModelledRunner(spec.weights, pool), modelled.steps, host=self._host)
         runner = ModelledStepRunner(worker_id, engine, model, self.log, self._patience)
         me = Endpoint(worker_id, incarnation, f"{worker_id}:1", self._cohort)
         port: WorkerPort = self.network.attach(me.address, worker_id, incarnation, None)
         links = Links(SimulatedPeers(self.network, port), SimulatedCarriers(self.network, port, self._bytes_scale))
-        cache = Cache(self._layout, config.engine.num_blocks, pool)
+        cache = Cache(self._layout, modelled.num_blocks, pool)
         secrets = self._chance.fork(incarnation)
         sides = WorkerSides(me, role, cache, links, runner.send, config, new_secret=lambda: secrets.hex(16))
         port.served = sides
