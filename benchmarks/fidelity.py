@@ -26,7 +26,7 @@ from cluster.profiling.as_profile import profile_of
 from cluster.profiling.live import LiveCluster, Served
 from cluster.profiling.measure import BUDGET_S, ID_RANGE, ensure_quiet, measure
 from cluster.profiling.observed import Observed
-from cluster.profiling.plan import Plan
+from cluster.profiling.plan import Plan, make_plan
 from cluster.simulator.log import EventLog
 from cluster.simulator.play import simulate
 from cluster.simulator.profiled import profiled_world
@@ -42,6 +42,7 @@ MAX_DIFFERENCE = 0.10  # of two profiles around a load
 UTILISATION = 0.5  # of the prefill worker, while decode runs beside it
 MEAN_PROMPT, MEAN_OUTPUT = 140, 36  # tokens
 LENGTHS = f"prompt=lognormal:{MEAN_PROMPT}:0.6,max_prompt=480,output=lognormal:{MEAN_OUTPUT}:0.5,max_output=120"
+FULL_PLAN = make_plan(8192, prompt_token_s=1 / 270, decode_step_s=0.07)  # the same for all: the README's figures
 QUICK_PLAN = Plan((16, 64, 256), ((128, 32),), (64, 192), (4, 2, 1), num_steps=4, num_beside=4)
 FIGURES = ("TTFT P50", "TTFT P90", "TPOT P50", "TPOT P90")
 
@@ -53,7 +54,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="write rows and targets there too")
     options = parser.parse_args()
     logging.getLogger("router").setLevel(logging.ERROR)  # simulated workers leave at the end of each simulation
-    budget_s, load_s, plan, num_rounds = BUDGET_S, 90.0, None, options.rounds
+    budget_s, load_s, plan, num_rounds = BUDGET_S, 90.0, FULL_PLAN, options.rounds
     if options.quick:
         budget_s, load_s, plan, num_rounds = 1.0, 30.0, QUICK_PLAN, 1
     with Cluster({}) as cluster:
@@ -113,7 +114,7 @@ class Round:
         }  # fmt: skip
 
 
-async def measure_rounds(url: str, num_rounds: int, load_s: float, plan: Plan | None, budget_s: float) -> list[Round]:
+async def measure_rounds(url: str, num_rounds: int, load_s: float, plan: Plan, budget_s: float) -> list[Round]:
     rounds: list[Round] = []
     async with LiveCluster(url) as cluster:
         served, before = await measure(cluster, _say, plan, budget_s)
