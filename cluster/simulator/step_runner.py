@@ -49,6 +49,7 @@ class ModelledStepRunner:
         self.num_steps = 0
         self.num_extrapolated = 0  # beyond what the service times were measured for
         self._told = EngineStats()
+        self._last_end = 0.0  # of single steps
         self._burst: Burst | None = None  # that lasts, or the last one
         self._alarm: _Alarm | None = None  # for the end of the burst that lasts
         self._commands: asyncio.Queue[Command] = asyncio.Queue()
@@ -82,10 +83,16 @@ class ModelledStepRunner:
         """What was reported by `now`, for someone who last heard `told`."""
         return (self._burst.stats_by(told, now) if self._burst is not None else None) or told
 
-    def catch_up(self, now: float) -> None:
-        """Let out what the burst has made by `now`."""
+    @property
+    def last_end(self) -> float:
+        """When the last step ended that has."""
+        num_steps = self._burst.num_ended(self._loop.time()) if self._burst is not None else 0
+        return max(self._last_end, self._burst.ends[num_steps - 1] if self._burst is not None and num_steps else 0.0)
+
+    def catch_up(self) -> None:
+        """Let out what the burst has made by now."""
         if self._alarm is not None and self._burst is not None:
-            num_steps = self._burst.num_ended(now)
+            num_steps = self._burst.num_ended(self._loop.time())
             if self._burst.num_done < num_steps < len(self._burst.ends):
                 self._go_forward(self._burst, num_steps, goes_on=True)
 
@@ -122,6 +129,7 @@ class ModelledStepRunner:
             await asyncio.sleep(step_s)
         else:
             step_s = await self._model.host.compute(shape, step_s)
+        self._last_end = self._loop.time()
         self._engine.finish(batch, self._model.runner.execute(batch))
         self._emit(replace(self._engine.take_outputs(), steps=(StepRecord(shape, step_s),)))
 

@@ -232,12 +232,16 @@ class World:
     # --- the cluster under way -----------------------------------------------------------------------------
 
     async def catch_up(self) -> None:
-        """Let everybody know by now what they would know without bursts; for who kills, unlists or leaves next."""
-        now = self._loop.time()
-        for sent_by in (now - self.spec.links.latency_s, now):
-            for worker in self.workers.values():
-                worker.runner.catch_up(sent_by)
-            await self._loop.quiet()
+        """Wait for a moment at which no tokens are on their way, and let everybody know what they would know then
+        without bursts; for who kills, unlists or leaves next."""
+        while (quiet_from := self._last_step_ended() + PATIENCE_MARGIN * self.spec.links.latency_s) > self.now:  # noqa: ASYNC110 (a time is waited for)
+            await asyncio.sleep(quiet_from - self.now)
+        for worker in self.workers.values():
+            worker.runner.catch_up()
+        await self._loop.quiet()
+
+    def _last_step_ended(self) -> float:
+        return max((worker.runner.last_end for worker in self.workers.values()), default=0.0)
 
     def add_worker(self, role: Role, index: int = 0) -> SimulatedWorker:
         """A new worker, or a new life of one that is dead, at its old address; it is listed at once."""
