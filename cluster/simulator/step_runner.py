@@ -21,7 +21,6 @@ from engine.scheduler import Batch
 from engine.sequence import Sequence
 from engine.step_runner import begin_turn
 from engine.step_shape import StepRecord, StepShape
-from engine.streams import MAX_BATCH_STEPS
 from engine.types import Command, EngineStats, StepOutputs
 
 Patience = Callable[[Sequence], float]
@@ -177,9 +176,8 @@ class ModelledStepRunner:
         first = burst.num_done
         tokens = fast_forward(self._engine, burst, num_steps, self._model.plain.tokens, goes_on)
         self._note_steps(burst, first, num_steps)
-        told = range(max(first, num_steps - MAX_BATCH_STEPS), num_steps)  # more do not fit a message
-        steps = tuple([StepRecord(burst.shape_of(index), burst.steps_s[index]) for index in told])
-        self._emit(StepOutputs(tokens, stats=burst.stats_after(num_steps), steps=steps))
+        last = StepRecord(burst.shape_of(num_steps - 1), burst.steps_s[num_steps - 1])  # tells what the others would
+        self._emit(StepOutputs(tokens, stats=burst.stats_after(num_steps), steps=(last,)))
 
     def _note_steps(self, burst: Burst, first: int, stop: int) -> None:
         self.num_steps += stop - first
