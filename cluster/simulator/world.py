@@ -96,11 +96,11 @@ class SimulatedWorker:
 
 
 class World:
-    def __init__(self, spec: WorldSpec, log: EventLog) -> None:
+    def __init__(self, spec: WorldSpec, log: EventLog, network: WorkerNetwork | None = None) -> None:
         self.spec = spec
         self.log = log
         self.workers: dict[str, SimulatedWorker] = {}  # those that live, by worker id
-        self.network: WorkerNetwork = Network(spec.links, log)
+        self.network: WorkerNetwork = network or Network(spec.links, log)
         self.happenings: list[Happening] = []
         self._dead: list[SimulatedWorker] = []
         self._chance = Chance(spec.seed)
@@ -205,9 +205,10 @@ class World:
 
     def _make_worker(self, worker_id: str, incarnation: str, role: Role) -> SimulatedWorker:
         spec, config = self.spec, self._config
-        engine = Engine(spec.engine_spec())
+        engine = self._make_engine(worker_id)
         pool = StatePool(config.engine.block_size, config.engine.num_blocks)
-        runner = ModelledStepRunner(worker_id, engine, ModelledRunner(spec.weights, pool), spec.steps, self.log)
+        steps = self._step_times(worker_id)
+        runner = ModelledStepRunner(worker_id, engine, ModelledRunner(spec.weights, pool), steps, self.log)
         me = Endpoint(worker_id, incarnation, f"{worker_id}:1", self._cohort)
         port: WorkerPort = self.network.attach(me.address, worker_id, incarnation, None)
         links = Links(SimulatedPeers(self.network, port), SimulatedCarriers(self.network, port, self._bytes_scale))
@@ -217,6 +218,12 @@ class World:
         port.served = sides
         serving = asyncio.get_running_loop().create_task(sides.serve(runner.outputs), name=f"sides of {incarnation}")
         return SimulatedWorker(sides, engine, pool, runner, port, serving)
+
+    def _make_engine(self, _worker_id: str) -> Engine:
+        return Engine(self.spec.engine_spec())
+
+    def _step_times(self, _worker_id: str) -> ServiceTimes:
+        return self.spec.steps
 
 
 def _with_scaled_frames(config: ClusterConfig, bytes_scale: float) -> ClusterConfig:
