@@ -29,6 +29,10 @@ FINDINGS = {
             Fault(Point(PointKind.MESSAGE, "gateway-0>decode-0", 1), FaultKind.DUPLICATE, for_s=0.002),
         ),
     ),
+    # Prompt and growth were rounded up to blocks each: one more than there are, so every offer was refused for ever.
+    "an answer takes the whole pool": Case(
+        scenario((asked("r0", num_own=11, max_tokens=77),), block_size=8, num_blocks=11)
+    ),
 }  # fmt: skip
 
 
