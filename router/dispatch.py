@@ -225,6 +225,7 @@ class Dispatcher:
             self._abandon(one)
         live.shuns_wire = isinstance(error, TransferFailed)  # what cannot be moved is computed where it is needed
         pauses = max(live.num_refusals, live.num_failures)
+            one.void()
         await self._pause(min(REFUSED_PAUSE_S * 2**pauses, LONGEST_PAUSE_S))
         while choose(self.loads()) is None:  # a worker is being replaced; the deadline bounds this
             self._news.clear()

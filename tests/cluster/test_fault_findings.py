@@ -33,6 +33,15 @@ FINDINGS = {
     "an answer takes the whole pool": Case(
         scenario((asked("r0", num_own=11, max_tokens=77),), block_size=8, num_blocks=11)
     ),
+    # First tokens came between the loss and the next placement: then the second answer was placed by nobody.
+    "decode dies while the first tokens of two answers are on their way": Case(
+        scenario((asked("r0", num_own=13, max_tokens=8, num_answers=2),)),
+        (
+            Fault(
+                Point(PointKind.TURN, "decode-0", 8), FaultKind.CRASH, "decode-0", for_s=1.0, how=How.UNLISTED
+            ),
+        ),
+    ),
 }  # fmt: skip
 
 
