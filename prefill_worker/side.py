@@ -178,7 +178,8 @@ class PrefillSide:
         """Refused for lack of room, or not to be had from here: the gateway is told which, and decides what then."""
         key = offer.lease.key
         try:
-            await self._peers.offer(target, offer, OFFER_TIMEOUT_S)
+            # The lease outlives the offer, so that a refusal never finds it ended in silence.
+            await self._peers.offer(target, offer, min(OFFER_TIMEOUT_S, self._outbox.ttl_s / 2))
         except SteelyardError as error:
             code = error.code if isinstance(error, Overloaded) else TransferFailed.code
             live = self._live.get(key)

@@ -42,6 +42,14 @@ FINDINGS = {
             ),
         ),
     ),
+    # The lease, shorter than the patience with an offer, ended in silence before its refusal came: nobody was told.
+    "a refusal comes later than the lease lasts": Case(
+        scenario(
+            (asked("r2", at_s=0.01, num_own=12, max_tokens=12), asked("r3", at_s=0.015, num_own=12, max_tokens=12)),
+            max_pulls=1,
+        ),
+        (Fault(Point(PointKind.MESSAGE, "decode-0>prefill-0", 0), FaultKind.CUT, "decode-0>prefill-0", for_s=5.5),),
+    ),
 }  # fmt: skip
 
 
