@@ -101,8 +101,8 @@ class WorkerSides:
         self._prefill.submit(submission)
 
     async def abort(self, key: Key) -> None:
-        self._prefill.abort(key)
-        await self._intake.abort(key)
+        if not self._prefill.abort(key):
+            await self._intake.abort(key)
 
     async def take_offer(self, offer: Offer) -> None:
         await self._intake.reserve(offer)

@@ -121,6 +121,9 @@ class Intake:
     async def abort(self, key: Key) -> None:
         """End a request wherever it is; nothing writes to its blocks once they are given back."""
         self._streams.forget(key)
+        named = self._arrivals.get(key)
+        if named is not None and named.committed is None and key not in named.keys:
+            return  # ended before; the blocks of the others are reserved under its name
         arrival = next((one for one in self._arrivals.values() if key in one.keys), None)
         if arrival is not None and arrival.committed is None:
             arrival.keys.remove(key)

@@ -175,6 +175,7 @@ class Engine:
         growth = self._num_growth_blocks(command.num_growth)
         if command.num_answers > 1:  # many answers may take turns: half of the pool is enough to begin with
             growth = max(growth, min(growth * command.num_answers, self.blocks.num_blocks // 2))
+        growth = min(growth, self.blocks.num_blocks - needed)  # an empty pool has room for whatever may come here
         free = self.blocks.num_available - self.scheduler.num_blocks_wanted
         if holder in self._held:
             block_ids: TokenIds[int] | None = self._held[holder].block_ids

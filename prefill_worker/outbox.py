@@ -48,7 +48,7 @@ class Outbox:
         self._layout = layout
         self._pool = pool
         self._frame_bytes = frame_bytes
-        self._ttl_s = ttl_s
+        self.ttl_s = ttl_s
         self._new_secret = new_secret
         self._on_end = on_end
         self._entries: dict[Key, _Entry] = {}
@@ -63,7 +63,7 @@ class Outbox:
         lease = Lease(
             key, producer.worker_id, producer.incarnation, producer.address, producer.cohort, self._new_secret()
         )
-        self._entries[key] = _Entry(lease, self._now() + self._ttl_s)
+        self._entries[key] = _Entry(lease, self._now() + self.ttl_s)
         return lease
 
     def progress(self, key: Key, block_ids: tuple[int, ...]) -> None:
@@ -123,7 +123,7 @@ class Outbox:
         for lease in leases:
             entry = self._entries.get(lease.key)
             if entry is not None and entry.lease.matches(lease):
-                entry.expires_at = self._now() + self._ttl_s
+                entry.expires_at = self._now() + self.ttl_s
 
     # --- parts ---------------------------------------------------------------------------------------------
 

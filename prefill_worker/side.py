@@ -93,20 +93,21 @@ class PrefillSide:
             self._streams.register(request.key, submission.gateway_id)
         self._feed()
 
-    def abort(self, key: Key) -> None:
-        """End an answer wherever it is. Aborting an unknown key is no error."""
+    def abort(self, key: Key) -> bool:
+        """End an answer wherever it is on this side. Was it here? Else it is the decode side's, or the engine's alone.
+        Aborting twice is no error."""
         self._streams.forget(key)
         if self._queue.remove(key):
-            return
+            return True
         live = self._find(key)
         if live is None:
-            self._send(Abort(key))
-            return
+            return key in self._live  # ended before; the blocks of the others are held under its name
         live.wanted.remove(key)
         if not live.wanted:
             self._end(live)
         elif key != live.submission.request.key or not live.hands_off:  # else the blocks are held under its name
             self._send(Abort(key))
+        return True
 
     def on_outputs(self, outputs: StepOutputs) -> tuple[TokenOutput, ...]:
         """Take a turn's news of our submissions; returns the token outputs, with our stages on the first ones."""
@@ -177,7 +178,8 @@ class PrefillSide:
         """Refused for lack of room, or not to be had from here: the gateway is told which, and decides what then."""
         key = offer.lease.key
         try:
-            await self._peers.offer(target, offer, OFFER_TIMEOUT_S)
+            # The lease outlives the offer, so that a refusal never finds it ended in silence.
+            await self._peers.offer(target, offer, min(OFFER_TIMEOUT_S, self._outbox.ttl_s / 2))
         except SteelyardError as error:
             code = error.code if isinstance(error, Overloaded) else TransferFailed.code
             live = self._live.get(key)

@@ -221,6 +221,8 @@ class Dispatcher:
 
     async def _place_again(self, live: LiveRequest, error: SteelyardError) -> None:
         """Raises `error` if it is the request's own fault or was met too often."""
+        if isinstance(error, DeadlineExceeded):  # a call's, or by a worker's clock; our own is told where it passes
+            error = Unavailable(error.message)
         if isinstance(error, InvalidRequest) or self._closed.is_set():
             raise error
         live.num_refusals, live.num_failures = _count(error, live.num_refusals, live.num_failures)
@@ -229,6 +231,7 @@ class Dispatcher:
         log.info("request %s is placed again after: %s", live.request.request_id, error.message)
         for one in live.placed_together:
             self._abandon(one)
+            one.void()
         live.shuns_wire = isinstance(error, TransferFailed)  # what cannot be moved is computed where it is needed
         pauses = max(live.num_refusals, live.num_failures)
         await self._pause(min(REFUSED_PAUSE_S * 2**pauses, LONGEST_PAUSE_S))

@@ -52,6 +52,12 @@ class LiveRequest:
         self._first_index = self._next_index = len(self.tokens)
         self._events.clear()
 
+    def void(self) -> None:
+        """The placement is given up, and there is no other yet: what came of it, and still comes, is stale."""
+        self.placement = None
+        self.epoch += 1
+        self._events.clear()
+
     def follow(self, leader: LiveRequest) -> None:
         self.leader = leader
         leader.followers.append(self)

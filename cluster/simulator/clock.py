@@ -212,7 +212,11 @@ def run_virtual(main: Coroutine[Any, Any, Result], limit_s: float = math.inf) ->
 
     Raises TimeLimit when more than `limit_s` of virtual time would pass, and LostErrors when tasks failed and nobody
     asked them how they fared."""
-    loop = VirtualLoop(limit_s)
+    return run_on(VirtualLoop(limit_s), main)
+
+
+def run_on(loop: VirtualLoop, main: Coroutine[Any, Any, Result]) -> Result:
+    """The same on a loop that was made for it; it is closed in the end."""
     lost: list[BaseException] = []
     loop.set_exception_handler(lambda _, context: lost.append(_error_of(context)))
     try:

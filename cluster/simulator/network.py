@@ -134,7 +134,7 @@ class Network(Generic[Served]):
         try:
             while True:
                 at, item = await talk.arrivals.get()
-                await asyncio.sleep(max(0.0, at - loop.time()))
+                await self._until(at)
                 if item is None:
                     return
                 if isinstance(item, Exception):
@@ -142,7 +142,16 @@ class Network(Generic[Served]):
                 yield item[0]
         finally:
             self._close(talk)
-            loop.call_later(self._latency_s(caller, self._ports.get(address)), talk.server.cancel)
+            self._hang_up(talk, talk.server, address)
+
+    async def _until(self, at: float) -> None:
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(max(0.0, at - loop.time()))
+
+    def _hang_up(self, talk: _Talk, server: asyncio.Task[None], address: str) -> None:
+        """The caller wants no more: `server` hears of it when word has got there."""
+        delay_s = self._latency_s(talk.caller, self._ports.get(address))
+        asyncio.get_running_loop().call_later(delay_s, server.cancel)
 
     # --- the other end -------------------------------------------------------------------------------------
 

@@ -137,14 +137,14 @@ class SimulatedWorker:
 
 
 class World:
-    def __init__(self, spec: WorldSpec, log: EventLog) -> None:
+    def __init__(self, spec: WorldSpec, log: EventLog, network: WorkerNetwork | None = None) -> None:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualLoop)
         self._loop = loop
         self.spec = spec
         self.log = log
         self.workers: dict[str, SimulatedWorker] = {}  # those that live, by worker id
-        self.network: WorkerNetwork = Network(spec.links, log)
+        self.network: WorkerNetwork = network or Network(spec.links, log)
         self.happenings: list[Happening] = []
         self._dead: list[SimulatedWorker] = []
         self._host = Host(spec.slowdown) if spec.slowdown else None
@@ -282,14 +282,15 @@ class World:
     def _make_worker(self, worker_id: str, incarnation: str, role: Role) -> SimulatedWorker:
         spec, config = self.spec, self._config
         modelled = spec.role(role)
-        engine = Engine(spec.engine_spec(modelled.num_blocks))
+        engine = self._make_engine(worker_id, spec.engine_spec(modelled.num_blocks))
+        steps = self._step_times(worker_id, modelled.steps)
         if spec.plain:
             pool: StatePool | PlainPool = PlainPool(config.engine.block_size)
             tokens = PlainTokens(spec.vocab_size)
-            model = Model(tokens, modelled.steps, tokens if spec.bursts else None, self._host)
+            model = Model(tokens, steps, tokens if spec.bursts else None, self._host)
         else:
             pool = StatePool(config.engine.block_size, modelled.num_blocks)
-            model = Model(ModelledRunner(spec.weights, pool), modelled.steps, host=self._host)
+            model = Model(ModelledRunner(spec.weights, pool), steps, host=self._host)
         runner = ModelledStepRunner(worker_id, engine, model, self.log, self._patience)
         me = Endpoint(worker_id, incarnation, f"{worker_id}:1", self._cohort)
         port: WorkerPort = self.network.attach(me.address, worker_id, incarnation, None)
@@ -300,6 +301,12 @@ class World:
         port.served = sides
         serving = asyncio.get_running_loop().create_task(sides.serve(runner.outputs), name=f"sides of {incarnation}")
         return SimulatedWorker(sides, engine, pool, runner, port, serving)
+
+    def _make_engine(self, _worker_id: str, spec: EngineSpec) -> Engine:
+        return Engine(spec)
+
+    def _step_times(self, _worker_id: str, times: ServiceTimes) -> ServiceTimes:
+        return times
 
     def _port_and_report(self, member: Member) -> tuple[WorkerPort, Report]:
         worker = self.workers[member.worker_id]

@@ -555,6 +555,17 @@ async def test_the_answers_that_are_still_wanted_are_adopted(gone: Key | None) -
 
 
 @in_virtual_time
+async def test_an_answer_that_is_ended_twice_leaves_the_other_its_blocks() -> None:
+    with house() as h:
+        await two_begun(h)
+        await h.intake.abort(KEY)
+        await h.intake.abort(KEY)
+        assert h.intake.num_pulls == 1 and h.sent[1:] == []
+        await h.intake.abort(SIBLING)
+        assert h.is_clean()
+
+
+@in_virtual_time
 async def test_the_pull_ends_when_no_answer_is_wanted_any_more() -> None:
     with house() as h:
         await two_begun(h)

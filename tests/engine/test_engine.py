@@ -266,6 +266,15 @@ def test_a_reservation_is_refused_when_its_growth_would_not_fit() -> None:
     assert reserve(engine, Key("b", 0), 11, num_growth=4).block_ids is not None
 
 
+@pytest.mark.parametrize("num_answers", [1, 4])
+def test_an_empty_pool_takes_whatever_fits_it(num_answers: int) -> None:
+    """41 tokens and 23 more are 16 blocks of 4; rounded up apart, or for each of several answers, they were more."""
+    engine = make_engine(num_blocks=16)
+    engine.handle(Reserve(Key("a", 0), 41, 23, num_answers))
+    (reserved,) = engine.take_outputs().reserved
+    assert reserved.block_ids is not None
+
+
 def test_a_reservation_is_refused_while_others_wait() -> None:
     """For blocks that would not suffice for both, or for a seat."""
     engine = make_engine(num_blocks=16)

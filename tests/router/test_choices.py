@@ -194,6 +194,22 @@ async def test_a_lost_worker_before_the_first_tokens_costs_one_placement() -> No
 
 
 @in_virtual_time
+async def test_first_tokens_of_a_placement_that_was_given_up_do_not_part_the_answers() -> None:
+    cluster = await ready("p0", "p1", "d0", "d1")
+    answers = await asked(cluster, 2)
+    (before,) = cluster["p0"].submissions
+    assert before.decode is not None and before.decode.worker_id == "d0"
+    cluster["d0"].die()
+    await settle()
+    cluster["p0"].say(token(key(0), 0), token(key(1), 0))
+    await asyncio.sleep(1)
+    (again,) = [one for name in ("p0", "p1") for one in cluster[name].submissions if one is not before]
+    assert [one.key for one in again.requests] == [key(0, 1), key(1, 1)]
+    assert answers.ids == {"r": [], "r.1": []}
+    await cluster.dispatcher.close()
+
+
+@in_virtual_time
 async def test_after_its_first_token_each_goes_its_own_way() -> None:
     cluster = await ready("p0", "d0")
     answers = await asked(cluster)

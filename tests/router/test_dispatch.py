@@ -345,6 +345,16 @@ async def test_a_request_that_gets_no_further_ends_at_its_deadline_and_is_aborte
 
 
 @in_virtual_time
+async def test_a_worker_that_does_not_answer_in_time_is_not_the_requests_deadline() -> None:
+    cluster = await ready("p0", "d0", max_attempts=2)
+    cluster["p0"].refusals = [DeadlineExceeded("a peer did not answer in time")] * 2
+    client = await placed(cluster)
+    await asyncio.sleep(1)
+    assert type(client.error) is Unavailable and "did not answer" in client.error.message
+    await closed(cluster)
+
+
+@in_virtual_time
 async def test_the_gateways_own_deadline_bounds_the_clients() -> None:
     cluster = await ready("p0", "d0", deadline_s=5.0)
     client = await placed(cluster, timeout_s=1e6)

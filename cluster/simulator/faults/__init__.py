@@ -1,0 +1,1 @@
+"""Faults on purpose: a simulated cluster is hurt where a seed says, and whatever it must never do is looked for."""

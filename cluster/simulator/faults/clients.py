@@ -1,0 +1,91 @@
+"""The clients of a fault run: each sees every token once, in order, and the right one, or hears why not."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+
+from cluster.simulator.faults.scenario import Asked
+from cluster.simulator.faults.watch import Watch
+from cluster.simulator.steps import ModelledWeights
+from cluster.simulator.world import World
+from engine.errors import DeadlineExceeded, SteelyardError
+from engine.types import FinishReason, Request, TokenOutput
+
+FINISHED, LEFT = "finished", "left"
+# What a client may be told where things go wrong around it; any other code is a fault of ours.
+HONEST_CODES = (
+    "deadline_exceeded", "frame_corrupt", "lease_lost", "overloaded", "stale_incarnation", "transfer_failed",
+    "unavailable", "worker_lost",
+)  # fmt: skip
+
+
+class Client:
+    """`ended`: how, once it has: FINISHED, LEFT, or an error's code."""
+
+    def __init__(self, asked: Asked, requests: tuple[Request, ...], weights: ModelledWeights, watch: Watch) -> None:
+        self.asked = asked
+        self.ended: str | None = None
+        self._requests = requests
+        self._watch = watch
+        self._expected = {one.request_id: weights.continuation(one) for one in requests}
+        self._tokens: dict[str, list[int]] = {one.request_id: [] for one in requests}
+        self._finished: list[str] = []
+        self._cancelled: list[str] = []  # by the gateway
+
+    async def run(self, world: World) -> None:
+        loop = asyncio.get_running_loop()
+        begun_s = loop.time()
+        self.ended = LEFT
+        try:
+            async with aclosing(world.generate(*self._requests)) as outputs:
+                async for output in outputs:
+                    self._take(output)
+                    if self._has_enough:
+                        return
+            self.ended = FINISHED
+            self._check_end()
+        except SteelyardError as error:
+            self.ended = error.code
+            if error.code not in HONEST_CODES:
+                self._watch.found("honest errors", f"{self.asked.name} got {error.code}: {error.message}")
+            if isinstance(error, DeadlineExceeded) and loop.time() < begun_s + self.asked.timeout_s:
+                self._watch.found("honest errors", f"{self.asked.name} still had time, and got: {error.message}")
+
+    def cancel(self, world: World, name: str) -> None:
+        """The gateway wants no more of one answer, as when a stop string is found in it."""
+        self._cancelled.append(name)
+        world.dispatcher.cancel(name)
+
+    @property
+    def _has_enough(self) -> bool:
+        num_tokens = sum(map(len, self._tokens.values()))
+        return self.asked.leaves_after is not None and num_tokens >= self.asked.leaves_after
+
+    def _take(self, output: TokenOutput) -> None:
+        name = output.key.request_id
+        known = self._tokens[name]
+        if name in self._finished:
+            self._watch.found("exactly once", f"{name} went on after its end with {output}")
+        if output.key.epoch < self._watch.last_epoch(name):
+            self._watch.found("no old epoch", f"{output.key} came in epoch {self._watch.last_epoch(name)}")
+        if output.finish is not FinishReason.ABORT and output.first_index != len(known):
+            self._watch.found("exactly once", f"{name}: token {output.first_index} came where {len(known)} was due")
+        known += output.token_ids
+        if tuple(known) != self._expected[name][: len(known)]:
+            self._watch.found("golden law", f"{name}: {known} are not the first of {self._expected[name]}")
+        if output.finish is not None:
+            self._finished.append(name)
+            self._check_finish(output.finish, name)
+
+    def _check_finish(self, finish: FinishReason, name: str) -> None:
+        if finish is FinishReason.ABORT and name in self._cancelled:
+            return
+        if finish not in (FinishReason.LENGTH, FinishReason.STOP):
+            self._watch.found("honest ends", f"{name} ended with {finish}")
+        if len(self._tokens[name]) < len(self._expected[name]):
+            self._watch.found("golden law", f"{name} ended with {finish} after {len(self._tokens[name])} tokens")
+
+    def _check_end(self) -> None:
+        if missing := [name for name in self._tokens if name not in self._finished]:
+            self._watch.found("honest ends", f"the stream ended before {', '.join(missing)} had")

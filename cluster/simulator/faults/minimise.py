@@ -1,0 +1,71 @@
+"""Makes a failing case small: fewer faults, fewer requests, fewer workers and answers, as long as it fails alike.
+
+Delta debugging (Zeller and Hildebrandt, "Simplifying and Isolating Failure-Inducing Input", 2002) over the faults, then
+over the requests, then one step at a time over what is left, again and again until nothing more can go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TypeVar
+
+from cluster.simulator.faults.case import Case
+from cluster.simulator.faults.run import run_case
+from cluster.simulator.faults.scenario import Asked
+
+Piece = TypeVar("Piece")
+
+
+def minimise(case: Case, invariant: str, on_try: Callable[[Case], None] = lambda _case: None) -> Case:
+    """The smallest case found this way that violates the same invariant. `on_try` is told each case that is tried."""
+
+    def fails(smaller: Case) -> bool:
+        on_try(smaller)
+        violation = run_case(smaller).violation
+        return violation is not None and violation.invariant == invariant
+
+    before = None
+    while before != case:
+        before, case = case, _smaller(case, fails)
+    return case
+
+
+def _smaller(case: Case, fails: Callable[[Case], bool]) -> Case:
+    plan = fewer(case.plan, lambda plan: fails(replace(case, plan=plan)))
+    case = replace(case, plan=plan)
+    requests = fewer(case.scenario.requests, lambda requests: fails(_with(case, requests)))
+    case = _with(case, requests)
+    return next(filter(fails, _simpler(case)), case)
+
+
+def fewer(pieces: tuple[Piece, ...], fails: Callable[[tuple[Piece, ...]], bool]) -> tuple[Piece, ...]:
+    """Of pieces that fail together: some that still do, of which none can go."""
+    size = max(1, len(pieces) // 2)
+    while pieces:
+        parts = (pieces[:start] + pieces[start + size :] for start in range(0, len(pieces), size))
+        if (smaller := next(filter(fails, parts), None)) is not None:
+            pieces = smaller
+            size = min(size, max(1, len(pieces) // 2))
+        elif size == 1:
+            break
+        else:
+            size //= 2
+    return pieces
+
+
+def _with(case: Case, requests: tuple[Asked, ...]) -> Case:
+    return replace(case, scenario=replace(case.scenario, requests=requests))
+
+
+def _simpler(case: Case) -> Iterator[Case]:
+    """One thing less each."""
+    scenario = case.scenario
+    if scenario.num_prefill > 1:
+        yield replace(case, scenario=replace(scenario, num_prefill=1))
+    if scenario.num_decode > 1:
+        yield replace(case, scenario=replace(scenario, num_decode=1))
+    for index, asked in enumerate(scenario.requests):
+        for plainer in (replace(asked, num_answers=1), replace(asked, leaves_after=None), replace(asked, num_shared=0)):
+            if plainer != asked and plainer.num_prompt:
+                yield _with(case, (*scenario.requests[:index], plainer, *scenario.requests[index + 1 :]))
