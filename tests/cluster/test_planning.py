@@ -283,7 +283,8 @@ def test_prefill_alone_is_a_queue_before_one_worker() -> None:
 def test_decode_alone_waits_for_no_prompt() -> None:
     """At 50 requests/s of 5 steps each there are 5 at a time or more, which take 5 ms each."""
     verdict = trials().decode_alone(WorkerKind(STEPS, 10_000), 9.0)
-    assert verdict.values_s[0] == pytest.approx(5e-3, rel=0.02)
+    assert verdict.values_s[1] == pytest.approx(5e-3, rel=0.02)
+    assert verdict.values_s[0] < 1e-3
     assert not trials().decode_alone(WorkerKind(STEPS, 10_000), 60.0).keeps
 
 
