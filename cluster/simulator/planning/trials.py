@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from cluster.config import ClusterConfig, PoolConfig, PoolsSection
 from cluster.simulator.log import EventLog
 from cluster.simulator.network import LinkTimes
+from cluster.simulator.planning.guesses import decode_rate, prefill_rate
 from cluster.simulator.planning.targets import Metric, Target, Verdict, judge
 from cluster.simulator.play import simulate
 from cluster.simulator.service_times.model import ServiceTimes
@@ -27,7 +28,6 @@ FREE_STEP_S = 1e-6
 FREE_LINK = LinkTimes(latency_s=1e-6, bytes_per_s=1e15)
 ENDLESS = 10**9  # KV tokens
 GROWTH = 1.1  # over what was needed at the last try: requests take longer as more come
-MAX_GROWTH = 8
 FRAME_BYTES = 2**26  # few frames: pulls share links less evenly, and a trial costs less
 
 
@@ -64,8 +64,7 @@ class Fleet:
 
 class Trials:
     """Each trial plays the first `num_requests` of the workload. A trial that keeps the targets, but is too short to be
-    believed, is repeated with more, up to MAX_GROWTH times as many or all there are. `on_trial` hears of each
-    one that is done."""
+    believed, is repeated with more, up to all there are. `on_trial` hears of each one that is done."""
 
     def __init__(
         self, config: ClusterConfig, workload: Workload, num_requests: int, targets: tuple[Target, ...],
@@ -84,6 +83,14 @@ class Trials:
     def together(self, fleet: Fleet, rate: float, links: LinkTimes | None = None) -> Verdict:
         return self._grown("together", fleet, self._workload, rate, self._targets, links or self._links)
 
+    def prefill_guess(self, kind: WorkerKind) -> float:
+        return prefill_rate(kind.steps, self._workload)
+
+    def decode_guess(self, kind: WorkerKind) -> float:
+        limit_s = min(target.limit_s for target in self._targets if target.metric is Metric.TPOT)
+        max_batch_seqs = self._config.engine.max_batch_seqs
+        return decode_rate(kind.steps, kind.kv_tokens, self._workload, max_batch_seqs, limit_s)
+
     def prefill_alone(self, kind: WorkerKind, rate: float) -> Verdict:
         arrivals = tuple(replace(arrival, num_output=1) for arrival in self._workload.arrivals)
         workload = replace(self._workload, arrivals=arrivals)
@@ -97,7 +104,7 @@ class Trials:
         self, name: str, fleet: Fleet, workload: Workload, rate: float, targets: tuple[Target, ...], links: LinkTimes
     ) -> Verdict:
         """What was long enough for the last trial of this name is where this one begins."""
-        most = min(len(workload.arrivals), MAX_GROWTH * self._num_requests)
+        most = len(workload.arrivals)
         num_requests = min(most, max(self._num_requests, math.ceil(rate * self._needed_s.get(name, 0.0))))
         while True:
             part = at_rate(cut(workload, max_requests=num_requests), rate)
