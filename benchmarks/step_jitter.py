@@ -68,8 +68,8 @@ class ObservedRunner:
 
     async def outputs(self) -> StepOutputs:
         outputs = await self.inner.outputs()
-        if outputs.step_s and len(outputs.tokens) == NUM_STREAMS:
-            (self.loaded_s if self.loaded else self.quiet_s).append(outputs.step_s)
+        if outputs.steps and len(outputs.tokens) == NUM_STREAMS:
+            (self.loaded_s if self.loaded else self.quiet_s).append(outputs.steps[-1].step_s)
             self.news.set()
         return outputs
 

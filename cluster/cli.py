@@ -1,6 +1,6 @@
 """The command line, `steelyard`. Each command is a function below; exit codes:
 
-0 done · 1 it failed · 2 the command or the YAML is wrong · 130 interrupted before the cluster was ready
+0 done · 1 it failed · 2 the command or the YAML is wrong · 130 interrupted before it was done, or the cluster ready
 
 Everything heavy (Ray, torch, the HTTP client) is imported by the command that needs it, so that --help is quick.
 """
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 FAILED = 1
 WRONG_INPUT = 2
+INTERRUPTED = 130
 TABLE_WIDTH = 110  # a row of `status`; on a narrower terminal it wraps, and loses nothing
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -129,6 +130,70 @@ def chat(
             options = ChatOptions(model or client.model(), max_tokens, temperature, seed)
             conversation = Conversation(client, options, _console(), system)
             conversation.ask(text) if text else conversation.run()
+
+
+@app.command()
+def profile(
+    url: UrlOption = DEFAULT_URL,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="what to write")] = Path(
+        "profile.yaml"
+    ),
+    device: Annotated[str | None, typer.Option(help="what to call it that the workers run on")] = None,
+) -> None:
+    """Measure how fast a cluster of one prefill and one decode worker is, for the simulator; under two minutes."""
+    with _told_plainly():
+        from cluster.profiling.command import profile as profile_cluster
+
+        try:
+            profile_cluster(url, output, device, _console())
+        except KeyboardInterrupt:
+            _say("interrupted; nothing was written")
+            raise typer.Exit(INTERRUPTED) from None
+
+
+# --- a simulated one ------------------------------------------------------------------------------------------
+
+
+@app.command()
+def simulate(
+    config: ConfigArgument,
+    trace: Annotated[
+        str,
+        typer.Option(
+            metavar="SOURCE",
+            help="the workload: a trace (Azure's CSV, Mooncake's JSON lines), a YAML file as in configs/workloads, "
+            "or a short text such as poisson:rate=4,prompt=1024,output=128,seconds=300",
+        ),
+    ],
+    seed: Annotated[int, typer.Option(help="of all that is random; the same seed gives the same log")] = 0,
+    service_times: Annotated[
+        str, typer.Option(metavar="SOURCE", help="how long steps take; default: a large GPU, roughly")
+    ] = "default",
+    speedup: Annotated[float, typer.Option(help="so many times as many requests per second")] = 1.0,
+    requests: Annotated[int | None, typer.Option(min=1, help="only the first so many")] = None,
+    slo_ttft_ms: Annotated[float | None, typer.Option(min=0, help="target: time to the first token")] = None,
+    slo_tpot_ms: Annotated[float | None, typer.Option(min=0, help="target: mean time per token after it")] = None,
+    output: Annotated[Path, typer.Option(metavar="FILE", help="the report, one HTML file")] = Path("report.html"),
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="figures and requests, for programs")
+    ] = None,
+    log_file: Annotated[Path | None, typer.Option("--log", metavar="FILE", help="the event log")] = None,
+) -> None:
+    """Play a workload on a simulated cluster, in virtual time, and report how requests fare.
+
+    Routing, queues, schedulers and block managers are the real ones; only the time of steps and links is modelled.
+    """
+    with _told_plainly():
+        loaded = _load(config)
+        from cluster.simulate import SimulateOptions, run_simulation
+        from cluster.simulator.report.summary import Targets
+
+        targets = Targets(slo_ttft_ms and slo_ttft_ms / 1e3, slo_tpot_ms and slo_tpot_ms / 1e3)
+        options = SimulateOptions(
+            config, trace, seed, service_times, speedup, requests, targets, output, json_file, log_file
+        )
+        code = run_simulation(loaded, options, _console())
+    raise typer.Exit(code)
 
 
 # --- plans ----------------------------------------------------------------------------------------------------

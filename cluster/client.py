@@ -63,14 +63,14 @@ class ApiClient:
 
     def model(self) -> str:
         """The name of the first model that is served."""
-        with self._faults():
+        with told_faults(self._url):
             response = self._http.get("/v1/models")
             _require_ok(response)
             return str(response.json()["data"][0]["id"])
 
     def health(self) -> HealthView:
         """The cluster's health, also when it is not well."""
-        with self._faults():
+        with told_faults(self._url):
             response = self._http.get("/health", timeout=CONNECT_S)
             return TypeAdapter(HealthView).validate_json(response.content)
 
@@ -83,41 +83,43 @@ class ApiClient:
         }
         chosen = {"max_tokens": options.max_tokens, "temperature": options.temperature, "seed": options.seed}
         body |= {name: value for name, value in chosen.items() if value is not None}
-        with self._faults(), self._http.stream("POST", "/v1/chat/completions", json=body) as response:
+        with told_faults(self._url), self._http.stream("POST", "/v1/chat/completions", json=body) as response:
             _require_ok(response)
             for line in response.iter_lines():
                 if line.startswith("data:") and (data := line.removeprefix("data:").strip()) != "[DONE]":
                     yield _text_of(data)
 
-    @contextmanager
-    def _faults(self) -> Iterator[None]:
-        try:
-            yield
-        except httpx.InvalidURL as error:
-            raise ApiError(f"{self._url} is not a URL: {error}") from error
-        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol) as error:
-            raise NotListening(f"nothing listens at {self._url} ({error}); is the cluster running?") from error
-        except httpx.HTTPError as error:
-            raise ApiError(f"{self._url} broke off: {error or type(error).__name__}") from error
-        except (ValidationError, ValueError, LookupError, TypeError) as error:
-            raise ApiError(f"{self._url} does not answer as a Steelyard gateway") from error
+
+@contextmanager
+def told_faults(url: str) -> Iterator[None]:
+    """Whatever goes wrong between us and the gateway at `url`, as an ApiError."""
+    try:
+        yield
+    except httpx.InvalidURL as error:
+        raise ApiError(f"{url} is not a URL: {error}") from error
+    except (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol) as error:
+        raise NotListening(f"nothing listens at {url} ({error}); is the cluster running?") from error
+    except httpx.HTTPError as error:
+        raise ApiError(f"{url} broke off: {error or type(error).__name__}") from error
+    except (ValidationError, ValueError, LookupError, TypeError) as error:
+        raise ApiError(f"{url} does not answer as a Steelyard gateway") from error
 
 
 def _require_ok(response: httpx.Response) -> None:
     if response.is_error:
         response.read()
-        raise ApiError(_error_in(response.text) or f"HTTP {response.status_code}")
+        raise ApiError(message_of(response.text) or f"HTTP {response.status_code}")
 
 
 def _text_of(data: str) -> str:
     """The new text of one server-sent event. Raises ApiError for an error that comes in the midst of an answer."""
-    if fault := _error_in(data):
+    if fault := message_of(data):
         raise ApiError(fault)
     choices = json.loads(data)["choices"]
     return (choices[0]["delta"].get("content") or "") if choices else ""
 
 
-def _error_in(text: str) -> str | None:
+def message_of(text: str) -> str | None:
     """The message of an OpenAI-format error."""
     try:
         error = json.loads(text).get("error")

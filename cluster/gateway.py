@@ -78,7 +78,8 @@ class Gateway:
         listener = listen(router.host, router.port)
         self._dispatcher = Dispatcher(router, self._gateway_id, GrpcConnector(self._channels), SystemNames())
         self._door = Door(self._dispatcher)
-        app = create_app(self._door, model, router, wall_clock=time.time, version=our_version())
+        steps = self._dispatcher.step_history
+        app = create_app(self._door, model, router, steps=steps, wall_clock=time.time, version=our_version())
         self._server = Server(server_config(app, router))
         self._serving = asyncio.create_task(self._serve(self._server, listener))
         self._dispatcher.canary.start()

@@ -73,8 +73,9 @@ class WorkerSides:
         self._me = me
         self._role = role
         self._role_epoch = 0
+        self._kv_token_bytes = cache.layout.bytes_per_token
         self._heartbeat_s = transfer.heartbeat_s
-        self._stats = EngineStats(num_blocks=cache.num_blocks)
+        self._stats = EngineStats(num_blocks=cache.num_blocks, num_free_blocks=cache.num_blocks)
         self._last_step_s = 0.0
         self._aborting: list[asyncio.Task[None]] = []
         self.streams = TokenStreams(config.decode.orphan_s, self._abort_soon)
@@ -88,7 +89,9 @@ class WorkerSides:
     @property
     def member(self) -> Member:
         me = self._me
-        return Member(me.worker_id, me.incarnation, self._role, self._role_epoch, me.address, me.cohort)
+        return Member(
+            me.worker_id, me.incarnation, self._role, self._role_epoch, me.address, me.cohort, self._kv_token_bytes
+        )
 
     # --- calls ---------------------------------------------------------------------------------------------
 
@@ -134,9 +137,9 @@ class WorkerSides:
     def _distribute(self, outputs: StepOutputs) -> None:
         """Give a turn's outputs to both sides, then to the gateways."""
         self._stats = outputs.stats
-        self._last_step_s = outputs.step_s or self._last_step_s
+        self._last_step_s = outputs.steps[-1].step_s if outputs.steps else self._last_step_s
         tokens = self._intake.on_outputs(replace(outputs, tokens=self._prefill.on_outputs(outputs)))
-        self.streams.publish(tokens, outputs.stats)
+        self.streams.publish(tokens, outputs.stats, outputs.steps)
 
     async def _tick(self) -> None:
         while True:

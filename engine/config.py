@@ -36,6 +36,11 @@ class EngineConfig(StrictModel):
     max_batch_tokens: int = Field(default=512, ge=1, description="token budget of one step")
     max_batch_seqs: int = Field(default=64, ge=1, description="sequences in one step")
     prefill_chunk: int = Field(default=256, ge=1, description="most prompt tokens of one sequence in a step")
+    max_overtaken: int = Field(
+        default=64,
+        ge=0,
+        description="how often prompts that fit a step pass a longer one; 0: first come first served",
+    )
     prefix_cache: bool = True
     host_tier_bytes: int = Field(
         default=256 * 2**20,

@@ -73,6 +73,11 @@ class CacheLayout:
         """Bytes of one block over all planes and slots."""
         return sum(plane.bytes_per_block * plane.num_slots for plane in self.planes)
 
+    @property
+    def bytes_per_token(self) -> int:
+        """KV of one token that all layers still see."""
+        return self.bytes_per_block * len(self.groups) // self.block_size
+
     def plane_offset(self, index: int, num_blocks: int) -> int:
         """Byte offset in the pool of the plane with this index."""
         return num_blocks * sum(plane.bytes_per_block * plane.num_slots for plane in self.planes[:index])

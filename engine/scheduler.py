@@ -7,7 +7,7 @@ A step, under a token budget:
    more than a chunk left;
 3. waiting ones, when all blocks of their known tokens fit, so that a prefill never stalls half way. First come first
    served, but a prompt that the step cannot hold whole is overtaken by those behind it that it can: a few very long
-   prompts do not hold up many short ones. Nobody is overtaken more than MAX_OVERTAKEN times;
+   prompts do not hold up many short ones. Nobody is overtaken more than `max_overtaken` times;
 4. what is left goes to the other long prompts under way.
 Hand-offs are never preempted: a puller may be reading their blocks.
 """
@@ -27,8 +27,6 @@ from engine.sequence import Sequence
 from engine.sequence_blocks import SequenceBlocks
 from engine.step_shape import Chunk, StepShape
 from engine.types import Key
-
-MAX_OVERTAKEN = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +69,7 @@ class SchedulerLimits:
     prefix_cache: bool = True
     lookahead: int = 0
     groups: tuple[Group, ...] = (Group((0,)),)
+    max_overtaken: int = 64  # 0: first come, first served
 
 
 class Scheduler:
@@ -182,7 +181,7 @@ class Scheduler:
     def _next_waiting(self, picked: list[Scheduled]) -> Sequence | None:
         """The first that the step can hold whole, if the first of all lets it pass."""
         room = min(self._room(picked), self.limits.prefill_chunk)
-        patient = self.waiting[0].num_overtaken < MAX_OVERTAKEN
+        patient = self.waiting[0].num_overtaken < self.limits.max_overtaken
         return next(
             (seq for seq in self.waiting if seq.num_pending <= room and (patient or seq is self.waiting[0])), None
         )
@@ -213,5 +212,5 @@ class Scheduler:
 
     def _wait_first(self, sequence: Sequence) -> None:
         """It has been computed here before: nobody goes ahead of it."""
-        sequence.num_overtaken = MAX_OVERTAKEN
+        sequence.num_overtaken = self.limits.max_overtaken
         self.waiting.appendleft(sequence)

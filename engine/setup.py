@@ -53,7 +53,7 @@ def plan_engine(source: ModelSource, config: EngineConfig, hash_key: bytes) -> E
     )
     limits = SchedulerLimits(
         config.block_size, config.max_batch_tokens, config.max_batch_seqs, config.prefill_chunk, config.prefix_cache,
-        groups=layout.groups,
+        groups=layout.groups, max_overtaken=config.max_overtaken,
     )  # fmt: skip
     spec = EngineSpec(
         limits, config.num_blocks, model.max_context, model.vocab_size, frozenset(model.eos_token_ids), hash_key

@@ -27,6 +27,7 @@ from engine.errors import ModelError, WorkerLost, error_from_code
 from engine.pool import SharedPool
 from engine.scheduler import Batch
 from engine.setup import EngineSetup
+from engine.step_shape import StepRecord
 from engine.types import Command, ErrorInfo, StepOutputs
 
 LENGTH = struct.Struct("<I")
@@ -55,14 +56,16 @@ class Inbox(Protocol):
 
 def drive(engine: Engine, model: ModelRunner, inbox: Inbox, emit: Callable[[StepOutputs], None]) -> None:
     """Run turns until the inbox says that it is over."""
-    idle = True
-    while (commands := inbox.take(block=idle)) is not None:
+    ended: float | None = None  # when the step before was; None: idle, for what waits can only go on after a command
+    while (commands := inbox.take(block=ended is None)) is not None:
+        begun = time.perf_counter() if ended is None else ended
         batch = begin_turn(engine, commands, emit)
-        idle = batch is None  # what waits now can only go on after a command
+        ended = None
         if batch is not None:
-            begun = time.perf_counter()
+            shape = batch.shape  # as it is before the step moves its sequences on
             engine.finish(batch, model.execute(batch))
-            emit(replace(engine.take_outputs(), step_s=time.perf_counter() - begun))
+            ended = time.perf_counter()
+            emit(replace(engine.take_outputs(), steps=(StepRecord(shape, ended - begun),)))
 
 
 def begin_turn(engine: Engine, commands: list[Command], emit: Callable[[StepOutputs], None]) -> Batch | None:

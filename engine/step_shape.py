@@ -30,7 +30,9 @@ class StepShape:
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """A step that was computed. `step_s`: from its batch to its sampled tokens."""
+    """A step that was computed. `step_s`: to its sampled tokens from those of the step before, or, where the engine was
+    idle, from the command that ended that. So steps that follow each other add up to the time that has passed, which is
+    the pace of a stream, and no step is charged for waiting."""
 
     shape: StepShape
     step_s: float

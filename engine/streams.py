@@ -4,19 +4,24 @@
 2. `publish` sorts a step's outputs by owner; each subscriber wakes once per step, however many tokens there are, and
    gets them in batches that fit a message;
 3. a subscriber that hears nothing new gets an empty batch every `keepalive_s`, so that silence means death;
-4. while a gateway has no stream (it ended, or never came) its sequences go on for `orphan_s`, then they are aborted.
+4. every gateway also gets the records of all steps, with whatever batch comes next; of a reader that falls behind the
+   oldest are dropped;
+5. while a gateway has no stream (it ended, or never came) its sequences go on for `orphan_s`, then they are aborted.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from engine.step_shape import StepRecord
 from engine.types import EngineStats, ErrorInfo, Key, TokenOutput
 
 KEEPALIVE_S = 1.0
 MAX_BATCH_BYTES = 2**20  # about, on the wire; a single output may be larger
+MAX_BATCH_STEPS = 256  # in one batch; more than most engines compute between two keep-alives
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +30,7 @@ class StreamBatch:
 
     outputs: tuple[TokenOutput, ...]
     stats: EngineStats
+    steps: tuple[StepRecord, ...] = ()  # since the batch before, oldest first
 
 
 @dataclass(slots=True, eq=False)
@@ -32,6 +38,7 @@ class _Channel:
     """What one gateway has not read yet."""
 
     pending: list[TokenOutput] = field(default_factory=list)
+    steps: deque[StepRecord] = field(default_factory=lambda: deque(maxlen=MAX_BATCH_STEPS))
     news: asyncio.Event = field(default_factory=asyncio.Event)
     generation: int = 0  # of its subscriptions; the newest one reads
 
@@ -58,9 +65,12 @@ class TokenStreams:
     def num_keys(self) -> int:
         return len(self._owners)
 
-    def publish(self, outputs: Iterable[TokenOutput], stats: EngineStats) -> None:
-        """Queue outputs for their owners; outputs without an owner are dropped. A finished key is forgotten."""
+    def publish(self, outputs: Iterable[TokenOutput], stats: EngineStats, steps: Sequence[StepRecord] = ()) -> None:
+        """Queue outputs for their owners; outputs without an owner are dropped. A finished key is forgotten. `steps`
+        are for everybody, and wake nobody."""
         self._stats = stats
+        for channel in self._channels.values():
+            channel.steps.extend(steps)
         for output in outputs:
             gateway_id = self._owners.get(output.key)
             if gateway_id is None:
@@ -100,9 +110,11 @@ class TokenStreams:
     def _take(self, channel: _Channel) -> StreamBatch:
         count = _num_fitting(channel.pending)
         outputs, channel.pending = tuple(channel.pending[:count]), channel.pending[count:]
+        steps = tuple(channel.steps)
+        channel.steps.clear()
         if not channel.pending:
             channel.news.clear()
-        return StreamBatch(outputs, self._stats)
+        return StreamBatch(outputs, self._stats, steps)
 
     def _channel(self, gateway_id: str) -> _Channel:
         channel = self._channels.get(gateway_id)

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NamedTuple
 
+from engine.step_shape import StepRecord
+
 
 class Role(StrEnum):
     """Which pool routes to a worker. A label: every worker holds both sides ready."""
@@ -284,4 +286,4 @@ class StepOutputs:
     progress: tuple[Progress, ...] = ()
     reserved: tuple[Reserved, ...] = ()
     stats: EngineStats = field(default_factory=EngineStats)
-    step_s: float = 0.0  # duration of the step, measured by the runner
+    steps: tuple[StepRecord, ...] = ()  # that were computed, measured by the runner

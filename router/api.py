@@ -31,6 +31,7 @@ class WorkerView:
     host_blocks: int = 0  # in the host tier
     host_queries: int = 0  # blocks looked up there
     host_hits: int = 0
+    kv_token_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

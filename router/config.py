@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from engine.config import StrictModel
+from router.policy import Policy
 
 
 class RouterConfig(StrictModel):
@@ -25,4 +26,7 @@ class RouterConfig(StrictModel):
         default=15.0, gt=0, description="a request goes through prefill, wire and decode at least this often"
     )
     rpc_timeout_s: float = Field(default=5.0, gt=0, description="deadline of one control call to a worker")
+    policy: Policy = Field(
+        default="least_work", description="least_work, or round_robin as a yardstick for comparisons"
+    )
     max_attempts: int = Field(default=3, ge=1, description="placements of one request before it fails")

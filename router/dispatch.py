@@ -38,6 +38,7 @@ from router.config import RouterConfig
 from router.live import LiveRequest, Name
 from router.membership import Member, Membership
 from router.policy import WorkerLoad, choose
+from router.step_history import StepHistory
 from router.workers import Connector, WorkerLink
 
 REFUSED_PAUSE_S = 0.05  # doubled at each refusal, up to
@@ -66,10 +67,12 @@ class Dispatcher:
         self._links: dict[tuple[str, str], WorkerLink] = {}  # by worker id and incarnation
         self._live: dict[str, LiveRequest] = {}
         self._background: list[asyncio.Task[None]] = []
+        self._num_placed = 0
         self._strays: dict[tuple[str, Key], None] = {}  # placements being aborted because their tokens still come
         self._closed = asyncio.Event()
         self._news = asyncio.Event()  # a worker has reported, or the membership has changed
         self.canary = Canary(self, config.canary_s)
+        self.step_history = StepHistory()
 
     def new_request_id(self) -> str:
         return self._names.new_request_id()
@@ -87,6 +90,7 @@ class Dispatcher:
         wanted = {(member.worker_id, member.incarnation): member for member in membership.members}
         for name in [name for name in self._links if name not in wanted]:
             self._in_background(self._links.pop(name).close())
+            self.step_history.forget(*name)
         for name, member in wanted.items():
             if name in self._links:
                 self._links[name].member = member
@@ -199,9 +203,10 @@ class Dispatcher:
 
     async def _place(self, live: LiveRequest) -> None:
         """Choose workers and submit; a failure to submit becomes the placement's first event."""
-        placement = choose(self.loads(), hand_off=not live.shuns_wire)
+        placement = choose(self.loads(), not live.shuns_wire, self._config.policy, self._num_placed)
         if placement is None:
             raise Unavailable("no worker can be reached", retry_after_s=1)
+        self._num_placed += 1
         live.leave()
         for one in live.placed_together:
             one.place(placement)
@@ -262,6 +267,8 @@ class Dispatcher:
 
     def _on_batch(self, member: Member, batch: StreamBatch) -> None:
         self._news.set()
+        if (member.worker_id, member.incarnation) in self._links:  # what has left is forgotten
+            self.step_history.add(member, batch.steps)
         for output in batch.outputs:
             live = self._live.get(output.key.request_id)
             if live is None or output.key.epoch < live.epoch:
@@ -330,5 +337,5 @@ def _view(link: WorkerLink) -> WorkerView:
     return WorkerView(
         member.worker_id, member.incarnation, member.role, member.address, link.connected, stats.num_running,
         stats.num_waiting, stats.num_blocks, stats.num_free_blocks, stats.num_leaked_blocks, stats.prefix_queries,
-        stats.prefix_hits, stats.host_blocks, stats.host_queries, stats.host_hits,
+        stats.prefix_hits, stats.host_blocks, stats.host_queries, stats.host_hits, member.kv_token_bytes,
     )  # fmt: skip

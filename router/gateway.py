@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from engine.errors import ModelNotFound
+from engine.errors import InvalidRequest, ModelNotFound
 from engine.types import Request
 from router.answer import Answer, Choice, Generation
 from router.api import Generator
@@ -33,6 +33,7 @@ from router.metrics import CONTENT_TYPE, Metrics
 from router.patience import Patience
 from router.replies import ChatReplies, ChatReply, CompletionReplies, CompletionReply, ModelCard, ModelList
 from router.schema import ChatBody, CompletionBody
+from router.step_history import StepHistory, StepsView
 from router.text import TextModel
 
 PREPARE_STAGE = "prepare"  # arrival to Request: reading, checking, tokenising
@@ -44,6 +45,7 @@ def create_app(
     model: TextModel,
     config: RouterConfig,
     *,
+    steps: StepHistory,
     wall_clock: Callable[[], float],
     version: str = "dev",
 ) -> FastAPI:
@@ -63,6 +65,7 @@ def create_app(
     _add_generation_routes(app, _Front(generator, model, config, metrics, wall_clock))
     _add_model_routes(app, ModelCard(id=model.name, created=int(wall_clock()), max_model_len=model.max_context))
     _add_operator_routes(app, generator, metrics, version)
+    _add_step_route(app, steps)
     return app
 
 
@@ -139,7 +142,16 @@ def _add_operator_routes(app: FastAPI, generator: Generator, metrics: Metrics, v
         return {"version": version}
 
 
-def _docs(reply: type[BaseModel]) -> dict[int | str, dict[str, object]]:
+def _add_step_route(app: FastAPI, steps: StepHistory) -> None:
+    @app.get("/debug/steps", responses=_docs(StepsView))
+    async def last_steps(request: HttpRequest, after: str = "0") -> Response:
+        """The workers' steps with numbers above `after`, oldest first; go on with the answer's `last`."""
+        if not (after.isascii() and after.isdigit() and len(after) < 20):
+            raise InvalidRequest(f"'after': '{shown(after)}' is not the number of a step", param="after")
+        return JSONResponse(asdict(steps.since(int(after))))
+
+
+def _docs(reply: type[BaseModel | StepsView]) -> dict[int | str, dict[str, object]]:
     return {200: {"model": reply}, **ERROR_DOCS}
 
 

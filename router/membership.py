@@ -20,6 +20,7 @@ class Member:
     role_epoch: int
     address: str  # host:port of its gRPC server
     cohort: str
+    kv_token_bytes: int = 0  # KV of one token, over all layers
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 from cluster.rpc import control_pb2, request_pb2, token_pb2
 from cluster.sides import WorkerStatus
+from engine.step_shape import Chunk, StepRecord, StepShape
 from engine.streams import StreamBatch
 from engine.types import (
     Endpoint,
@@ -122,11 +123,26 @@ def status_to(status: WorkerStatus) -> control_pb2.WorkerStatus:
 
 
 def batch_to(batch: StreamBatch) -> token_pb2.TokenBatch:
-    return token_pb2.TokenBatch(outputs=[_output_to(output) for output in batch.outputs], stats=stats_to(batch.stats))
+    outputs = [_output_to(output) for output in batch.outputs]
+    return token_pb2.TokenBatch(outputs=outputs, stats=stats_to(batch.stats), steps=map(_step_to, batch.steps))
 
 
 def batch_from(message: token_pb2.TokenBatch) -> StreamBatch:
-    return StreamBatch(tuple(_output_from(output) for output in message.outputs), stats_from(message.stats))
+    outputs = tuple(_output_from(output) for output in message.outputs)
+    return StreamBatch(outputs, stats_from(message.stats), tuple(map(_step_from, message.steps)))
+
+
+def _step_to(record: StepRecord) -> token_pb2.Step:
+    shape = record.shape
+    chunks = [token_pb2.Chunk(num_before=chunk.num_before, num_new=chunk.num_new) for chunk in shape.chunks]
+    return token_pb2.Step(
+        chunks=chunks, num_decoding=shape.num_decoding, num_context=shape.num_context, step_seconds=record.step_s
+    )
+
+
+def _step_from(message: token_pb2.Step) -> StepRecord:
+    chunks = tuple(Chunk(chunk.num_before, chunk.num_new) for chunk in message.chunks)
+    return StepRecord(StepShape(chunks, message.num_decoding, message.num_context), message.step_seconds)
 
 
 def _output_to(output: TokenOutput) -> token_pb2.TokenOutput:

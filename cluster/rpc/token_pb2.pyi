@@ -101,10 +101,32 @@ class TokensRequest(_message.Message):
     gateway_id: str
     def __init__(self, gateway_id: _Optional[str] = ...) -> None: ...
 
+class Chunk(_message.Message):
+    __slots__ = ("num_before", "num_new")
+    NUM_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    NUM_NEW_FIELD_NUMBER: _ClassVar[int]
+    num_before: int
+    num_new: int
+    def __init__(self, num_before: _Optional[int] = ..., num_new: _Optional[int] = ...) -> None: ...
+
+class Step(_message.Message):
+    __slots__ = ("chunks", "num_decoding", "num_context", "step_seconds")
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DECODING_FIELD_NUMBER: _ClassVar[int]
+    NUM_CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    STEP_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    chunks: _containers.RepeatedCompositeFieldContainer[Chunk]
+    num_decoding: int
+    num_context: int
+    step_seconds: float
+    def __init__(self, chunks: _Optional[_Iterable[_Union[Chunk, _Mapping]]] = ..., num_decoding: _Optional[int] = ..., num_context: _Optional[int] = ..., step_seconds: _Optional[float] = ...) -> None: ...
+
 class TokenBatch(_message.Message):
-    __slots__ = ("outputs", "stats")
+    __slots__ = ("outputs", "stats", "steps")
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
     outputs: _containers.RepeatedCompositeFieldContainer[TokenOutput]
     stats: Stats
-    def __init__(self, outputs: _Optional[_Iterable[_Union[TokenOutput, _Mapping]]] = ..., stats: _Optional[_Union[Stats, _Mapping]] = ...) -> None: ...
+    steps: _containers.RepeatedCompositeFieldContainer[Step]
+    def __init__(self, outputs: _Optional[_Iterable[_Union[TokenOutput, _Mapping]]] = ..., stats: _Optional[_Union[Stats, _Mapping]] = ..., steps: _Optional[_Iterable[_Union[Step, _Mapping]]] = ...) -> None: ...

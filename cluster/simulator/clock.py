@@ -54,6 +54,7 @@ class VirtualLoop(base_events.BaseEventLoop):
         self._num_cancelled = 0  # of those in the heap
         self._task_numbers: weakref.WeakKeyDictionary[asyncio.Future[Any], int] = weakref.WeakKeyDictionary()
         self._num_tasks = 0
+        self.num_calls = 0  # callbacks so far
         self._quiet: deque[asyncio.Future[None]] = deque()
 
     def time(self) -> float:
@@ -138,6 +139,7 @@ class VirtualLoop(base_events.BaseEventLoop):
             timer.in_heap = False
             self._num_cancelled -= timer._cancelled
             ready.append(timer)
+        self.num_calls += len(ready)
         for _ in range(len(ready)):
             handle = ready.popleft()
             if not handle._cancelled:

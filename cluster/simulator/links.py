@@ -68,7 +68,7 @@ class SimulatedClient:
             async for batch in batches:
                 transit_s = self._network.transit_s(self._worker, self._gateway, batch_bytes(batch))
                 outputs = tuple(_arrived(output, transit_s) for output in batch.outputs)
-                yield StreamBatch(outputs, batch.stats)
+                yield StreamBatch(outputs, batch.stats, batch.steps)
 
     def stats_by_now(self, told: EngineStats) -> EngineStats:
         size_bytes = CALL_BYTES + (OUTPUT_BYTES + TOKEN_BYTES) * told.num_running

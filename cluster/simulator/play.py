@@ -13,6 +13,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from cluster.simulator.clock import run_virtual
+from cluster.simulator.gaps import Gaps
 from cluster.simulator.links import times_of
 from cluster.simulator.log import EventLog
 from cluster.simulator.results import RequestResult, SimulationResult, WorkerSample
@@ -42,6 +43,7 @@ async def _play(
     begun = loop.time()
     results: dict[int, RequestResult] = {}
     samples: list[WorkerSample] = []
+    gaps = Gaps()
 
     async def sample() -> None:
         while True:
@@ -50,7 +52,7 @@ async def _play(
             await asyncio.sleep(sample_s)
 
     async def serve(number: int) -> None:
-        results[number] = await _Client(world, workload, number, begun).run()
+        results[number] = await _Client(world, workload, number, begun, gaps).run()
 
     sampling = loop.create_task(sample(), name="samples")
     clients = []
@@ -66,7 +68,8 @@ async def _play(
     steps = [(worker.runner.num_steps, worker.runner.num_extrapolated) for worker in world.all_workers]
     return SimulationResult(
         tuple(results[number] for number in range(len(workload.arrivals))), tuple(samples), tuple(world.happenings),
-        span_s, sum(num for num, _ in steps), sum(num for _, num in steps), log.digest(),
+        span_s, sum(num for num, _ in steps), sum(num for _, num in steps), log.digest(), gaps,
+        world.num_events,
     )  # fmt: skip
 
 
@@ -78,21 +81,25 @@ class _Client:
     workload: Workload
     number: int
     begun: float
+    gaps: Gaps
     _times: list[float] = field(default_factory=list)  # of the first two tokens
-    _last: float = 0.0  # token's time
+    _last: list[float] = field(default_factory=list)  # token's time, once there is one
     _num_output: int = 0
     _cached_tokens: int = 0
 
     async def run(self) -> RequestResult:
-        loop = asyncio.get_running_loop()
+        loop, spec = asyncio.get_running_loop(), self.world.spec
         arrived, request = loop.time(), self._request()
         error = ""
+        if spec.gateway_s:
+            await asyncio.sleep(spec.gateway_s)
         try:
             async with aclosing(self.world.generate(request)) as outputs:
                 async for output in outputs:
-                    times = times_of(output, loop.time(), self._last)
+                    times = times_of(output, loop.time(), self._last[0] if self._last else 0.0)
+                    self.gaps.add(self._last + times)
                     self._times += times[: 2 - len(self._times)]
-                    self._last = times[-1] if times else self._last
+                    self._last = times[-1:] or self._last
                     self._num_output += len(output.token_ids)
                     self._cached_tokens = output.cached_tokens
         except SteelyardError as failure:
@@ -101,7 +108,7 @@ class _Client:
         return RequestResult(
             request.request_id, arrived - self.begun, arrival.num_prompt, arrival.num_output, self._num_output,
             self._cached_tokens, times[0] - arrived if times else None, times[1] - times[0] if times[1:] else None,
-            loop.time() - self.begun, error,
+            loop.time() - self.begun + spec.token_s * max(0, self._num_output - 1), error,
         )  # fmt: skip
 
     @property

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from cluster.simulator.gaps import Gaps
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ class Happening:
 @dataclass(frozen=True, slots=True)
 class SimulationResult:
     """`num_extrapolated` of `num_steps` steps were beyond what the service times were measured for. `digest`: of the
-    event log."""
+    event log. `gaps`: between the tokens of all requests, as they came. `num_events`: callbacks that it took."""
 
     requests: tuple[RequestResult, ...]
     samples: tuple[WorkerSample, ...]
@@ -63,3 +65,5 @@ class SimulationResult:
     num_steps: int
     num_extrapolated: int
     digest: str
+    gaps: Gaps = field(default_factory=Gaps, compare=False)
+    num_events: int = field(default=0, compare=False)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from cluster.simulator.burst import Burst, fast_forward, plan_burst
+from cluster.simulator.host import Host
 from cluster.simulator.log import EventLog
 from cluster.simulator.plain import PlainTokens
 from cluster.simulator.service_times.model import ServiceTimes
@@ -19,7 +20,8 @@ from engine.errors import WorkerLost
 from engine.scheduler import Batch
 from engine.sequence import Sequence
 from engine.step_runner import begin_turn
-from engine.step_shape import StepShape
+from engine.step_shape import StepRecord, StepShape
+from engine.streams import MAX_BATCH_STEPS
 from engine.types import Command, EngineStats, StepOutputs
 
 Patience = Callable[[Sequence], float]
@@ -32,6 +34,7 @@ class Model:
     runner: ModelRunner
     times: ServiceTimes
     plain: PlainTokens | None = None  # the runner, if steps may be advanced together
+    host: Host | None = None  # shared with other workers, whose steps may change how long ours take
 
 
 class ModelledStepRunner:
@@ -46,6 +49,7 @@ class ModelledStepRunner:
         self.num_steps = 0
         self.num_extrapolated = 0  # beyond what the service times were measured for
         self._told = EngineStats()
+        self._last_end = 0.0  # of single steps
         self._burst: Burst | None = None  # that lasts, or the last one
         self._alarm: _Alarm | None = None  # for the end of the burst that lasts
         self._commands: asyncio.Queue[Command] = asyncio.Queue()
@@ -79,10 +83,16 @@ class ModelledStepRunner:
         """What was reported by `now`, for someone who last heard `told`."""
         return (self._burst.stats_by(told, now) if self._burst is not None else None) or told
 
-    def catch_up(self, now: float) -> None:
-        """Let out what the burst has made by `now`."""
+    @property
+    def last_end(self) -> float:
+        """When the last step ended that has."""
+        num_steps = self._burst.num_ended(self._loop.time()) if self._burst is not None else 0
+        return max(self._last_end, self._burst.ends[num_steps - 1] if self._burst is not None and num_steps else 0.0)
+
+    def catch_up(self) -> None:
+        """Let out what the burst has made by now."""
         if self._alarm is not None and self._burst is not None:
-            num_steps = self._burst.num_ended(now)
+            num_steps = self._burst.num_ended(self._loop.time())
             if self._burst.num_done < num_steps < len(self._burst.ends):
                 self._go_forward(self._burst, num_steps, goes_on=True)
 
@@ -115,9 +125,13 @@ class ModelledStepRunner:
         self.num_steps += 1
         self.num_extrapolated += self._model.times.extrapolates(shape)
         self._log_step(shape, self._loop.time(), step_s)
-        await asyncio.sleep(step_s)
+        if self._model.host is None:
+            await asyncio.sleep(step_s)
+        else:
+            step_s = await self._model.host.compute(shape, step_s)
+        self._last_end = self._loop.time()
         self._engine.finish(batch, self._model.runner.execute(batch))
-        self._emit(replace(self._engine.take_outputs(), step_s=step_s))
+        self._emit(replace(self._engine.take_outputs(), steps=(StepRecord(shape, step_s),)))
 
     async def _take(self, block: bool) -> list[Command]:
         taken = [await self._commands.get()] if block else []
@@ -138,7 +152,7 @@ class ModelledStepRunner:
     # --- bursts ----------------------------------------------------------------------------------------------
 
     def _plan(self, batch: Batch) -> Burst | None:
-        if self._model.plain is None or not self._commands.empty():
+        if self._model.plain is None or self._model.host is not None or not self._commands.empty():
             return None
         until = min(self._patience(item.sequence) for item in batch.scheduled)
         return plan_burst(self._engine, batch, self._model.times, self._told, self._loop.time(), until)
@@ -163,7 +177,9 @@ class ModelledStepRunner:
         first = burst.num_done
         tokens = fast_forward(self._engine, burst, num_steps, self._model.plain.tokens, goes_on)
         self._note_steps(burst, first, num_steps)
-        self._emit(StepOutputs(tokens, stats=burst.stats_after(num_steps), step_s=burst.steps_s[num_steps - 1]))
+        told = range(max(first, num_steps - MAX_BATCH_STEPS), num_steps)  # more do not fit a message
+        steps = tuple([StepRecord(burst.shape_of(index), burst.steps_s[index]) for index in told])
+        self._emit(StepOutputs(tokens, stats=burst.stats_after(num_steps), steps=steps))
 
     def _note_steps(self, burst: Burst, first: int, stop: int) -> None:
         self.num_steps += stop - first

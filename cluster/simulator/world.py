@@ -19,6 +19,7 @@ from cluster.config import ClusterConfig
 from cluster.sides import Cache, Links, WorkerSides
 from cluster.simulator.chance import Chance, SeededNames
 from cluster.simulator.clock import VirtualLoop
+from cluster.simulator.host import Host, Slowdown
 from cluster.simulator.links import (
     Report,
     SimulatedCarriers,
@@ -67,7 +68,9 @@ class WorldSpec:
 
     `plain`: tokens come from nowhere and KV has no bytes, which is faster and checks less. `bursts`: steps that can
     only go one way are advanced together, if the tokens are plain. `frame_bytes`: of modelled KV in a frame, if not as
-    the config says; larger ones are fewer, and several pulls share a link less evenly."""
+    the config says; larger ones are fewer, and several pulls share a link less evenly. `slowdown`: all workers share
+    one host, and this is what they do to each other's steps; None: each has its own. `gateway_s`, `token_s`: what a
+    client waits for outside of all this, before its first token and for each one after."""
 
     seed: int
     config: ClusterConfig = field(default_factory=ClusterConfig)
@@ -82,6 +85,9 @@ class WorldSpec:
     bursts: bool = True
     frame_bytes: int | None = None
     roles: Mapping[Role, RoleSpec] = field(default_factory=dict)
+    slowdown: Slowdown | None = None
+    gateway_s: float = 0.0
+    token_s: float = 0.0
 
     @property
     def weights(self) -> ModelledWeights:
@@ -93,8 +99,9 @@ class WorldSpec:
     def engine_spec(self, num_blocks: int | None = None) -> EngineSpec:
         config = self.config.engine
         limits = SchedulerLimits(
-            config.block_size, config.max_batch_tokens, config.max_batch_seqs, config.prefill_chunk, config.prefix_cache
-        )
+            config.block_size, config.max_batch_tokens, config.max_batch_seqs, config.prefill_chunk,
+            config.prefix_cache, max_overtaken=config.max_overtaken,
+        )  # fmt: skip
         max_context = self.config.model.max_context or self.max_context
         return EngineSpec(
             limits, num_blocks or config.num_blocks, max_context, self.vocab_size, self.eos_token_ids,
@@ -140,6 +147,7 @@ class World:
         self.network: WorkerNetwork = Network(spec.links, log)
         self.happenings: list[Happening] = []
         self._dead: list[SimulatedWorker] = []
+        self._host = Host(spec.slowdown) if spec.slowdown else None
         self._chance = Chance(spec.seed)
         self._membership = Membership()
         self._num_lives: dict[str, int] = {}
@@ -167,6 +175,10 @@ class World:
     @property
     def now(self) -> float:
         return self._loop.time()
+
+    @property
+    def num_events(self) -> int:
+        return self._loop.num_calls
 
     async def close(self) -> None:
         await self.dispatcher.close()
@@ -220,12 +232,16 @@ class World:
     # --- the cluster under way -----------------------------------------------------------------------------
 
     async def catch_up(self) -> None:
-        """Let everybody know by now what they would know without bursts; for who kills, unlists or leaves next."""
-        now = self._loop.time()
-        for sent_by in (now - self.spec.links.latency_s, now):
-            for worker in self.workers.values():
-                worker.runner.catch_up(sent_by)
-            await self._loop.quiet()
+        """Wait for a moment at which no tokens are on their way, and let everybody know what they would know then
+        without bursts; for who kills, unlists or leaves next."""
+        while (quiet_from := self._last_step_ended() + PATIENCE_MARGIN * self.spec.links.latency_s) > self.now:  # noqa: ASYNC110 (a time is waited for)
+            await asyncio.sleep(quiet_from - self.now)
+        for worker in self.workers.values():
+            worker.runner.catch_up()
+        await self._loop.quiet()
+
+    def _last_step_ended(self) -> float:
+        return max((worker.runner.last_end for worker in self.workers.values()), default=0.0)
 
     def add_worker(self, role: Role, index: int = 0) -> SimulatedWorker:
         """A new worker, or a new life of one that is dead, at its old address; it is listed at once."""
@@ -270,10 +286,10 @@ class World:
         if spec.plain:
             pool: StatePool | PlainPool = PlainPool(config.engine.block_size)
             tokens = PlainTokens(spec.vocab_size)
-            model = Model(tokens, modelled.steps, tokens if spec.bursts else None)
+            model = Model(tokens, modelled.steps, tokens if spec.bursts else None, self._host)
         else:
             pool = StatePool(config.engine.block_size, modelled.num_blocks)
-            model = Model(ModelledRunner(spec.weights, pool), modelled.steps)
+            model = Model(ModelledRunner(spec.weights, pool), modelled.steps, host=self._host)
         runner = ModelledStepRunner(worker_id, engine, model, self.log, self._patience)
         me = Endpoint(worker_id, incarnation, f"{worker_id}:1", self._cohort)
         port: WorkerPort = self.network.attach(me.address, worker_id, incarnation, None)

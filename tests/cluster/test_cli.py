@@ -196,7 +196,7 @@ def test_status_of_an_unhealthy_cluster_exits_with_1(face: Face) -> None:
     assert "unhealthy: no decode worker · last canary never" in done.stdout
 
 
-@pytest.mark.parametrize("command", [["status"], ["chat", "hello"]])
+@pytest.mark.parametrize("command", [["status"], ["chat", "hello"], ["profile"]])
 def test_when_nothing_listens_it_says_so(command: list[str]) -> None:
     done = run(*command, "--url", "http://127.0.0.1:9")
     assert done.exit_code == 1

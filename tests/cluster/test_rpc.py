@@ -19,6 +19,7 @@ from cluster.rpc.server import WorkerServer
 from cluster.sides import WorkerStatus
 from decode_worker.intake import TransferTotals
 from engine.errors import ERRORS, DeadlineExceeded, StaleIncarnation, SteelyardError, Unavailable, WorkerLost
+from engine.step_shape import Chunk, StepRecord, StepShape
 from engine.streams import StreamBatch
 from engine.types import (
     Endpoint,
@@ -62,7 +63,11 @@ OUTPUTS = st.builds(
     st.none() | st.builds(ErrorInfo, st.text(min_size=1), TEXT), U32,
     st.lists(st.tuples(TEXT, FLOATS), max_size=3).map(tuple), TOKEN_LOGPROBS, TOKEN_LOGPROBS,
 )  # fmt: skip
-BATCHES = st.builds(StreamBatch, st.lists(OUTPUTS, max_size=4).map(tuple), STATS)
+CHUNKS = st.lists(st.builds(Chunk, U32, U32), max_size=3).map(tuple)
+STEPS = st.builds(StepRecord, st.builds(StepShape, CHUNKS, U32, U64), FLOATS)
+BATCHES = st.builds(
+    StreamBatch, st.lists(OUTPUTS, max_size=4).map(tuple), STATS, st.lists(STEPS, max_size=3).map(tuple)
+)
 
 SECRET = b"s" * 32
 STATUS = WorkerStatus(

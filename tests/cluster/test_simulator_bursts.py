@@ -6,7 +6,7 @@ import asyncio
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cluster.config import ClusterConfig
@@ -117,7 +117,13 @@ plans = st.builds(
 )
 
 
+LEAVES_WITH_THE_LAST_TOKEN = Plan(
+    ((0.0, 1, 1, 600.0, 1), (0.0, 28, 76, 600.0, 3), (0.0, 1, 1, 600.0, 1)), ((0.47941683464880025, 1),), ()
+)
+
+
 @settings(max_examples=25, deadline=None)
+@example(plan=LEAVES_WITH_THE_LAST_TOKEN, num_decode=1, num_blocks=28, prefix_cache=False)
 @given(plan=plans, num_decode=st.integers(1, 2), num_blocks=st.sampled_from([28, 40, 96]), prefix_cache=st.booleans())
 def test_the_event_log_is_the_same_with_and_without_bursts(
     plan: Plan, num_decode: int, num_blocks: int, prefix_cache: bool

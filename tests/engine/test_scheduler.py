@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from engine.block_manager import BlockManager
 from engine.engine import Engine, EngineSpec
-from engine.scheduler import MAX_OVERTAKEN, Batch, Scheduled, SchedulerLimits
+from engine.scheduler import Batch, Scheduled, SchedulerLimits
 from engine.types import (
     Abort,
     Add,
@@ -400,6 +400,15 @@ def test_short_prompts_pass_long_ones_and_the_oldest_goes_on_in_every_step() -> 
     bench.check_idle()
 
 
+def test_if_nobody_may_be_overtaken_prompts_are_computed_in_the_order_of_their_coming() -> None:
+    bench = Bench(num_blocks=100, limits=replace(limits(tokens=16), max_overtaken=0))
+    bench.send(Add(request("long1", 20)), Add(request("long2", 20)), Add(request("a", 4)))
+    bench.run()
+    firsts = [name for batch in bench.batches for name, start, _ in batch if start == 0]
+    assert firsts == ["long1", "long2", "a"]
+    bench.check_idle()
+
+
 def test_nobody_is_overtaken_for_ever() -> None:
     bench = Bench(num_blocks=12, limits=limits(tokens=16, seqs=3))
     bench.send(Add(request("busy", 8, max_tokens=12)), Add(request("long", 40, max_tokens=2)))
@@ -409,7 +418,7 @@ def test_nobody_is_overtaken_for_ever() -> None:
         bench.send(Add(request(next(names), 4, max_tokens=1)), Add(request(next(names), 4, max_tokens=1)))
         bench.step()
         steps += 1
-        assert steps < 2 * MAX_OVERTAKEN, "it starves"
+        assert steps < 2 * limits().max_overtaken, "it starves"
     assert steps > 10, "it was overtaken"
 
 

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
@@ -22,10 +23,13 @@ from engine.errors import ModelError, WorkerLost
 from engine.pool import SharedPool
 from engine.scheduler import Batch
 from engine.setup import EngineSetup, plan_engine
-from engine.step_runner import LENGTH, ProcessStepRunner, StepRunner, ThreadStepRunner
-from engine.types import Abort, Add, FinishReason, Key, Reserve, Sampled, StepOutputs
+from engine.step_runner import LENGTH, ProcessStepRunner, StepRunner, ThreadStepRunner, drive
+from engine.step_shape import Chunk, StepShape
+from engine.types import Abort, Add, Command, FinishReason, Key, Reserve, Sampled, StepOutputs
 from tests.engine.tiny import request
 
+IDLE_S = 0.5  # far more than a step of the tiny model takes
+EMIT_S = 0.01
 TIMEOUT_S = 120.0  # a child imports torch on a machine that may be busy
 ROOT = Path(__file__).parents[2]
 
@@ -115,7 +119,7 @@ async def test_commands_are_answered_while_nothing_is_computed(setup: EngineSetu
         outputs = await next_outputs(runner, lambda outputs: outputs.reserved)
         assert outputs.reserved[0].block_ids is not None
         assert outputs.stats.num_held_blocks == 2
-        assert outputs.step_s == 0
+        assert outputs.steps == ()
 
 
 async def test_an_abort_ends_a_request_between_two_steps(setup: EngineSetup) -> None:
@@ -123,10 +127,42 @@ async def test_an_abort_ends_a_request_between_two_steps(setup: EngineSetup) -> 
         endless = request("endless", [5], max_tokens=200, ignore_eos=True)
         runner.send(Add(endless))
         first = await next_outputs(runner, lambda outputs: outputs.tokens)
-        assert first.step_s > 0
+        (step,) = first.steps
+        assert step.shape == StepShape((Chunk(0, 1),))
+        assert step.step_s > 0
         runner.send(Abort(endless.key))
         last = await next_outputs(runner, lambda outputs: outputs.tokens and outputs.tokens[0].finish)
         assert last.tokens[0].finish is FinishReason.ABORT
+
+
+def test_steps_that_follow_each_other_add_up_to_the_time_that_passed(setup: EngineSetup) -> None:
+    """What a turn costs outside of its step, here a slow reader of its outputs, is in the next step's duration; what
+    the engine waited before the first is in none."""
+    built, seen = build_engine(setup, None), list[StepOutputs]()
+    emitted: list[float] = []
+
+    class Late:
+        def __init__(self) -> None:
+            self.turns: list[list[Command] | None] = [[Add(REQUESTS[0])], None]
+
+        def take(self, block: bool) -> list[Command] | None:
+            if block:
+                time.sleep(IDLE_S)
+                return self.turns.pop(0)
+            return []
+
+    def emit(outputs: StepOutputs) -> None:
+        if outputs.steps:
+            emitted.append(time.perf_counter())
+            seen.append(outputs)
+            time.sleep(EMIT_S)
+
+    drive(built.engine, built.runner, Late(), emit)
+    durations = [step.step_s for outputs in seen for step in outputs.steps]
+    assert [len(outputs.tokens) for outputs in seen] == [0, 0] + [1] * 12  # three chunks, the last with a token
+    assert min(durations[1:]) >= EMIT_S
+    assert durations[0] < IDLE_S
+    assert sum(durations[1:]) == pytest.approx(emitted[-1] - emitted[0], abs=0.01)
 
 
 # --- a process ------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from dataclasses import replace
 
 import pytest
 
-from engine.streams import StreamBatch, TokenStreams
+from engine.step_shape import StepRecord, decode_shape
+from engine.streams import MAX_BATCH_STEPS, StreamBatch, TokenStreams
 from engine.types import EngineStats, FinishReason, Key, TokenLogprob, TokenOutput
 
 SOON = 0.01  # seconds until an orphan is aborted, where one is wanted
@@ -42,6 +43,10 @@ class Streams(TokenStreams):
 
 def key(name: str) -> Key:
     return Key(name, 0)
+
+
+def record(step_s: float) -> StepRecord:
+    return StepRecord(decode_shape([7]), step_s)
 
 
 def output(name: str, index: int = 0, finish: FinishReason | None = None) -> TokenOutput:
@@ -77,6 +82,45 @@ async def test_all_that_came_since_the_last_batch_comes_in_the_next() -> None:
     streams.publish([output("a", 1)], EngineStats(num_steps=2))
     batch = await read(stream)
     assert batch == StreamBatch((output("a"), output("b"), output("a", 1)), EngineStats(num_steps=2))
+    await stream.aclose()
+
+
+async def test_every_gateway_gets_the_records_of_all_steps_once() -> None:
+    streams = Streams(keepalive_s=SOON)
+    streams.register(key("a"), "one")
+    one, two = await open_stream(streams, "one"), await open_stream(streams, "two")
+    for step_s in (0.1, 0.2):
+        streams.publish([], EngineStats(), [record(step_s)])
+    streams.publish([output("a")], EngineStats(), [record(0.3)])
+    expected = (record(0.1), record(0.2), record(0.3))
+    batch = await read(one)
+    assert (batch.outputs, batch.steps) == ((output("a"),), expected)
+    assert (await read(two)).steps == expected
+    assert (await read(one)).steps == ()
+    await one.aclose()
+    await two.aclose()
+
+
+async def test_a_step_without_tokens_wakes_no_reader() -> None:
+    streams = Streams()
+    stream = await open_stream(streams, "gateway")
+    reading = asyncio.create_task(read(stream))
+    await turn_loop()
+    streams.publish([], EngineStats(), [record(0.1)])
+    await turn_loop()
+    assert not reading.done()
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+    await stream.aclose()
+
+
+async def test_of_a_reader_that_is_behind_the_oldest_records_are_dropped() -> None:
+    streams = Streams(keepalive_s=SOON)
+    stream = await open_stream(streams, "gateway")
+    for number in range(MAX_BATCH_STEPS + 3):
+        streams.publish([], EngineStats(), [record(number)])
+    steps = (await read(stream)).steps
+    assert [step.step_s for step in steps] == list(range(3, MAX_BATCH_STEPS + 3))
     await stream.aclose()
 
 

@@ -17,6 +17,7 @@ from engine.types import FinishReason, Request, TokenLogprob, TokenOutput
 from router.api import HealthView, WorkerView
 from router.config import RouterConfig
 from router.gateway import create_app
+from router.step_history import StepHistory
 from router.text import TextModel
 
 MODEL = "tiny/bytes"
@@ -193,7 +194,8 @@ def text_model() -> TextModel:
 
 def make_app(generator: FakeGenerator, **settings: float) -> FastAPI:
     config = RouterConfig.model_validate(settings)
-    return create_app(generator, text_model(), config, wall_clock=lambda: CREATED + 0.5, version="1.2.3")
+    steps = StepHistory()
+    return create_app(generator, text_model(), config, steps=steps, wall_clock=lambda: CREATED + 0.5, version="1.2.3")
 
 
 def make_client(generator: FakeGenerator, **settings: float) -> httpx.AsyncClient:

@@ -46,6 +46,15 @@ def test_the_prefill_worker_with_the_fewest_prompt_tokens_and_the_decode_worker_
     assert names(choose(loads)) == ("p1", "d1")
 
 
+def test_in_turn_each_pool_goes_round_by_itself_whatever_its_workers_have_to_do() -> None:
+    loads = [load("p10", 99), load("p2"), load("d0", sequences=9), load("d1"), load("d2", connected=False)]
+    turns = [names(choose(loads, policy="round_robin", turn=turn)) for turn in range(4)]
+    assert turns == [("p2", "d0"), ("p10", "d1"), ("p2", "d0"), ("p10", "d1")]
+    loads.append(load("d3"))
+    turns = [names(choose(loads, policy="round_robin", turn=turn)) for turn in range(4)]
+    assert turns == [("p2", "d0"), ("p10", "d1"), ("p2", "d3"), ("p10", "d0")]
+
+
 def test_what_a_worker_reports_counts_if_it_is_more_than_what_we_sent_there() -> None:
     loads = [
         load("p0", 1, num_waiting_tokens=100), load("p1", 50),

@@ -61,6 +61,13 @@ class ProfiledLink(StrictModel):
     gb_per_s: float = Field(gt=0, description="10^9 bytes per second")
 
 
+class ProfiledSlowdown(StrictModel):
+    """How many times as long steps take while the other worker, on the same host, computes."""
+
+    prefill: float = Field(default=1.0, ge=1, description="of steps with chunks of prompts")
+    decode: float = Field(default=1.0, ge=1, description="of those that only decode")
+
+
 class WorkerProfile(StrictModel):
     version: Literal[1] = VERSION
     model: str = Field(min_length=1)
@@ -70,6 +77,8 @@ class WorkerProfile(StrictModel):
     )
     token_ms: float = Field(ge=0, description="of each token, outside of its step")
     link: ProfiledLink
+    kv_token_bytes: int | None = Field(default=None, ge=1, description="KV of one token, which a hand-off moves")
+    slowdown: ProfiledSlowdown = ProfiledSlowdown()
     steps: list[ProfiledStep] = Field(min_length=1)
 
 

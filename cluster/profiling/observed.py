@@ -1,0 +1,108 @@
+"""What a profile has observed, as plain records; and what follows from them by itself. Pure.
+
+How long steps of other shapes take is a service-time model's business (cluster/simulator/service_times).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from statistics import median
+
+from cluster.simulator.host import Slowdown
+from engine.step_shape import Chunk, StepRecord
+
+CONTEXT_RATIO = 1.25  # decode steps whose contexts differ by less are alike
+SLOWEST_LINK = 1e6  # bytes per second: what is assumed where transfers are too short to tell
+FASTEST_LINK = 1e12
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One request alone on a quiet cluster. `prefill_s`: all steps of its prompt; `decode_s`: those of `num_decoded`
+    tokens; `late_bytes`: KV that was complete only with the first token."""
+
+    first_s: float
+    end_s: float
+    prefill_s: float
+    decode_s: float
+    num_decoded: int
+    late_bytes: int
+
+    @property
+    def front_s(self) -> float:
+        """Before the first token, outside of steps."""
+        return self.first_s - self.prefill_s
+
+    @property
+    def gap_s(self) -> float:
+        """From the first token to the last, outside of steps."""
+        return self.end_s - self.first_s - self.decode_s
+
+
+@dataclass(slots=True)
+class Observed:
+    """`alone`: steps while the other worker did nothing; `beside`: while it computed."""
+
+    alone: list[StepRecord] = field(default_factory=list)
+    beside: list[StepRecord] = field(default_factory=list)
+    probes: list[Probe] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    latency_s: float
+    bytes_per_s: float
+
+
+def link_of(probes: Sequence[Probe]) -> Link:
+    """The gap of a short answer is a latency and the time of the late bytes: the median slope between any two (Theil
+    and Sen), and the median of what is left."""
+    short = [probe for probe in probes if probe.num_decoded == 1]
+    slopes = [
+        (two.gap_s - one.gap_s) / (two.late_bytes - one.late_bytes)
+        for one, two in combinations(short, 2)
+        if two.late_bytes != one.late_bytes
+    ]
+    byte_s = min(max(median(slopes), 1 / FASTEST_LINK), 1 / SLOWEST_LINK) if slopes else 1 / FASTEST_LINK
+    left = [probe.gap_s - byte_s * probe.late_bytes for probe in short]
+    return Link(max(0.0, median(left)), 1 / byte_s)
+
+
+def gateway_s_of(probes: Sequence[Probe], link: Link) -> float:
+    """Before a first token, outside of steps and of the two ways between gateway and worker."""
+    return max(0.0, median(probe.front_s for probe in probes) - 2 * link.latency_s)
+
+
+def token_s_of(probes: Sequence[Probe], link: Link) -> float:
+    """Of each token after the second, outside of its step; 0 where steps follow each other without a pause."""
+    left = [
+        (probe.gap_s - link.latency_s - probe.late_bytes / link.bytes_per_s) / (probe.num_decoded - 1)
+        for probe in probes
+        if probe.num_decoded > 1
+    ]
+    return max(0.0, median(left)) if left else 0.0
+
+
+def slowdown_of(observed: Observed) -> Slowdown:
+    """The median over the shapes that were met both ways; 1 where there is none, and at least 1."""
+    alone, beside = _by_shape(observed.alone), _by_shape(observed.beside)
+    ratios = {key: median(beside[key]) / median(alone[key]) for key in beside if key in alone}
+    prefill = [ratio for (chunks, *_), ratio in ratios.items() if chunks]
+    decode = [ratio for (chunks, *_), ratio in ratios.items() if not chunks]
+    return Slowdown(max(1.0, median(prefill or [1.0])), max(1.0, median(decode or [1.0])))
+
+
+ShapeKey = tuple[tuple[Chunk, ...], int, int]
+
+
+def _by_shape(records: Iterable[StepRecord]) -> dict[ShapeKey, list[float]]:
+    """Durations of steps that are alike."""
+    found: dict[ShapeKey, list[float]] = {}
+    for record in records:
+        shape = record.shape
+        size = round(math.log(max(1, shape.num_context), CONTEXT_RATIO))
+        found.setdefault((shape.chunks, shape.num_decoding, size), []).append(record.step_s)
+    return found

@@ -1,0 +1,1 @@
+"""Reports: what a simulation found, as figures, as plots, as a page."""
