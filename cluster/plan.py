@@ -177,8 +177,11 @@ def _answers(plan: Plan, question: Question, targets: tuple[Target, ...]) -> Ite
     if any(tried.verdict.extrapolated for tried in shown):
         share = max(tried.verdict.extrapolated for tried in shown)
         yield "beware", f"{share:.0%} of the steps are beyond what the service times were measured for"
-    if any(tried.verdict.is_short for tried in shown):
-        yield "note", "requests last so long that this sample hardly loads the cluster steadily: raise --requests"
+    if any(tried.verdict.keeps and tried.verdict.is_short for tried in plan.tried):
+        yield (
+            "note",
+            "the workload is too short to tell what some clusters would do for longer; a longer one may find more",
+        )
 
 
 def _told(tried: Tried, targets: tuple[Target, ...]) -> str:
@@ -204,7 +207,7 @@ def _print(
     clusters = Table("GPUs", "prefill + decode", "requests/s", *names, "all kept by", "", box=None, pad_edge=False)
     for tried in plan.tried:
         values = (f"{value * 1e3:.0f}" for value in tried.verdict.values_s)
-        kept = "yes" if tried.verdict.keeps else "no"
+        kept = "no" if not tried.verdict.keeps else "too short" if tried.verdict.is_short else "yes"
         row = (str(tried.split.num_gpus), str(tried.split), f"{tried.rate:.3g}")
         clusters.add_row(*row, *values, f"{tried.verdict.attained:.1%}", kept)
     for table in (phases, clusters):

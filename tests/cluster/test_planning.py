@@ -94,10 +94,13 @@ def test_a_request_that_failed_missed_every_target_and_one_token_has_no_time_per
     assert judge(result((0.1, None, ""), (0.1, None, "")), TARGETS).values_s == (0.1, 0.0)
 
 
-def test_a_run_of_less_than_three_requests_time_is_short() -> None:
-    one = (1.0, None, "")
-    assert judge(result(*[one] * 10, every_s=0.2), TARGETS).is_short
-    assert not judge(result(*[one] * 10, every_s=0.4), TARGETS).is_short
+def test_a_run_that_is_short_beside_its_requests_or_its_patience_proves_nothing() -> None:
+    one, patience = (1.0, None, ""), parse_targets("ttft=1.2s,tpot=1s")
+    for targets, too_short_s, enough_s in ((TARGETS, 0.5, 0.6), (patience, 0.6, 0.7)):
+        short, long = (judge(result(*[one] * 10, every_s=every_s), targets) for every_s in (too_short_s, enough_s))
+        assert (short.keeps, short.is_short, short.serves) == (True, True, False)
+        assert (long.keeps, long.is_short, long.serves) == (True, False, True)
+    assert judge(result(*[(1.0, 0.05, "")] * 10, every_s=0.4), parse_targets("ttft=0.1s,tpot=1s")).needed_s == 4.5
 
 
 # --- rates ------------------------------------------------------------------------------------------------------
@@ -201,6 +204,11 @@ class Formulas:
         )
         return _verdict(rate <= alone * (1 - self.loss))
 
+    def prefill_guess(self, kind: WorkerKind) -> float:
+        return 3.0
+
+    decode_guess = prefill_guess
+
     def prefill_alone(self, kind: WorkerKind, rate: float) -> Verdict:
         return _verdict(rate <= self.prefill[kind.kv_tokens])
 
@@ -271,6 +279,12 @@ def test_a_workload_is_brought_to_a_rate() -> None:
     assert mean_rate(at_rate(WORKLOAD, 4.0)) == pytest.approx(4.0)
 
 
+def test_guesses_are_what_a_worker_does_without_pauses() -> None:
+    assert trials().prefill_guess(WorkerKind(STEPS, 10_000)) == pytest.approx(10.0)
+    assert trials().decode_guess(WorkerKind(STEPS, 10_000)) == pytest.approx(4 / 0.02 / 6), "four at 5 ms each"
+    assert trials().decode_guess(WorkerKind(STEPS, 250)) == pytest.approx(2 / 0.01 / 6), "room for two"
+
+
 def test_prefill_alone_is_a_queue_before_one_worker() -> None:
     alone = trials().prefill_alone(WorkerKind(STEPS, 10_000), 9.9)
     assert alone.keeps
@@ -283,13 +297,14 @@ def test_prefill_alone_is_a_queue_before_one_worker() -> None:
 def test_decode_alone_waits_for_no_prompt() -> None:
     """At 50 requests/s of 5 steps each there are 5 at a time or more, which take 5 ms each."""
     verdict = trials().decode_alone(WorkerKind(STEPS, 10_000), 9.0)
-    assert verdict.values_s[0] == pytest.approx(5e-3, rel=0.02)
+    assert verdict.values_s[1] == pytest.approx(5e-3, rel=0.02)
+    assert verdict.values_s[0] < 1e-3
     assert not trials().decode_alone(WorkerKind(STEPS, 10_000), 60.0).keeps
 
 
 def test_a_sample_that_is_too_short_to_be_believed_grows() -> None:
     seen: list[Verdict] = []
-    few = Trials(CONFIG, WORKLOAD, 3, parse_targets("ttft=1s,tpot=1s"), LinkTimes(), 1, 0, seen.append)
+    few = Trials(CONFIG, WORKLOAD, 3, parse_targets("ttft=0.7s,tpot=1s"), LinkTimes(), 1, 0, seen.append)
     verdict = few.together(Fleet(1, 1, WorkerKind(STEPS, 10_000), WorkerKind(STEPS, 10_000)), 9.0)
     shorts = [one.is_short for one in seen]
     assert shorts == sorted(shorts, reverse=True)

@@ -145,7 +145,9 @@ def test_rows_may_have_points_of_their_own() -> None:
     high = 5.2e-3 + (174_000 - 8e3) / (2e5 - 8e3) * 5.8e-3
     assert BY_TOKENS.step_s(halfway) == pytest.approx((low + high) / 2)
     assert not BY_TOKENS.extrapolates(halfway)
-    assert BY_TOKENS.extrapolates(StepShape((), 240, 240 * 2175)), "beyond the last point of one of both rows"
+    assert not BY_TOKENS.extrapolates(StepShape((), 298, 298 * 2175)), "the rows' ends are 400,000 and 900,000"
+    assert BY_TOKENS.extrapolates(StepShape((), 300, 300 * 2175))
+    assert BY_TOKENS.extrapolates(StepShape((), 1, 4001))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-PRECISION = 0.06  # the answer is at most so much too low
+PRECISION = 0.1  # the answer is at most so much too low
 MAX_DOUBLINGS = 10
 
 

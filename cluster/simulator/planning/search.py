@@ -38,6 +38,12 @@ class Runs(Protocol):
 
     def together(self, fleet: Fleet, rate: float, links: LinkTimes | None = None) -> Verdict: ...
 
+    def prefill_guess(self, kind: WorkerKind) -> float:
+        """Requests per second, of the right order."""
+        ...
+
+    def decode_guess(self, kind: WorkerKind) -> float: ...
+
     def prefill_alone(self, kind: WorkerKind, rate: float) -> Verdict: ...
 
     def decode_alone(self, kind: WorkerKind, rate: float) -> Verdict: ...
@@ -102,21 +108,21 @@ class _Search:
         self._tried: list[Tried] = []
 
     def run(self) -> Plan:
-        prefill = self._phase("prefill", self._runs.prefill_alone)
-        decode = self._phase("decode", self._runs.decode_alone)
+        prefill = self._phase("prefill", self._runs.prefill_alone, self._runs.prefill_guess)
+        decode = self._phase("decode", self._runs.decode_alone, self._runs.decode_guess)
         able = [tuple(one for one in found if one.goodput > 0) for found in (prefill, decode)]
         fewest = most = None
         if all(able):
             fewest, most = self._by_affinity(*able)
         return Plan(prefill, decode, fewest, most, tuple(self._tried))
 
-    def _phase(self, name: str, alone: Callable[[WorkerKind, float], Verdict]) -> tuple[PhaseGoodput, ...]:
+    def _phase(
+        self, name: str, alone: Callable[[WorkerKind, float], Verdict], guess: Callable[[WorkerKind], float]
+    ) -> tuple[PhaseGoodput, ...]:
         found: list[PhaseGoodput] = []
-        guess = self._question.rate
         for size, kind in sorted(self._question.kinds.items()):
             self._tell(f"{name} alone, TP{size}")
-            goodput = highest_rate(lambda rate, kind=kind: alone(kind, rate).keeps, guess)
-            guess = goodput or guess
+            goodput = highest_rate(lambda rate, kind=kind: alone(kind, rate).serves, guess(kind))
             found.append(PhaseGoodput(size, goodput))
         return tuple(found)
 
@@ -133,7 +139,7 @@ class _Search:
 
     def _fewest(self, possible: Sequence[Split]) -> Tried | None:
         for split in fewest_gpus(possible, self._question.rate):
-            if (tried := self._at(split, self._question.rate)).verdict.keeps:
+            if (tried := self._at(split, self._question.rate)).verdict.serves:
                 return tried
         return None
 
@@ -166,7 +172,7 @@ class _Search:
     def _fewest_nodes(self, best: Tried, num_fitting: int) -> Tried | None:
         rate = self._question.rate
         for num_nodes in range(replicas(rate, best.rate), num_fitting + 1):
-            if (part := self._at(best.split, rate / num_nodes)).verdict.keeps:
+            if (part := self._at(best.split, rate / num_nodes)).verdict.serves:
                 return Tried(best.split, rate, part.verdict, num_nodes)
         return None
 
@@ -188,10 +194,10 @@ class _Search:
 
         def keeps(rate: float) -> bool:
             tried.append(self._at(split, rate))
-            return tried[-1].verdict.keeps
+            return tried[-1].verdict.serves
 
         rate = highest_rate(keeps, split.promise)
-        return next((one for one in tried if one.rate == rate and one.verdict.keeps), None)
+        return next((one for one in tried if one.rate == rate and one.verdict.serves), None)
 
     def _at(self, split: Split, rate: float) -> Tried:
         self._tell(f"{split} at {rate:.3g} requests/s")

@@ -13,6 +13,7 @@ from engine.errors import ConfigError
 
 DEFAULT_PERCENT = 90.0
 STEADY = 3.0  # durations of a request (the median) over which arrivals load a cluster about as they would for ever
+PATIENT = 5.0  # limits of TTFT over which a queue that grows without end, if a fifth too much comes, exceeds the limit
 
 _TARGET = re.compile(r"(?P<metric>ttft|tpot)(:p(?P<percent>[0-9.]+))?=(?P<limit>[0-9.]+)(?P<unit>ms|s)")
 
@@ -51,6 +52,11 @@ class Verdict:
     def is_short(self) -> bool:
         return self.span_s < self.needed_s
 
+    @property
+    def serves(self) -> bool:
+        """Keeps the targets, for long enough to say so."""
+        return self.keeps and not self.is_short
+
 
 def parse_targets(text: str) -> tuple[Target, ...]:
     """As in "ttft=500ms,tpot:p99=80ms". Raises ConfigError; both metrics must be there."""
@@ -80,6 +86,7 @@ def judge(result: SimulationResult, targets: Sequence[Target]) -> Verdict:
     """By the targets given: of a phase alone only its own count."""
     values = tuple(_quantile(_values(result, target.metric), target.quantile) for target in targets)
     within = [all(_is_within(one, target) for target in targets) for one in result.requests]
+    patience_s = max((target.limit_s for target in targets if target.metric is Metric.TTFT), default=0.0)
     span_s = result.requests[-1].arrived_s - result.requests[0].arrived_s
     durations = sorted(one.ended_s - one.arrived_s for one in result.requests)
     return Verdict(
@@ -88,7 +95,7 @@ def judge(result: SimulationResult, targets: Sequence[Target]) -> Verdict:
         all(value <= target.limit_s for value, target in zip(values, targets, strict=True)),
         result.num_extrapolated / max(1, result.num_steps),
         span_s,
-        STEADY * durations[len(durations) // 2],
+        max(STEADY * durations[len(durations) // 2], PATIENT * patience_s),
     )
 
 

@@ -1,7 +1,8 @@
 """Trials: the real simulated cluster on a part of the workload, at a rate. A phase alone is such a cluster, too:
 
 - prefill alone: requests want one token, so nothing is handed off;
-- decode alone: the prompts come from a prefill worker whose steps take next to nothing, over links without limits.
+- decode alone: the prompts come from a prefill worker whose steps take next to nothing, over links without limits. What
+  remains of the time to the first token is waiting for room in the decode worker, so all targets count.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 from cluster.config import ClusterConfig, PoolConfig, PoolsSection
 from cluster.simulator.log import EventLog
 from cluster.simulator.network import LinkTimes
+from cluster.simulator.planning.guesses import decode_rate, prefill_rate
 from cluster.simulator.planning.targets import Metric, Target, Verdict, judge
 from cluster.simulator.play import simulate
 from cluster.simulator.service_times.model import ServiceTimes
@@ -26,7 +28,6 @@ FREE_STEP_S = 1e-6
 FREE_LINK = LinkTimes(latency_s=1e-6, bytes_per_s=1e15)
 ENDLESS = 10**9  # KV tokens
 GROWTH = 1.1  # over what was needed at the last try: requests take longer as more come
-MAX_GROWTH = 16
 FRAME_BYTES = 2**26  # few frames: pulls share links less evenly, and a trial costs less
 
 
@@ -63,8 +64,7 @@ class Fleet:
 
 class Trials:
     """Each trial plays the first `num_requests` of the workload. A trial that keeps the targets, but is too short to be
-    believed, is repeated with more, up to MAX_GROWTH times as many or all there are. `on_trial` hears of each
-    one that is done."""
+    believed, is repeated with more, up to all there are. `on_trial` hears of each one that is done."""
 
     def __init__(
         self, config: ClusterConfig, workload: Workload, num_requests: int, targets: tuple[Target, ...],
@@ -78,34 +78,45 @@ class Trials:
         self._kv_token_bytes = kv_token_bytes
         self._seed = seed
         self._on_trial = on_trial
+        self._needed_s: dict[str, float] = {}
 
     def together(self, fleet: Fleet, rate: float, links: LinkTimes | None = None) -> Verdict:
-        return self._grown(fleet, self._workload, rate, self._targets, links or self._links)
+        return self._grown("together", fleet, self._workload, rate, self._targets, links or self._links)
+
+    def prefill_guess(self, kind: WorkerKind) -> float:
+        return prefill_rate(kind.steps, self._workload)
+
+    def decode_guess(self, kind: WorkerKind) -> float:
+        limit_s = min(target.limit_s for target in self._targets if target.metric is Metric.TPOT)
+        max_batch_seqs = self._config.engine.max_batch_seqs
+        return decode_rate(kind.steps, kind.kv_tokens, self._workload, max_batch_seqs, limit_s)
 
     def prefill_alone(self, kind: WorkerKind, rate: float) -> Verdict:
         arrivals = tuple(replace(arrival, num_output=1) for arrival in self._workload.arrivals)
         workload = replace(self._workload, arrivals=arrivals)
-        return self._grown(Fleet(1, 1, kind, FREE), workload, rate, self._of(Metric.TTFT), FREE_LINK)
+        targets = tuple(target for target in self._targets if target.metric is Metric.TTFT)
+        return self._grown("prefill", Fleet(1, 1, kind, FREE), workload, rate, targets, FREE_LINK)
 
     def decode_alone(self, kind: WorkerKind, rate: float) -> Verdict:
-        return self._grown(Fleet(1, 1, FREE, kind), self._workload, rate, self._of(Metric.TPOT), FREE_LINK)
-
-    def _of(self, metric: Metric) -> tuple[Target, ...]:
-        return tuple(target for target in self._targets if target.metric is metric)
+        return self._grown("decode", Fleet(1, 1, FREE, kind), self._workload, rate, self._targets, FREE_LINK)
 
     def _grown(
-        self, fleet: Fleet, workload: Workload, rate: float, targets: tuple[Target, ...], links: LinkTimes
+        self, name: str, fleet: Fleet, workload: Workload, rate: float, targets: tuple[Target, ...], links: LinkTimes
     ) -> Verdict:
-        num_requests = self._num_requests
-        most = min(len(workload.arrivals), MAX_GROWTH * num_requests)
+        """What was long enough for the last trial of this name is where this one begins."""
+        most = len(workload.arrivals)
+        num_requests = min(most, max(self._num_requests, math.ceil(rate * self._needed_s.get(name, 0.0))))
         while True:
             part = at_rate(cut(workload, max_requests=num_requests), rate)
             result = simulate(self._spec(fleet, part, links), part, EventLog(keep=False, detailed=False))
             verdict = judge(result, targets)
             self._on_trial(verdict)
-            if num_requests >= most or not (verdict.keeps and verdict.is_short):
+            if not verdict.keeps:
                 return verdict
-            num_requests = min(most, max(num_requests + 1, math.ceil(GROWTH * rate * verdict.needed_s)))
+            self._needed_s[name] = GROWTH * verdict.needed_s
+            if num_requests >= most or not verdict.is_short:
+                return verdict
+            num_requests = min(most, max(num_requests + 1, math.ceil(rate * self._needed_s[name])))
 
     def _spec(self, fleet: Fleet, workload: Workload, links: LinkTimes) -> WorldSpec:
         pools = PoolsSection(prefill=PoolConfig(workers=fleet.num_prefill), decode=PoolConfig(workers=fleet.num_decode))

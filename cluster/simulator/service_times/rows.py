@@ -58,14 +58,15 @@ class Rows:
         return value + self._beyond(row, along) - self._beyond(rows[edge], along)
 
     def covers(self, row: float, along: float) -> bool:
-        """Is this between measured points?"""
+        """Is this between measured points? Between two rows, the lines from end to end are the border."""
         rows = self._rows
         if not rows[0] <= row <= rows[-1]:
             return False
-        above = bisect_right(rows, row)
-        below = above - 1
-        needed = (below,) if rows[below] == row else (below, above)
-        return all(self._along[index][0] <= along <= self._along[index][-1] for index in needed)
+        above = min(bisect_right(rows, row), len(rows) - 1)
+        below = max(0, above - 1)
+        part = (row - rows[below]) / (rows[above] - rows[below]) if above > below else 0.0
+        first, last = ((1.0 - part) * self._along[below][end] + part * self._along[above][end] for end in (0, -1))
+        return first <= along <= last
 
     def _in_row(self, index: int, along: float) -> float:
         points, values = self._along[index], self._values[index]
