@@ -132,7 +132,7 @@ class VirtualLoop(base_events.BaseEventLoop):
     def _run_once(self) -> None:
         """Make due timers ready, then run all that is ready now; what that makes ready has its turn next time."""
         ready, timers = self._ready, self._timers
-        if not (ready or self._stopping):
+        if not (ready or self._stopping or (timers and timers[0][0] <= self._virtual_s)):
             self.jump()
         while timers and timers[0][0] <= self._virtual_s:
             timer = heapq.heappop(timers)[2]
@@ -205,6 +205,13 @@ class _Timer(asyncio.TimerHandle):
         self._cancelled = False
         self._repr = None
         self._source_traceback = None
+
+
+def virtual_loop() -> VirtualLoop:
+    """The running loop."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+    return loop
 
 
 def run_virtual(main: Coroutine[Any, Any, Result], limit_s: float = math.inf) -> Result:

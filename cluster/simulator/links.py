@@ -9,10 +9,11 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from cluster.sides import WorkerSides
 from cluster.simulator.burst import TimedOutput
+from cluster.simulator.clock import virtual_loop
 from cluster.simulator.network import CALL_BYTES, Network, Port
 from engine.errors import SteelyardError
 from engine.streams import StreamBatch
@@ -28,21 +29,31 @@ TOKEN_BYTES = 4
 
 WorkerPort = Port[WorkerSides]
 WorkerNetwork = Network[WorkerSides]
-Report = Callable[[EngineStats, float], EngineStats]
+
+
+class StepsAhead(Protocol):
+    """Of a worker whose steps are advanced together: what single ones would have let out by now."""
+
+    def stats_by(self, told: EngineStats, now: float) -> EngineStats:
+        """What was reported by a time, for someone who last heard `told`."""
+        ...
+
+    def catch_up(self) -> bool:
+        """Let out what has been made by now; False if there is nothing."""
+        ...
 
 
 class SimulatedClient:
-    """Implements router.workers.WorkerClient. `report`: what the worker had reported by a time, for someone who last
-    heard something else."""
+    """Implements router.workers.WorkerClient."""
 
     def __init__(
-        self, network: WorkerNetwork, gateway: WorkerPort, worker: WorkerPort, member: Member, report: Report
+        self, network: WorkerNetwork, gateway: WorkerPort, worker: WorkerPort, member: Member, steps: StepsAhead
     ) -> None:
         self._network = network
         self._gateway = gateway
         self._worker = worker
         self._member = member
-        self._report = report
+        self._steps = steps
 
     async def submit(self, submission: Submission, role_epoch: int, timeout_s: float) -> None:
         async def work(sides: WorkerSides) -> None:
@@ -53,10 +64,13 @@ class SimulatedClient:
         await self._network.call(self._gateway, to.address, to.incarnation, "submit", work, timeout_s, size_bytes)
 
     async def abort(self, key: Key, timeout_s: float) -> None:
+        async def work(sides: WorkerSides) -> None:
+            if self._steps.catch_up():  # afterwards these tokens are nobody's
+                await virtual_loop().quiet()
+            await sides.abort(key)
+
         to = self._member
-        await self._network.call(
-            self._gateway, to.address, to.incarnation, "abort", lambda sides: sides.abort(key), timeout_s
-        )
+        await self._network.call(self._gateway, to.address, to.incarnation, "abort", work, timeout_s)
 
     async def tokens(self, gateway_id: str) -> AsyncGenerator[StreamBatch]:
         to = self._member
@@ -66,32 +80,31 @@ class SimulatedClient:
         )  # fmt: skip
         async with aclosing(batches):
             async for batch in batches:
-                transit_s = self._network.transit_s(self._worker, self._gateway, batch_bytes(batch))
-                outputs = tuple(_arrived(output, transit_s) for output in batch.outputs)
+                latency_s = self._network.latency_s(self._worker, self._gateway)
+                outputs = tuple(_arrived(output, latency_s) for output in batch.outputs)
                 yield StreamBatch(outputs, batch.stats, batch.steps)
 
     def stats_by_now(self, told: EngineStats) -> EngineStats:
-        size_bytes = CALL_BYTES + (OUTPUT_BYTES + TOKEN_BYTES) * told.num_running
-        transit_s = self._network.transit_s(self._worker, self._gateway, size_bytes)
-        return self._report(told, asyncio.get_running_loop().time() - transit_s)
+        latency_s = self._network.latency_s(self._worker, self._gateway)
+        return self._steps.stats_by(told, asyncio.get_running_loop().time() - latency_s)
 
     async def close(self) -> None:
         """Streams end with their readers."""
 
 
 class SimulatedConnector:
-    """Implements router.workers.Connector for one gateway. `worker_of` knows the ports and the reports of workers."""
+    """Implements router.workers.Connector for one gateway. `worker_of` knows the ports and the steps of workers."""
 
     def __init__(
-        self, network: WorkerNetwork, gateway: WorkerPort, worker_of: Callable[[Member], tuple[WorkerPort, Report]]
+        self, network: WorkerNetwork, gateway: WorkerPort, worker_of: Callable[[Member], tuple[WorkerPort, StepsAhead]]
     ) -> None:
         self._network = network
         self._gateway = gateway
         self._worker_of = worker_of
 
     def connect(self, member: Member) -> SimulatedClient:
-        port, report = self._worker_of(member)
-        return SimulatedClient(self._network, self._gateway, port, member, report)
+        port, steps = self._worker_of(member)
+        return SimulatedClient(self._network, self._gateway, port, member, steps)
 
 
 class SimulatedPeers:
@@ -187,7 +200,7 @@ def times_of(output: TokenOutput, now: float, before: float) -> list[float]:
     return [max(before, time) for time in times]
 
 
-def _arrived(output: TokenOutput, transit_s: float) -> TokenOutput:
+def _arrived(output: TokenOutput, latency_s: float) -> TokenOutput:
     if not isinstance(output, TimedOutput):
         return output
-    return replace(output, times=tuple([time + transit_s for time in output.times]))
+    return replace(output, times=tuple([time + latency_s for time in output.times]))

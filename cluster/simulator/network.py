@@ -4,7 +4,7 @@
 2. a call or a stream takes the latency to get there, is refused if it was meant for another incarnation, runs the
    real worker's method, and its answer takes the latency back. A caller who leaves is noticed there a latency later;
 3. what a process sends goes out one after another at its bandwidth, so frames of several pulls share it; a small
-   message goes between their packets;
+   message goes between their packets and takes no time beside the latency;
 4. `kill` resets every connection of a process; between `silence` and `restore` nothing gets to it or from it, and what
    was sent meanwhile comes late, in order, as TCP has it.
 
@@ -56,14 +56,15 @@ class Port(Generic[Served]):
 
 
 class _Talk:
-    """A call or stream under way, as both ends see it. Arrivals are (time, item), an error, or None at the end."""
+    """A call or stream under way, as both ends see it. What arrives: items as one-tuples, an error, None at the end."""
 
     def __init__(self, caller: Port[Any], what: str) -> None:
         self.caller = caller
         self.what = what
         self.target: Port[Any] | None = None
         self.server: asyncio.Task[None] | None = None
-        self.arrivals: asyncio.Queue[tuple[float, Any]] = asyncio.Queue()
+        self.arrivals: asyncio.Queue[Any] = asyncio.Queue()
+        self.last_at = 0.0  # when the last of them comes
 
 
 class Network(Generic[Served]):
@@ -133,8 +134,7 @@ class Network(Generic[Served]):
         talk.server = loop.create_task(serving, name=what)
         try:
             while True:
-                at, item = await talk.arrivals.get()
-                await self._until(at)
+                item = await talk.arrivals.get()
                 if item is None:
                     return
                 if isinstance(item, Exception):
@@ -144,13 +144,9 @@ class Network(Generic[Served]):
             self._close(talk)
             self._hang_up(talk, talk.server, address)
 
-    async def _until(self, at: float) -> None:
-        loop = asyncio.get_running_loop()
-        await asyncio.sleep(max(0.0, at - loop.time()))
-
     def _hang_up(self, talk: _Talk, server: asyncio.Task[None], address: str) -> None:
         """The caller wants no more: `server` hears of it when word has got there."""
-        delay_s = self._latency_s(talk.caller, self._ports.get(address))
+        delay_s = self.latency_s(talk.caller, self._ports.get(address))
         asyncio.get_running_loop().call_later(delay_s, server.cancel)
 
     # --- the other end -------------------------------------------------------------------------------------
@@ -160,8 +156,8 @@ class Network(Generic[Served]):
         items: Callable[[Served], AsyncGenerator[Item]], size_of: Callable[[Item], int], size_bytes: int,
         sent_at: Callable[[Item], float | None],
     ) -> None:  # fmt: skip
-        send_s = await self._send(talk.caller, size_bytes)
-        await asyncio.sleep(send_s + self._latency_s(talk.caller, self._ports.get(address)))
+        await self._send(talk.caller, size_bytes)
+        await asyncio.sleep(self.latency_s(talk.caller, self._ports.get(address)))
         port = self._ports.get(address)
         await talk.caller.reachable.wait()
         if port is not None:
@@ -184,10 +180,10 @@ class Network(Generic[Served]):
     async def _answer(
         self, talk: _Talk, port: Port[Served], item: object, size_bytes: int, sent_at: float | None = None
     ) -> None:
-        send_s = await self._send(port, size_bytes)
+        await self._send(port, size_bytes)
         await talk.caller.reachable.wait()
         await port.reachable.wait()
-        self._arrive(talk, item, send_s + self._latency_s(port, talk.caller), sent_at)
+        self._arrive(talk, item, self.latency_s(port, talk.caller), sent_at)
 
     def _admit(self, port: Port[Served], incarnation: str) -> Served:
         if incarnation != port.incarnation:
@@ -195,24 +191,22 @@ class Network(Generic[Served]):
         assert port.served is not None, f"{port.name} serves nothing"
         return port.served
 
-    async def _send(self, port: Port[Served], size_bytes: int) -> float:
-        """Returns when the last byte has left, or of a small message how long that will take."""
+    async def _send(self, port: Port[Served], size_bytes: int) -> None:
+        """Returns when the last byte has left."""
         if size_bytes <= SMALL_BYTES:
-            return size_bytes / self._times.bytes_per_s
+            return
         now = asyncio.get_running_loop().time()
         port.free_at = max(now, port.free_at) + size_bytes / self._times.bytes_per_s
         await asyncio.sleep(port.free_at - now)
-        return 0.0
 
     def _arrive(self, talk: _Talk, item: object, after_s: float, sent_at: float | None = None) -> None:
-        at = asyncio.get_running_loop().time() if sent_at is None else sent_at
-        talk.arrivals.put_nowait((at + after_s, item))
+        """What is sent on one connection arrives in order."""
+        loop = asyncio.get_running_loop()
+        talk.last_at = max(talk.last_at, (loop.time() if sent_at is None else sent_at) + after_s)
+        loop.call_at(talk.last_at, talk.arrivals.put_nowait, item)
 
-    def transit_s(self, sender: Port[Served], receiver: Port[Served], size_bytes: int) -> float:
+    def latency_s(self, sender: Port[Served], receiver: Port[Served] | None) -> float:
         """From the sending of a small message to its arrival."""
-        return size_bytes / self._times.bytes_per_s + self._latency_s(sender, receiver)
-
-    def _latency_s(self, sender: Port[Served], receiver: Port[Served] | None) -> float:
         lag_s = sender.lags.get(receiver.name, sender.lag_s) if receiver is not None else sender.lag_s
         return self._times.latency_s + lag_s
 

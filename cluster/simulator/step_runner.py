@@ -88,12 +88,15 @@ class ModelledStepRunner:
         num_steps = self._burst.num_ended(self._loop.time()) if self._burst is not None else 0
         return max(self._last_end, self._burst.ends[num_steps - 1] if self._burst is not None and num_steps else 0.0)
 
-    def catch_up(self) -> None:
-        """Let out what the burst has made by now."""
-        if self._alarm is not None and self._burst is not None:
-            num_steps = self._burst.num_ended(self._loop.time())
-            if self._burst.num_done < num_steps < len(self._burst.ends):
-                self._go_forward(self._burst, num_steps, goes_on=True)
+    def catch_up(self) -> bool:
+        """Let out what the burst has made by now; False if there is nothing."""
+        if self._alarm is None or self._burst is None:
+            return False
+        num_steps = self._burst.num_ended(self._loop.time())
+        if not self._burst.num_done < num_steps < len(self._burst.ends):
+            return False
+        self._go_forward(self._burst, num_steps, goes_on=True)
+        return True
 
     # --- turns -----------------------------------------------------------------------------------------------
 

@@ -18,13 +18,13 @@ from dataclasses import dataclass, field
 from cluster.config import ClusterConfig
 from cluster.sides import Cache, Links, WorkerSides
 from cluster.simulator.chance import Chance, SeededNames
-from cluster.simulator.clock import VirtualLoop
+from cluster.simulator.clock import virtual_loop
 from cluster.simulator.host import Host, Slowdown
 from cluster.simulator.links import (
-    Report,
     SimulatedCarriers,
     SimulatedConnector,
     SimulatedPeers,
+    StepsAhead,
     WorkerNetwork,
     WorkerPort,
     times_of,
@@ -138,9 +138,7 @@ class SimulatedWorker:
 
 class World:
     def __init__(self, spec: WorldSpec, log: EventLog, network: WorkerNetwork | None = None) -> None:
-        loop = asyncio.get_running_loop()
-        assert isinstance(loop, VirtualLoop)
-        self._loop = loop
+        self._loop = virtual_loop()
         self.spec = spec
         self.log = log
         self.workers: dict[str, SimulatedWorker] = {}  # those that live, by worker id
@@ -159,7 +157,7 @@ class World:
         self._cohort = layout_hash(self._layout, "simulated", str(spec.seed))
         self.gateway_port = self.network.attach(GATEWAY, GATEWAY, "1", None)
         names = SeededNames(self._chance.fork("names"))
-        connector = SimulatedConnector(self.network, self.gateway_port, self._port_and_report)
+        connector = SimulatedConnector(self.network, self.gateway_port, self._port_and_steps)
         self.dispatcher = Dispatcher(spec.config.router, GATEWAY, connector, names)
 
     # --- life ----------------------------------------------------------------------------------------------
@@ -308,10 +306,10 @@ class World:
     def _step_times(self, _worker_id: str, times: ServiceTimes) -> ServiceTimes:
         return times
 
-    def _port_and_report(self, member: Member) -> tuple[WorkerPort, Report]:
+    def _port_and_steps(self, member: Member) -> tuple[WorkerPort, StepsAhead]:
         worker = self.workers[member.worker_id]
         assert worker.port.incarnation == member.incarnation
-        return worker.port, worker.runner.stats_by
+        return worker.port, worker.runner
 
     def _patience(self, sequence: Sequence) -> float:
         """Until when tokens of a sequence may be sent for its client to see them."""

@@ -6,7 +6,7 @@ import asyncio
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from hypothesis import example, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from cluster.config import ClusterConfig
@@ -122,7 +122,12 @@ LEAVES_WITH_THE_LAST_TOKEN = Plan(
 )
 
 
-@settings(max_examples=25, deadline=None)
+DIES_AMONG_ITS_STEPS = Plan(((0.0, 1, 1, 600.0, 1), (0.75, 1, 42, 600.0, 1)), (), ((1.0, Role.DECODE, True),))
+NOT_SHRUNK = (Phase.explicit, Phase.reuse, Phase.generate)  # because that takes minutes
+
+
+@settings(max_examples=25, deadline=None, phases=NOT_SHRUNK)
+@example(plan=DIES_AMONG_ITS_STEPS, num_decode=1, num_blocks=28, prefix_cache=False)
 @example(plan=LEAVES_WITH_THE_LAST_TOKEN, num_decode=1, num_blocks=28, prefix_cache=False)
 @given(plan=plans, num_decode=st.integers(1, 2), num_blocks=st.sampled_from([28, 40, 96]), prefix_cache=st.booleans())
 def test_the_event_log_is_the_same_with_and_without_bursts(

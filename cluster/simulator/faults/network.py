@@ -123,9 +123,9 @@ class FaultyNetwork(Network[WorkerSides]):
 
     # --- the caller's end ----------------------------------------------------------------------------------
 
-    async def _until(self, at: float) -> None:
+    def _arrive(self, talk: _Talk, item: object, after_s: float, sent_at: float | None = None) -> None:
         with within(OUTSIDE):
-            await super()._until(at)
+            super()._arrive(talk, item, after_s, sent_at)
 
     def _hang_up(self, talk: _Talk, server: asyncio.Task[None], address: str) -> None:
         self._mute.pop(talk, None)
