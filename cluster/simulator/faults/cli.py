@@ -36,6 +36,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def main() -> None:
+    logging.disable(logging.CRITICAL)  # workers are lost all the time here
+    gc.freeze()  # what is loaded now stays: each run ends with a collection
     app(prog_name=COMMAND)
 
 
@@ -61,8 +63,6 @@ def faults(
 ) -> None:
     """Hurt a simulated cluster in many ways, and see that it keeps its promises."""
     console = Console(file=sys.stdout)
-    logging.disable(logging.CRITICAL)  # workers are lost all the time here
-    gc.freeze()  # what is loaded now stays: each run ends with a collection
     try:
         planted = _planted(bug)  # only while a case is run: which case a seed gives does not depend on it
         if plan is not None:
@@ -130,7 +130,8 @@ def _tell(console: Console, finding: Finding, minimised: bool, save: Path | None
     for line in (*case.scenario.requests, *case.plan) if minimised else case.plan:
         console.print(f"  {line}", soft_wrap=True, highlight=False)
     planted = f" --bug {bug}" if bug else ""
-    console.print(f"  again: {COMMAND} {again}{planted}", soft_wrap=True, highlight=False)
+    hint = " (as it was; --save FILE keeps the small one)" if minimised and save is None else ""
+    console.print(f"  again: {COMMAND} {again}{planted}{hint}", soft_wrap=True, highlight=False)
 
 
 def _planted(bug: str) -> Bug:
