@@ -36,6 +36,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def main() -> None:
+    logging.disable(logging.CRITICAL)  # workers are lost all the time here
+    gc.freeze()  # what is loaded now stays: each run ends with a collection
     app(prog_name=COMMAND)
 
 
@@ -61,26 +63,26 @@ def faults(
 ) -> None:
     """Hurt a simulated cluster in many ways, and see that it keeps its promises."""
     console = Console(file=sys.stdout)
-    logging.disable(logging.CRITICAL)  # workers are lost all the time here
-    gc.freeze()  # what is loaded now stays: each run ends with a collection
+    found: list[Finding] = []
+    code = 0
     try:
         planted = _planted(bug)  # only while a case is run: which case a seed gives does not depend on it
         if plan is not None:
-            found = _one(console, load_case(plan), f"--plan {plan}", log, planted)
+            found += _one(console, load_case(plan), f"--plan {plan}", log, planted)
         elif replay is not None:
-            found = _one(console, Cases().of(replay), f"--replay {replay}", log, planted)
+            found += _one(console, Cases().of(replay), f"--replay {replay}", log, planted)
         else:
-            found = _many(console, range(seed, seed + runs), planted)
+            code = _many(console, range(seed, seed + runs), planted, found)
         for index, finding in enumerate(found):
             with planted():
                 _tell(console, finding, minimised, save if index == 0 else None, bug)
     except ConfigError as error:
         Console(stderr=True).print(Text.assemble(("error: ", "bold red"), error.message), soft_wrap=True)
-        raise typer.Exit(WRONG_INPUT) from None
+        code = WRONG_INPUT
     except KeyboardInterrupt:
         console.print("interrupted")
-        raise typer.Exit(INTERRUPTED) from None
-    raise typer.Exit(FOUND if found else 0)
+        code = INTERRUPTED
+    raise typer.Exit(code or (FOUND if found else 0))
 
 
 def _one(console: Console, case: Case, again: str, log_file: Path | None, planted: Bug) -> list[Finding]:
@@ -95,9 +97,9 @@ def _one(console: Console, case: Case, again: str, log_file: Path | None, plante
     return [Finding(case, outcome, again)] if outcome.violation else []
 
 
-def _many(console: Console, seeds: range, planted: Bug) -> list[Finding]:
-    """Ctrl-C ends it early: what was found until then is told."""
-    cases, found, num_run = Cases(), list[Finding](), 0
+def _many(console: Console, seeds: range, planted: Bug, found: list[Finding]) -> int:
+    """Adds to `found`. Ctrl-C ends it early: what was found until then is told, and the exit code says so."""
+    cases, num_run, code = Cases(), 0, 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("fault runs", total=len(seeds))
@@ -111,9 +113,9 @@ def _many(console: Console, seeds: range, planted: Bug) -> list[Finding]:
                 num_run += 1
                 progress.update(task, advance=1, description=f"fault runs, {len(found)} failed")
         except KeyboardInterrupt:
-            console.print("interrupted")
-    console.print(f"{num_run} runs, {len(found)} failed")
-    return found
+            code = INTERRUPTED
+    console.print(f"{num_run} runs, {len(found)} failed{', then interrupted' if code else ''}")
+    return code
 
 
 def _tell(console: Console, finding: Finding, minimised: bool, save: Path | None, bug: str) -> None:
@@ -130,7 +132,8 @@ def _tell(console: Console, finding: Finding, minimised: bool, save: Path | None
     for line in (*case.scenario.requests, *case.plan) if minimised else case.plan:
         console.print(f"  {line}", soft_wrap=True, highlight=False)
     planted = f" --bug {bug}" if bug else ""
-    console.print(f"  again: {COMMAND} {again}{planted}", soft_wrap=True, highlight=False)
+    hint = " (as it was; --save FILE keeps the small one)" if minimised and save is None else ""
+    console.print(f"  again: {COMMAND} {again}{planted}{hint}", soft_wrap=True, highlight=False)
 
 
 def _planted(bug: str) -> Bug:
