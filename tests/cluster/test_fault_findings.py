@@ -50,6 +50,11 @@ FINDINGS = {
         ),
         (Fault(Point(PointKind.MESSAGE, "decode-0>prefill-0", 0), FaultKind.CUT, "decode-0>prefill-0", for_s=5.5),),
     ),
+    # It was computed and offered once more; those that had ended at decode were then never forgotten there.
+    "a submission comes again when three of four answers have ended": Case(
+        scenario((asked("r0", num_own=6, max_tokens=18, num_answers=4),), max_batch_seqs=3, step_s=0.005),
+        (Fault(Point(PointKind.MESSAGE, "gateway-0>prefill-0", 1), FaultKind.DUPLICATE, for_s=0.12),),
+    ),
 }  # fmt: skip
 
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import TypeVar
 
 from cluster.simulator.faults.case import Case
 from cluster.simulator.faults.run import run_case
 from cluster.simulator.faults.scenario import Asked
+
+MOST_EARLIER = 6  # points that one request is likely to account for, where they are messages or steps
 
 Piece = TypeVar("Piece")
 
@@ -36,7 +39,7 @@ def _smaller(case: Case, fails: Callable[[Case], bool]) -> Case:
     case = replace(case, plan=plan)
     requests = fewer(case.scenario.requests, lambda requests: fails(_with(case, requests)))
     case = _with(case, requests)
-    return next(filter(fails, _simpler(case)), case)
+    return next(filter(fails, chain(_simpler(case), _without_one_and_earlier(case))), case)
 
 
 def fewer(pieces: tuple[Piece, ...], fails: Callable[[tuple[Piece, ...]], bool]) -> tuple[Piece, ...]:
@@ -52,6 +55,17 @@ def fewer(pieces: tuple[Piece, ...], fails: Callable[[tuple[Piece, ...]], bool])
         else:
             size //= 2
     return pieces
+
+
+def _without_one_and_earlier(case: Case) -> Iterator[Case]:
+    """Without one request there are fewer points: what was the ninth message is one of those before it."""
+    requests = case.scenario.requests
+    for left in (requests[:index] + requests[index + 1 :] for index in range(len(requests))):
+        for index, fault in enumerate(case.plan):
+            first = max(0, fault.at.number - MOST_EARLIER)
+            for number in range(fault.at.number - 1, first - 1, -1):
+                moved = replace(fault, at=replace(fault.at, number=number))
+                yield _with(replace(case, plan=(*case.plan[:index], moved, *case.plan[index + 1 :])), left)
 
 
 def _with(case: Case, requests: tuple[Asked, ...]) -> Case:
