@@ -32,9 +32,9 @@ from cluster.simulator.play import simulate
 from cluster.simulator.profiled import profiled_world
 from cluster.simulator.service_times.measured import MeasuredTimes
 from cluster.simulator.service_times.profile import WorkerProfile
+from cluster.simulator.spec import WorldSpec
 from cluster.simulator.workloads.load import load_workload
 from cluster.simulator.workloads.workload import Workload
-from cluster.simulator.world import WorldSpec
 from engine.step_shape import Chunk, StepShape
 
 CONFIG = Path("configs/local.yaml")

@@ -39,8 +39,8 @@ from cluster.simulator.network import LinkTimes
 from cluster.simulator.play import simulate
 from cluster.simulator.results import SimulationResult
 from cluster.simulator.service_times.load import load_service_times
+from cluster.simulator.spec import WorldSpec
 from cluster.simulator.workloads.load import load_workload
-from cluster.simulator.world import WorldSpec
 
 DATA = Path("../shared/data")
 TABLE = DATA / "service-times/h200-llama-3.1-8b-fp8/mocker_perf_data.npz"

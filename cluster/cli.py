@@ -167,8 +167,16 @@ def simulate(
     ],
     seed: Annotated[int, typer.Option(help="of all that is random; the same seed gives the same log")] = 0,
     service_times: Annotated[
-        str, typer.Option(metavar="SOURCE", help="how long steps take; default: a large GPU, roughly")
+        str,
+        typer.Option(
+            metavar="SOURCE",
+            help="how long steps take: a table (Dynamo's .npz, a .csv, DistServe's .json; FILE:SELECTOR for one of several) "
+            "or what `steelyard profile` wrote; default: a large GPU, roughly",
+        ),
     ] = "default",
+    one_host: Annotated[
+        bool, typer.Option("--one-host", help="with a profile: all workers share one machine, as those it measured did")
+    ] = False,
     speedup: Annotated[float, typer.Option(help="so many times as many requests per second")] = 1.0,
     requests: Annotated[int | None, typer.Option(min=1, help="only the first so many")] = None,
     slo_ttft_ms: Annotated[float | None, typer.Option(min=0, help="target: time to the first token")] = None,
@@ -190,7 +198,7 @@ def simulate(
 
         targets = Targets(slo_ttft_ms and slo_ttft_ms / 1e3, slo_tpot_ms and slo_tpot_ms / 1e3)
         options = SimulateOptions(
-            config, trace, seed, service_times, speedup, requests, targets, output, json_file, log_file
+            config, trace, seed, service_times, one_host, speedup, requests, targets, output, json_file, log_file
         )
         code = run_simulation(loaded, options, _console())
     raise typer.Exit(code)

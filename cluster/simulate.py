@@ -13,7 +13,7 @@ import shlex
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -25,13 +25,15 @@ from rich.text import Text
 from cluster.config import ClusterConfig
 from cluster.simulator.log import EventLog
 from cluster.simulator.play import simulate
+from cluster.simulator.profiled import profiled_world
 from cluster.simulator.report.page import About, in_ms, in_percent, page
 from cluster.simulator.report.summary import Summary, Targets, summarise
 from cluster.simulator.results import SimulationResult
 from cluster.simulator.service_times.load import load_service_times
+from cluster.simulator.service_times.profile import read_profile
+from cluster.simulator.spec import WorldSpec
 from cluster.simulator.workloads.load import load_workload
 from cluster.simulator.workloads.workload import Workload
-from cluster.simulator.world import WorldSpec
 from engine.errors import ConfigError, SteelyardError
 
 INTERRUPTED = 130
@@ -50,6 +52,7 @@ class SimulateOptions:
     trace: str
     seed: int
     service_times: str
+    one_host: bool
     speedup: float
     max_requests: int | None
     targets: Targets
@@ -62,6 +65,7 @@ class SimulateOptions:
         """What gives the same result again."""
         words = ["steelyard", "simulate", str(self.config_path), "--trace", self.trace, "--seed", str(self.seed)]
         words += ["--service-times", self.service_times]
+        words += ["--one-host"] if self.one_host else []
         ttft_s, tpot_s = self.targets.ttft_s, self.targets.tpot_s
         for flag, value in (
             ("--speedup", self.speedup if self.speedup != 1 else None),
@@ -97,8 +101,12 @@ def run_simulation(config: ClusterConfig, options: SimulateOptions, console: Con
 def _spec(config: ClusterConfig, options: SimulateOptions) -> WorldSpec:
     """A request may be as long as the blocks of a worker, unless the configuration says less."""
     capacity = config.engine.num_blocks * config.engine.block_size
-    times = load_service_times(options.service_times)
-    return WorldSpec(options.seed, config, times, max_context=capacity, plain=True, frame_bytes=FRAME_BYTES)
+    spec = WorldSpec(options.seed, config, max_context=capacity, plain=True, frame_bytes=FRAME_BYTES)
+    if Path(options.service_times).suffix in (".yaml", ".yml"):
+        return profiled_world(spec, read_profile(Path(options.service_times)), options.one_host)
+    if options.one_host:
+        raise ConfigError("--one-host: what workers do to each other is only known from a profile, by --service-times")
+    return replace(spec, steps=load_service_times(options.service_times))
 
 
 # --- while it runs --------------------------------------------------------------------------------------------

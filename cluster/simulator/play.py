@@ -17,9 +17,10 @@ from cluster.simulator.gaps import Gaps
 from cluster.simulator.links import times_of
 from cluster.simulator.log import EventLog
 from cluster.simulator.results import RequestResult, SimulationResult, WorkerSample
+from cluster.simulator.spec import WorldSpec
 from cluster.simulator.workloads.prompts import prompt_of
 from cluster.simulator.workloads.workload import Arrival, Workload
-from cluster.simulator.world import World, WorldSpec
+from cluster.simulator.world import World
 from engine.errors import SteelyardError
 from engine.types import Request, SamplingParams
 

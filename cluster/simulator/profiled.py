@@ -8,7 +8,7 @@ from cluster.simulator.host import Slowdown
 from cluster.simulator.network import LinkTimes
 from cluster.simulator.service_times.measured import MeasuredTimes
 from cluster.simulator.service_times.profile import WorkerProfile
-from cluster.simulator.world import WorldSpec
+from cluster.simulator.spec import WorldSpec
 
 
 def profiled_world(spec: WorldSpec, profile: WorkerProfile, one_host: bool) -> WorldSpec:

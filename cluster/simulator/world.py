@@ -11,7 +11,7 @@ All that is random comes from the spec's seed. Made and used inside of one virtu
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -19,7 +19,7 @@ from cluster.config import ClusterConfig
 from cluster.sides import Cache, Links, WorkerSides
 from cluster.simulator.chance import Chance, SeededNames
 from cluster.simulator.clock import virtual_loop
-from cluster.simulator.host import Host, Slowdown
+from cluster.simulator.host import Host
 from cluster.simulator.links import (
     SimulatedCarriers,
     SimulatedConnector,
@@ -30,18 +30,17 @@ from cluster.simulator.links import (
     times_of,
 )
 from cluster.simulator.log import EventLog
-from cluster.simulator.network import LinkTimes, Network
+from cluster.simulator.network import Network
 from cluster.simulator.plain import PlainPool, PlainTokens, plain_layout
 from cluster.simulator.pool import StatePool, state_layout
 from cluster.simulator.results import Happening
 from cluster.simulator.service_times.model import ServiceTimes
-from cluster.simulator.service_times.roofline import Roofline
+from cluster.simulator.spec import WorldSpec
 from cluster.simulator.step_runner import Model, ModelledStepRunner
-from cluster.simulator.steps import ModelledRunner, ModelledWeights
+from cluster.simulator.steps import ModelledRunner
 from engine.engine import Engine, EngineSpec
 from engine.errors import SteelyardError
 from engine.planes import layout_hash
-from engine.scheduler import SchedulerLimits
 from engine.sequence import Sequence
 from engine.types import Endpoint, Request, Role, TokenOutput
 from router.dispatch import Dispatcher
@@ -49,64 +48,6 @@ from router.membership import Member, Membership
 
 GATEWAY = "gateway-0"
 PATIENCE_MARGIN = 2  # latencies: a small message takes little more than one
-
-
-@dataclass(frozen=True, slots=True)
-class RoleSpec:
-    """What is modelled of the workers of one role, where the roles differ."""
-
-    steps: ServiceTimes
-    num_blocks: int
-
-
-@dataclass(frozen=True, slots=True)
-class WorldSpec:
-    """What is simulated. Pools, engine, transfer and router are as `config` says; of its model only `max_context`
-    counts. `kv_token_bytes`: KV of one token of the modelled model, which sets how long a transfer takes (the default
-    is Llama 3.1 8B in bfloat16: 32 layers x 2 planes x 8 heads x 128 x 2 bytes). `roles`: for those that are not there,
-    `steps` and the config's blocks hold.
-
-    `plain`: tokens come from nowhere and KV has no bytes, which is faster and checks less. `bursts`: steps that can
-    only go one way are advanced together, if the tokens are plain. `frame_bytes`: of modelled KV in a frame, if not as
-    the config says; larger ones are fewer, and several pulls share a link less evenly. `slowdown`: all workers share
-    one host, and this is what they do to each other's steps; None: each has its own. `gateway_s`, `token_s`: what a
-    client waits for outside of all this, before its first token and for each one after."""
-
-    seed: int
-    config: ClusterConfig = field(default_factory=ClusterConfig)
-    steps: ServiceTimes = field(default_factory=Roofline)
-    links: LinkTimes = field(default_factory=LinkTimes)
-    vocab_size: int = 32000
-    eos_token_ids: frozenset[int] = frozenset((2,))
-    eos_every: int = 0
-    max_context: int = 8192
-    kv_token_bytes: int = 2**17
-    plain: bool = False
-    bursts: bool = True
-    frame_bytes: int | None = None
-    roles: Mapping[Role, RoleSpec] = field(default_factory=dict)
-    slowdown: Slowdown | None = None
-    gateway_s: float = 0.0
-    token_s: float = 0.0
-
-    @property
-    def weights(self) -> ModelledWeights:
-        return ModelledWeights(self.seed, self.vocab_size, self.eos_token_ids, self.eos_every)
-
-    def role(self, role: Role) -> RoleSpec:
-        return self.roles.get(role) or RoleSpec(self.steps, self.config.engine.num_blocks)
-
-    def engine_spec(self, num_blocks: int | None = None) -> EngineSpec:
-        config = self.config.engine
-        limits = SchedulerLimits(
-            config.block_size, config.max_batch_tokens, config.max_batch_seqs, config.prefill_chunk,
-            config.prefix_cache, max_overtaken=config.max_overtaken,
-        )  # fmt: skip
-        max_context = self.config.model.max_context or self.max_context
-        return EngineSpec(
-            limits, num_blocks or config.num_blocks, max_context, self.vocab_size, self.eos_token_ids,
-            hash_key=b"simulated",
-        )  # fmt: skip
 
 
 @dataclass(slots=True, eq=False)

@@ -36,9 +36,9 @@ from cluster.simulator.planning.trials import FREE, Fleet, Trials, WorkerKind, a
 from cluster.simulator.play import simulate
 from cluster.simulator.results import RequestResult, SimulationResult
 from cluster.simulator.service_times.roofline import Roofline
+from cluster.simulator.spec import RoleSpec, WorldSpec
 from cluster.simulator.workloads.load import load_workload
 from cluster.simulator.workloads.workload import Arrival, Workload
-from cluster.simulator.world import RoleSpec, WorldSpec
 from engine.errors import ConfigError
 from engine.types import Role
 

@@ -28,8 +28,8 @@ from cluster.simulator.play import simulate
 from cluster.simulator.profiled import profiled_world
 from cluster.simulator.results import RequestResult
 from cluster.simulator.service_times.profile import read_profile
+from cluster.simulator.spec import WorldSpec
 from cluster.simulator.workloads.workload import Arrival, Workload
-from cluster.simulator.world import WorldSpec
 from engine.step_shape import Chunk, StepRecord, StepShape, decode_shape
 from tests.cluster.harness import local_cluster
 from tests.cluster.tiny_model import MAX_CONTEXT, write_tiny_model

@@ -9,7 +9,8 @@ from contextlib import aclosing
 import pytest
 
 from cluster.simulator.chance import Chance
-from cluster.simulator.world import World, WorldSpec
+from cluster.simulator.spec import WorldSpec
+from cluster.simulator.world import World
 from engine.errors import SteelyardError
 from engine.types import FinishReason, Key, Request, Role
 from tests.cluster.test_simulator import config, lines, play, request, serving

@@ -9,7 +9,8 @@ import pytest
 from cluster.simulator.chance import Chance
 from cluster.simulator.clock import run_virtual
 from cluster.simulator.host import Host, Slowdown
-from cluster.simulator.world import World, WorldSpec
+from cluster.simulator.spec import WorldSpec
+from cluster.simulator.world import World
 from engine.step_shape import Chunk, StepShape, decode_shape
 from engine.types import Role
 from tests.cluster.test_simulator import config, play, request

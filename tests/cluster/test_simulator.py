@@ -22,9 +22,10 @@ from cluster.simulator.log import EventLog
 from cluster.simulator.network import LinkTimes
 from cluster.simulator.pool import StatePool
 from cluster.simulator.service_times.roofline import Roofline
+from cluster.simulator.spec import WorldSpec
 from cluster.simulator.step_runner import Model, ModelledStepRunner
 from cluster.simulator.steps import ModelledRunner
-from cluster.simulator.world import SimulatedWorker, World, WorldSpec
+from cluster.simulator.world import SimulatedWorker, World
 from engine.engine import Engine
 from engine.errors import DeadlineExceeded, StaleIncarnation, SteelyardError
 from engine.step_runner import drive

@@ -16,8 +16,9 @@ from cluster.simulator.links import times_of
 from cluster.simulator.log import EventLog
 from cluster.simulator.play import simulate
 from cluster.simulator.service_times.roofline import Roofline
+from cluster.simulator.spec import WorldSpec
 from cluster.simulator.workloads.workload import Arrival, Workload
-from cluster.simulator.world import World, WorldSpec
+from cluster.simulator.world import World
 from engine.errors import SteelyardError
 from engine.types import Key, Request, Role, SamplingParams, TokenOutput
 

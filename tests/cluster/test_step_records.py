@@ -8,7 +8,8 @@ from pathlib import Path
 import httpx
 from pydantic import TypeAdapter
 
-from cluster.simulator.world import World, WorldSpec
+from cluster.simulator.spec import WorldSpec
+from cluster.simulator.world import World
 from engine.step_shape import Chunk, StepRecord, StepShape, decode_shape
 from engine.types import Role
 from router.step_history import HeardStep, StepsView

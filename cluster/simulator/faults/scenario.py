@@ -15,7 +15,7 @@ from cluster.config import ClusterConfig
 from cluster.simulator.chance import Chance
 from cluster.simulator.network import LinkTimes
 from cluster.simulator.service_times.roofline import Roofline
-from cluster.simulator.world import WorldSpec
+from cluster.simulator.spec import WorldSpec
 from engine.types import Key, Request, SamplingParams
 
 AMPLE_S = 60.0  # far more than any of these requests takes

@@ -11,7 +11,8 @@ from cluster.simulator.faults.plan import Fault, FaultKind, How, PointKind, ends
 from cluster.simulator.faults.points import Points
 from cluster.simulator.log import EventLog
 from cluster.simulator.service_times.model import ServiceTimes, contexts_of
-from cluster.simulator.world import GATEWAY, SimulatedWorker, World, WorldSpec
+from cluster.simulator.spec import WorldSpec
+from cluster.simulator.world import GATEWAY, SimulatedWorker, World
 from engine.engine import Engine, EngineSpec
 from engine.step_shape import StepShape
 from engine.types import Role, StepOutputs

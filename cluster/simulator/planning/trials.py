@@ -18,9 +18,9 @@ from cluster.simulator.planning.guesses import decode_rate, prefill_rate
 from cluster.simulator.planning.targets import Metric, Target, Verdict, judge
 from cluster.simulator.play import simulate
 from cluster.simulator.service_times.model import ServiceTimes
+from cluster.simulator.spec import RoleSpec, WorldSpec
 from cluster.simulator.workloads.shape import cut, speed_up
 from cluster.simulator.workloads.workload import Workload
-from cluster.simulator.world import RoleSpec, WorldSpec
 from engine.step_shape import StepShape
 from engine.types import Role
 
