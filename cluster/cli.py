@@ -170,8 +170,8 @@ def simulate(
         str,
         typer.Option(
             metavar="SOURCE",
-            help="how long steps take: a table (Dynamo's .npz, a .csv, DistServe's .json; FILE:SELECTOR for one of several) "
-            "or what `steelyard profile` wrote; default: a large GPU, roughly",
+            help="how long steps take: a table (Dynamo's .npz, .csv, DistServe's .json; FILE:SELECTOR for one of "
+            "several) or what `steelyard profile` wrote; default: a large GPU, roughly",
         ),
     ] = "default",
     one_host: Annotated[

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner, Result
 
 from cluster.cli import app
@@ -62,6 +63,31 @@ def test_the_same_seed_gives_the_same_report(tmp_path: Path) -> None:
         digests.append(digest_of(done.stdout))
     assert digests[0] == digests[1] != digests[2]
     assert pages[0] == pages[1] != pages[2]
+
+
+def test_with_a_profile_it_is_the_cluster_that_was_measured(tmp_path: Path) -> None:
+    steps = [{"chunks": [[0, 40]], "step_ms": 400.0}, {"chunks": [[0, 20]], "step_ms": 200.0}]
+    steps += [{"num_decoding": n, "num_context": 42 * n, "step_ms": 30.0} for n in (1, 2, 4)]
+    profile = {
+        "version": 1, "model": "m", "device": "d", "steps": steps, "gateway_ms": 100.0, "token_ms": 1.0,
+        "link": {"latency_ms": 5.0, "gb_per_s": 1.0}, "slowdown": {"prefill": 1.0, "decode": 3.0},
+    }  # fmt: skip
+    path, figures = tmp_path / "profile.yaml", tmp_path / "r.json"
+    path.write_text(yaml.safe_dump(profile))
+    trace = "poisson:rate=0.2,prompt=40,output=4,seconds=20"
+    for flags, tpot_s in (([], 0.031), (["--one-host"], 0.031)):  # one request at a time: nobody computes beside it
+        done = run(
+            "simulate", CONFIG, "--trace", trace, "--service-times", str(path), *flags,
+            "--output", str(tmp_path / "r"), "--json", str(figures),
+        )  # fmt: skip
+        assert done.exit_code == 0, done.output
+        first = json.loads(figures.read_text())["requests"][0]
+        assert 0.5 < first["ttft_s"] < 0.53  # gateway, ways of 5 ms, and the step of the prompt
+        tail_s = first["ended_s"] - first["arrived_s"] - first["ttft_s"] - first["gap_s"]
+        assert tail_s / 2 == pytest.approx(tpot_s, rel=0.06)
+    done = run("simulate", CONFIG, "--trace", trace, "--one-host", "--output", str(tmp_path / "r"))
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "--one-host" in done.stderr and "profile" in done.stderr
 
 
 def test_requests_that_cannot_be_served_are_told(tmp_path: Path) -> None:
