@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.config import ClusterConfig
+from cluster.interrupt import deferred_interrupt
 from cluster.simulator.network import LinkTimes
 from cluster.simulator.planning.memory import Memory
 from cluster.simulator.planning.page import page
@@ -72,10 +73,11 @@ def run_plan(config: ClusterConfig | None, options: PlanOptions, console: Consol
     links = LinkTimes(bytes_per_s=options.link_gb_per_s * 1e9)
     config = config or ClusterConfig(engine=GPU_ENGINE)
     try:
-        with _progress(console) as (tell, on_trial), _many_simulations():
+        with deferred_interrupt() as check, _progress(console) as (tell, on_trial), _many_simulations():
             trials = Trials(
-                config, workload, options.num_requests, targets, links, options.kv_token_bytes, options.seed, on_trial
-            )
+                config, workload, options.num_requests, targets, links, options.kv_token_bytes, options.seed, on_trial,
+                on_look=check,
+            )  # fmt: skip
             plan = search(question, trials, tell)
     except KeyboardInterrupt:
         console.print("interrupted; nothing is written")

@@ -10,12 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import shlex
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import FrameType
 
 import yaml
 from rich.console import Console
@@ -23,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.config import ClusterConfig
+from cluster.interrupt import deferred_interrupt
 from cluster.simulator.log import EventLog
 from cluster.simulator.play import simulate
 from cluster.simulator.profiled import profiled_world
@@ -115,7 +114,7 @@ def _spec(config: ClusterConfig, options: SimulateOptions) -> WorldSpec:
 def _play(spec: WorldSpec, workload: Workload, log: EventLog, console: Console) -> SimulationResult:
     """Raises KeyboardInterrupt."""
     look_s = max(SHORTEST_LOOK_S, workload.span_s / NUM_LOOKS)
-    with _deferred_interrupt() as check, _progress(console, len(workload.arrivals)) as show, _without_warnings():
+    with deferred_interrupt() as check, _progress(console, len(workload.arrivals)) as show, _without_warnings():
         console.print(Text(f"{workload.name}: {_arrivals_of(workload)}"), soft_wrap=True)
 
         def on_progress(num_ended: int, now_s: float) -> None:
@@ -123,28 +122,6 @@ def _play(spec: WorldSpec, workload: Workload, log: EventLog, console: Console) 
             show(num_ended, now_s)
 
         return simulate(spec, workload, log, look_s, on_progress)
-
-
-@contextmanager
-def _deferred_interrupt() -> Iterator[Callable[[], None]]:
-    """Ctrl-C is raised by the yielded function: in the middle of asyncio's own code it would leave tasks that nothing
-    ever wakes. A second one does not wait."""
-    came = False
-
-    def note(_number: int, _frame: FrameType | None) -> None:
-        nonlocal came
-        came = True
-        signal.signal(signal.SIGINT, before)
-
-    def check() -> None:
-        if came:
-            raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield check
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

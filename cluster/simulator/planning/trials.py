@@ -64,11 +64,13 @@ class Fleet:
 
 class Trials:
     """Each trial plays the first `num_requests` of the workload. A trial that keeps the targets, but is too short to be
-    believed, is repeated with more, up to all there are. `on_trial` hears of each one that is done."""
+    believed, is repeated with more, up to all there are. `on_trial` hears of each one that is done,
+    `on_look` is called while one runs."""
 
     def __init__(
         self, config: ClusterConfig, workload: Workload, num_requests: int, targets: tuple[Target, ...],
         links: LinkTimes, kv_token_bytes: int, seed: int, on_trial: Callable[[Verdict], None] = lambda _: None,
+        on_look: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self._config = config
         self._workload = workload
@@ -78,6 +80,7 @@ class Trials:
         self._kv_token_bytes = kv_token_bytes
         self._seed = seed
         self._on_trial = on_trial
+        self._on_look = on_look
         self._needed_s: dict[str, float] = {}
 
     def together(self, fleet: Fleet, rate: float, links: LinkTimes | None = None) -> Verdict:
@@ -108,7 +111,8 @@ class Trials:
         num_requests = min(most, max(self._num_requests, math.ceil(rate * self._needed_s.get(name, 0.0))))
         while True:
             part = at_rate(cut(workload, max_requests=num_requests), rate)
-            result = simulate(self._spec(fleet, part, links), part, EventLog(keep=False, detailed=False))
+            log = EventLog(keep=False, detailed=False)
+            result = simulate(self._spec(fleet, part, links), part, log, on_progress=lambda *_: self._on_look())
             verdict = judge(result, targets)
             self._on_trial(verdict)
             if not verdict.keeps:
