@@ -1,10 +1,10 @@
 """Do fault runs find bugs? 2,000 of them, with each of ten planted bugs, and with none.
 
-    python -m benchmarks.faults [--quick] [--runs N] [--json FILE]
+    python -m benchmarks.faults [--quick] [--once] [--runs N] [--json FILE]
 
 Run n is the same case for all: a small scenario and the faults in it, both drawn from n (one run in eight has none). It
-counts as found when any invariant is violated; the run without a planted bug must violate none. With --quick a bug that
-was found is not looked for any more.
+counts as found when any invariant is violated; the run without a planted bug must violate none. With --once, and
+--quick, a bug that was found is not looked for any more.
 """
 
 from __future__ import annotations
@@ -53,13 +53,14 @@ class Tally:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=f"{NUM_QUICK_RUNS} runs, of each bug until it is found")
+    parser.add_argument("--once", action="store_true", help="look for each bug until it is found")
     parser.add_argument("--runs", type=int, default=NUM_RUNS, help="runs each")
     parser.add_argument("--json", metavar="FILE", help="write rows and targets there too")
     options = parser.parse_args()
     num_runs = min(options.runs, NUM_QUICK_RUNS) if options.quick else options.runs
     logging.disable(logging.CRITICAL)
     gc.freeze()
-    tallies = measure(num_runs, once=options.quick)
+    tallies = measure(num_runs, once=options.quick or options.once)
     rows = [tally.row(bug) for bug, tally in tallies.items()]
     print_table(f"{num_runs} fault runs with each planted bug; {machine()}", rows)
     num_bugs = sum(tally.num_found > 0 for bug, tally in tallies.items() if bug != NONE)

@@ -138,7 +138,9 @@ class WorkerSides:
         """Give a turn's outputs to both sides, then to the gateways."""
         self._stats = outputs.stats
         self._last_step_s = outputs.steps[-1].step_s if outputs.steps else self._last_step_s
-        tokens = self._intake.on_outputs(replace(outputs, tokens=self._prefill.on_outputs(outputs)))
+        tokens = self._prefill.on_outputs(outputs)
+        outputs = outputs if tokens == outputs.tokens else replace(outputs, tokens=tokens)
+        tokens = self._intake.on_outputs(outputs)
         self.streams.publish(tokens, outputs.stats, outputs.steps)
 
     async def _tick(self) -> None:

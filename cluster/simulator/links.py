@@ -197,7 +197,7 @@ def times_of(output: TokenOutput, now: float, before: float) -> list[float]:
     num_single = len(output.token_ids) - len(times)
     if num_single:  # these came before, and what came after has waited for them
         return [now] * num_single + [max(now, time) for time in times]
-    return [max(before, time) for time in times]
+    return list(times) if times and times[0] >= before else [max(before, time) for time in times]
 
 
 def _arrived(output: TokenOutput, latency_s: float) -> TokenOutput:

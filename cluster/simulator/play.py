@@ -8,8 +8,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable, Iterator
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 
 from cluster.simulator.clock import run_virtual
@@ -25,6 +26,7 @@ from engine.errors import SteelyardError
 from engine.types import Request, SamplingParams
 
 SAMPLE_S = 1.0
+OBJECTS_BETWEEN_COLLECTIONS = 50_000
 
 
 def simulate(
@@ -32,7 +34,19 @@ def simulate(
     on_progress: Callable[[int, float], None] = lambda _num_ended, _now_s: None,
 ) -> SimulationResult:  # fmt: skip
     """Raises LostErrors and what failed in a worker. `on_progress` hears how many requests have ended, and the time."""
-    return run_virtual(_play(spec, workload, log, sample_s, on_progress))
+    with _rare_collections():
+        return run_virtual(_play(spec, workload, log, sample_s, on_progress))
+
+
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Most of what a long simulation has made is there to stay, and need not be looked through again and again."""
+    before = gc.get_threshold()
+    gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 async def _play(
