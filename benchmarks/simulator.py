@@ -200,7 +200,7 @@ def _figures(result: SimulationResult) -> dict[str, Any]:
 def _spec(bursts: bool) -> WorldSpec:
     config = _config(8, {"max_batch_tokens": 16384, "prefill_chunk": 8192}, {})
     times = load_service_times(str(TABLE))
-    return WorldSpec(1, config, times, plain=True, bursts=bursts, frame_bytes=2**26)
+    return WorldSpec(1, config, times, plain=True, bursts=bursts, frame_bytes=2**27)
 
 
 def _dynamo_spec() -> WorldSpec:

@@ -38,7 +38,7 @@ from engine.errors import ConfigError, SteelyardError
 INTERRUPTED = 130
 NUM_LOOKS = 500  # at the workers, over the time in which requests arrive
 SHORTEST_LOOK_S = 0.05
-FRAME_BYTES = 2**26  # of modelled KV: few frames simulate fast, and share a link evenly enough
+FRAME_BYTES = 2**27  # of modelled KV: few frames simulate fast, and share a link evenly enough
 
 OnProgress = Callable[[int, float], None]
 

@@ -81,7 +81,7 @@ class SimulatedClient:
         async with aclosing(batches):
             async for batch in batches:
                 latency_s = self._network.latency_s(self._worker, self._gateway)
-                outputs = tuple(_arrived(output, latency_s) for output in batch.outputs)
+                outputs = tuple([_arrived(output, latency_s) for output in batch.outputs])
                 yield StreamBatch(outputs, batch.stats, batch.steps)
 
     def stats_by_now(self, told: EngineStats) -> EngineStats:

@@ -97,9 +97,7 @@ class _Client:
     number: int
     begun: float
     gaps: Gaps
-    _times: list[float] = field(default_factory=list)  # of the first two tokens
-    _last: list[float] = field(default_factory=list)  # token's time, once there is one
-    _num_output: int = 0
+    _times: list[float] = field(default_factory=list)  # of its tokens
     _cached_tokens: int = 0
 
     async def run(self) -> RequestResult:
@@ -111,19 +109,16 @@ class _Client:
         try:
             async with aclosing(self.world.generate(request)) as outputs:
                 async for output in outputs:
-                    times = times_of(output, loop.time(), self._last[0] if self._last else 0.0)
-                    self.gaps.add(self._last + times)
-                    self._times += times[: 2 - len(self._times)]
-                    self._last = times[-1:] or self._last
-                    self._num_output += len(output.token_ids)
+                    self._times += times_of(output, loop.time(), self._times[-1] if self._times else 0.0)
                     self._cached_tokens = output.cached_tokens
         except SteelyardError as failure:
             error = failure.code
         arrival, times = self._arrival, self._times
+        self.gaps.add(times)
         return RequestResult(
-            request.request_id, arrived - self.begun, arrival.num_prompt, arrival.num_output, self._num_output,
+            request.request_id, arrived - self.begun, arrival.num_prompt, arrival.num_output, len(times),
             self._cached_tokens, times[0] - arrived if times else None, times[1] - times[0] if times[1:] else None,
-            loop.time() - self.begun + spec.token_s * max(0, self._num_output - 1), error,
+            loop.time() - self.begun + spec.token_s * max(0, len(times) - 1), error,
         )  # fmt: skip
 
     @property

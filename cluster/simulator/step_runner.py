@@ -21,7 +21,7 @@ from engine.scheduler import Batch
 from engine.sequence import Sequence
 from engine.step_runner import begin_turn
 from engine.step_shape import StepRecord, StepShape
-from engine.types import Command, EngineStats, StepOutputs
+from engine.types import Add, Adopt, Command, EngineStats, StepOutputs
 
 Patience = Callable[[Sequence], float]
 
@@ -115,7 +115,8 @@ class ModelledStepRunner:
             idle = batch is None
             if batch is None:
                 continue
-            burst = None if commands else self._plan(batch)
+            is_new = any(isinstance(command, Add | Adopt) for command in commands)  # whose first token goes by itself
+            burst = None if is_new else self._plan(batch)
             if burst is not None:
                 await self._play(burst)
             else:
