@@ -208,8 +208,10 @@ class Engine:
         request, requests = command.request, (command.request, *command.siblings)
         holder = Holder(HolderKind.RESERVATION, command.reserved or request.key)
         held = self._held.pop(holder, None)
-        if any(self.scheduler.find(one.key) is not None for one in requests):  # the command came twice
+        ended = [one for one in requests if self.scheduler.find(one.key) is None]
+        if len(ended) < len(requests):  # the command came twice; those that are not here any more have been answered
             self.blocks.free(holder, held.block_ids if held else ())
+            self._fail(ended, ErrorInfo("transfer_failed", "it was adopted before, and has ended"))
             return
         if held is None:
             self._fail(requests, ErrorInfo("transfer_failed", "no blocks are reserved for this request"))

@@ -39,7 +39,6 @@ from prefill_worker.outbox import Outbox
 from prefill_worker.queue import PrefillQueue, Waiting
 
 OFFER_TIMEOUT_S = 5.0
-MAX_REMEMBERED = 1024  # submissions: more than come in the time that a call may take
 
 
 class DecodePeers(Protocol):
@@ -77,7 +76,6 @@ class PrefillSide:
         self._peers = peers
         self._send = send
         self._live: dict[Key, _Live] = {}
-        self._submitted: dict[Key, None] = {}  # the last ones, in the order of their coming
         self._stats = EngineStats()
 
     @property
@@ -89,14 +87,8 @@ class PrefillSide:
         return self._queue.num_tokens
 
     def submit(self, submission: Submission) -> None:
-        """Raises Overloaded when too many wait. The same call again, however late, is no second submission."""
-        key = submission.request.key
-        if key in self._submitted:
-            return
+        """Raises Overloaded when too many wait."""
         self._queue.push(submission, self._now())
-        self._submitted[key] = None
-        if len(self._submitted) > MAX_REMEMBERED:
-            del self._submitted[next(iter(self._submitted))]
         for request in submission.requests:
             self._streams.register(request.key, submission.gateway_id)
         self._feed()

@@ -148,7 +148,7 @@ def test_a_prompt_seen_before_is_not_computed_again() -> None:
     spec = WorldSpec(seed=1, config=config())
 
     async def scenario(world: World) -> None:
-        first, second = request("a"), replace(request("a", max_tokens=30), request_id="b")
+        first, second = request("a"), request("a", max_tokens=30)
         await world.tokens_of(first)
         async with aclosing(world.generate(second)) as outputs:
             seen = [output async for output in outputs]

@@ -354,21 +354,6 @@ async def test_an_engine_that_refuses_the_request_is_heard_once() -> None:
         assert h.is_clean()
 
 
-@in_virtual_time
-async def test_the_same_submission_again_is_no_second_one_however_late() -> None:
-    with house() as h:
-        h.submit()
-        h.submit()
-        h.turn(Progress(KEY, 0, BLOCKS))
-        await settle()
-        h.submit()
-        h.side.abort(KEY)
-        h.submit()
-        await settle()
-        assert [type(command) for command in h.sent] == [Add, Abort] and len(h.peers.offers) == 1
-        assert h.is_clean()
-
-
 # --- abort, in each state -------------------------------------------------------------------------------------
 
 
