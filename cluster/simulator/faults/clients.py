@@ -6,7 +6,7 @@ import asyncio
 from contextlib import aclosing
 
 from cluster.simulator.faults.scenario import Asked
-from cluster.simulator.faults.watch import Watch
+from cluster.simulator.faults.watch import DEADLINE_PATIENCE_S, Watch
 from cluster.simulator.steps import ModelledWeights
 from cluster.simulator.world import World
 from engine.errors import DeadlineExceeded, SteelyardError
@@ -49,7 +49,8 @@ class Client:
             self.ended = error.code
             if error.code not in HONEST_CODES:
                 self._watch.found("honest errors", f"{self.asked.name} got {error.code}: {error.message}")
-            if isinstance(error, DeadlineExceeded) and loop.time() < begun_s + self.asked.timeout_s:
+            left_s = begun_s + self.asked.timeout_s - loop.time()
+            if isinstance(error, DeadlineExceeded) and left_s > DEADLINE_PATIENCE_S:
                 self._watch.found("honest errors", f"{self.asked.name} still had time, and got: {error.message}")
 
     def cancel(self, world: World, name: str) -> None:

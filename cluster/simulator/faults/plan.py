@@ -84,6 +84,13 @@ class Fault:
 
 Plan = tuple[Fault, ...]
 
+LASTING = tuple(kind for kind in FaultKind if kind is not FaultKind.SKEW)  # in which `for_s` is a time that passes
+
+
+def lasting_s(plan: Plan, *kinds: FaultKind) -> float:
+    """How long the faults of these kinds last, one after another."""
+    return sum(fault.for_s for fault in plan if fault.kind in kinds)
+
 
 def link(sender: str, receiver: str) -> str:
     return f"{sender}{ARROW}{receiver}"

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from cluster.simulator.faults import invariants
 from cluster.simulator.faults.invariants import Violation
 from cluster.simulator.faults.loop import fault_loop
+from cluster.simulator.faults.plan import LASTING, FaultKind, Plan, lasting_s
 from cluster.simulator.faults.points import Points
 from cluster.simulator.world import GATEWAY, SimulatedWorker, World
 from engine.engine import Engine
@@ -20,7 +21,7 @@ from engine.types import Key
 DEADLINE_PATIENCE_S = 1e-6  # rounding
 LEASE_PATIENCE_HEARTBEATS = 2.01  # a worker looks once a heartbeat, after a round of heartbeats of its own
 STRAY_S = 0.5  # the gateway's word gets there and the step ends, where nothing goes wrong
-STRAY_AFTER_FAULTS_S = 15.0  # a cut that ends, a silence noticed, a stream that comes back, an orphan let go
+STRAY_AFTER_FAULTS_S = 12.0  # a silence is noticed (5 s), a stream comes back (2 s), an orphan is let go (4 s)
 
 
 class Violated(Exception):
@@ -30,8 +31,10 @@ class Violated(Exception):
 
 
 class Watch:
-    def __init__(self, points: Points) -> None:
+    def __init__(self, plan: Plan, points: Points) -> None:
         self._points = points
+        self._lasting_s = lasting_s(plan, *LASTING)
+        self._late_s = lasting_s(plan, FaultKind.LATE)
         self.world: World | None = None
         self.violation: Violation | None = None
         self._epochs: dict[str, int] = {}
@@ -74,13 +77,13 @@ class Watch:
             self._all("workers live", invariants.life_faults(worker))
         if worker.sides.outbox.num_leases:
             self._all("reads", invariants.reading_faults(worker))
-            patience_s = LEASE_PATIENCE_HEARTBEATS * heartbeat_s
+            patience_s = LEASE_PATIENCE_HEARTBEATS * heartbeat_s + self._late_s
             self._all("leases end", invariants.lease_faults(worker, now_s, patience_s))
         self._all("writes", invariants.writing_faults(worker))
 
     def _look_for_nobody(self, worker_id: str, world: World, before: dict[tuple[str, Key], float]) -> None:
         now_s = fault_loop().true_s
-        patience_s = STRAY_AFTER_FAULTS_S if self._points.has_struck else STRAY_S
+        patience_s = STRAY_S + (self._lasting_s + STRAY_AFTER_FAULTS_S if self._points.has_struck else 0.0)
         for key in invariants.work_for_nobody(world.workers[worker_id], world.dispatcher):
             since_s = self._unwanted[(worker_id, key)] = before.get((worker_id, key), now_s)
             if now_s - since_s > patience_s:
