@@ -38,7 +38,11 @@ FINDINGS = {
         scenario((asked("r0", num_own=13, max_tokens=8, num_answers=2),)),
         (
             Fault(
-                Point(PointKind.MESSAGE, "prefill-0>gateway-0", 3), FaultKind.CRASH, "decode-0", for_s=1.0, how=How.UNLISTED
+                Point(PointKind.MESSAGE, "prefill-0>gateway-0", 3),
+                FaultKind.CRASH,
+                "decode-0",
+                for_s=1.0,
+                how=How.UNLISTED,
             ),
         ),
     ),
