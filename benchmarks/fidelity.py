@@ -2,10 +2,12 @@
 
     python -m benchmarks.fidelity [--quick] [--rounds N] [--json FILE]
 
-Starts `steelyard serve` with configs/local.yaml. A round is a profile (what `steelyard profile` measures), an open-loop
-load of Poisson arrivals that is used for no fit, and a profile, which is the next round's first. The same arrivals are
-simulated with what both profiles measured. A round whose two profiles differ by more than 10 % is void: the machine
-changed under it. Void rounds are counted, shown, and measured again, up to twice as many rounds as asked for.
+Starts `steelyard serve` with configs/local.yaml. A round is a profile (as `steelyard profile` measures, of the sizes
+that the load has), an open-loop load of Poisson arrivals that is used for no fit, and a profile, which is the next
+round's first. The same arrivals are simulated with what both profiles measured. A round whose two profiles differ by
+more than 10 % is void: the machine changed under it. Rounds are short, for a shared machine is seldom steady for long.
+Void rounds are counted, shown, and measured again, up to five times as many rounds as asked for. Each round takes about
+80 s and is printed when it ends.
 """
 
 from __future__ import annotations
@@ -24,9 +26,9 @@ from benchmarks.serve import Cluster
 from cluster.config import load_config
 from cluster.profiling.as_profile import profile_of
 from cluster.profiling.live import LiveCluster, Served
-from cluster.profiling.measure import BUDGET_S, ID_RANGE, ensure_quiet, measure
+from cluster.profiling.measure import ID_RANGE, ensure_quiet, measure
 from cluster.profiling.observed import Observed
-from cluster.profiling.plan import Plan, make_plan
+from cluster.profiling.plan import Plan
 from cluster.simulator.log import EventLog
 from cluster.simulator.play import simulate
 from cluster.simulator.profiled import profiled_world
@@ -40,25 +42,37 @@ from engine.step_shape import Chunk, StepShape
 CONFIG = Path("configs/local.yaml")
 MAX_DIFFERENCE = 0.10  # of two profiles around a load
 UTILISATION = 0.5  # of the prefill worker, while decode runs beside it
-MEAN_PROMPT, MEAN_OUTPUT = 140, 36  # tokens
-LENGTHS = f"prompt=lognormal:{MEAN_PROMPT}:0.6,max_prompt=480,output=lognormal:{MEAN_OUTPUT}:0.5,max_output=120"
-FULL_PLAN = make_plan(8192, prompt_token_s=1 / 270, decode_step_s=0.07)  # the same for all: the README's figures
-QUICK_PLAN = Plan((16, 64, 256), ((128, 32),), (64, 192), (4, 2, 1), num_steps=4, num_beside=4)
+MEAN_PROMPT, MAX_PROMPT, MEAN_OUTPUT, MAX_OUTPUT = 140, 480, 36, 120  # tokens
+PROMPTS = f"prompt=lognormal:{MEAN_PROMPT}:0.6,max_prompt={MAX_PROMPT}"
+OUTPUTS = f"output=lognormal:{MEAN_OUTPUT}:0.5,max_output={MAX_OUTPUT}"
+PLAN = Plan(
+    (16, 64, 128, 256, MAX_PROMPT),
+    ((128, 32),),
+    (64, 192),
+    (8, 4, 2, 1),
+    beside=(64, 128, 192, 320, MAX_PROMPT),
+    num_beside=10,
+)
+LOAD_S, QUICK_LOAD_S = 40.0, 20.0
+ONE_ROUND_S = 1.0  # less than a round of the plan takes: one is measured
+MOST_ROUNDS = 5  # for each that is asked for
 FIGURES = ("TTFT P50", "TTFT P90", "TPOT P50", "TPOT P90")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one round of short profiles and a short load: 3 minutes")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="one round with a short load: two minutes, most of them a start and profiles",
+    )
     parser.add_argument("--rounds", type=int, default=5, help="that are not void")
     parser.add_argument("--json", metavar="FILE", help="write rows and targets there too")
     options = parser.parse_args()
     logging.getLogger("router").setLevel(logging.ERROR)  # simulated workers leave at the end of each simulation
-    budget_s, load_s, plan, num_rounds = BUDGET_S, 90.0, FULL_PLAN, options.rounds
-    if options.quick:
-        budget_s, load_s, plan, num_rounds = 1.0, 30.0, QUICK_PLAN, 1
+    num_rounds, load_s, factor = (1, QUICK_LOAD_S, 1) if options.quick else (options.rounds, LOAD_S, MOST_ROUNDS)
     with Cluster({}) as cluster:
-        rounds = asyncio.run(measure_rounds(cluster.url, num_rounds, load_s, plan, budget_s))
+        rounds = asyncio.run(measure_rounds(cluster.url, num_rounds, load_s, factor * num_rounds))
     valid = [one for one in rounds if not one.is_void]
     print_table(
         f"Simulated beside measured, 1 prefill + 1 decode worker on one host; {machine()}", [*map(_row, rounds)]
@@ -114,16 +128,18 @@ class Round:
         }  # fmt: skip
 
 
-async def measure_rounds(url: str, num_rounds: int, load_s: float, plan: Plan, budget_s: float) -> list[Round]:
+async def measure_rounds(url: str, num_rounds: int, load_s: float, most: int) -> list[Round]:
+    """Until `num_rounds` count, or there are as many as `most`."""
     rounds: list[Round] = []
     async with LiveCluster(url) as cluster:
-        served, before = await measure(cluster, _say, plan, budget_s)
-        while sum(not one.is_void for one in rounds) < num_rounds and len(rounds) < 2 * num_rounds:
+        served, before = await measure(cluster, _say, PLAN, ONE_ROUND_S)
+        while sum(not one.is_void for one in rounds) < num_rounds and len(rounds) < most:
             workload = load_of(profile_of(served, before, machine()), load_s, seed=len(rounds))
             _say(f"load of {len(workload.arrivals)} requests", 0.0)
             measured = await play_live(cluster, served, workload, seed=len(rounds))
-            served, after = await measure(cluster, _say, plan, budget_s)
+            served, after = await measure(cluster, _say, PLAN, ONE_ROUND_S)
             one = await asyncio.to_thread(compare, served, before, after, workload, measured)  # its loop is its own
+            _say(f"round {len(rounds) + 1}: " + ", ".join(f"{name} {told}" for name, told in _row(one).items()), 1.0)
             rounds.append(one)
             before = after
     return rounds
@@ -133,7 +149,7 @@ def load_of(profile: WorkerProfile, load_s: float, seed: int) -> Workload:
     """Arrivals that keep this cluster partly busy."""
     times = MeasuredTimes([step.record for step in profile.steps])
     prompt_s = times.step_s(StepShape((Chunk(0, MEAN_PROMPT),))) * profile.slowdown.prefill
-    return load_workload(f"poisson:rate={UTILISATION / prompt_s:.4f},seconds={load_s},{LENGTHS}", seed)
+    return load_workload(f"poisson:rate={UTILISATION / prompt_s:.4f},seconds={load_s},{PROMPTS},{OUTPUTS}", seed)
 
 
 async def play_live(cluster: LiveCluster, served: Served, workload: Workload, seed: int) -> Times:
@@ -157,18 +173,20 @@ async def play_live(cluster: LiveCluster, served: Served, workload: Workload, se
 
 def compare(served: Served, before: Observed, after: Observed, workload: Workload, measured: Times) -> Round:
     both = Observed(before.alone + after.alone, before.beside + after.beside, before.probes + after.probes)
-    first, second, profile = (profile_of(served, observed, machine()) for observed in (before, after, both))
-    return Round(workload, profile, difference_of(first, second), measured, simulated(served, profile, workload))
+    profile = profile_of(served, both, machine())
+    difference = difference_of(before, after, MeasuredTimes([step.record for step in profile.steps]))
+    return Round(workload, profile, difference, measured, simulated(served, profile, workload))
 
 
-def difference_of(first: WorkerProfile, second: WorkerProfile) -> float:
-    """How much slower or faster steps have become, in the middle, over the shapes of both: the larger of the
+def difference_of(before: Observed, after: Observed, both: MeasuredTimes) -> float:
+    """How much slower or faster steps have become on (geometric) average, beside the times of `both`: the larger of the
     differences of steps with chunks and of those without."""
-    times = [MeasuredTimes([step.record for step in one.steps]) for one in (first, second)]
-    shapes = [step.shape for one in (first, second) for step in one.steps]
-    ratios = {shape: times[1].step_s(shape) / times[0].step_s(shape) for shape in shapes}
-    phases = ([ratio for shape, ratio in ratios.items() if bool(shape.chunks) == chunked] for chunked in (True, False))
-    return max(abs(median(phase) - 1) for phase in phases)
+    shifts = []
+    for has_chunks in (True, False):
+        steps = [[one for one in half.alone if bool(one.shape.chunks) == has_chunks] for half in (before, after)]
+        first, second = (np.mean([np.log(one.step_s / both.step_s(one.shape)) for one in half]) for half in steps)
+        shifts.append(abs(float(second - first)))
+    return float(np.exp(max(shifts))) - 1
 
 
 def simulated(served: Served, profile: WorkerProfile, workload: Workload) -> Times:

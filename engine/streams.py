@@ -101,11 +101,12 @@ class TokenStreams:
                 self._expect_reader(gateway_id, channel)
 
     async def _wait(self, news: asyncio.Event) -> None:
+        """For news; none for long is news too, for an empty batch tells the reader that we live."""
+        timer = asyncio.get_running_loop().call_later(self._keepalive_s, news.set)
         try:
-            async with asyncio.timeout(self._keepalive_s):
-                await news.wait()
-        except TimeoutError:
-            pass  # an empty batch tells the reader that we live
+            await news.wait()
+        finally:
+            timer.cancel()
 
     def _take(self, channel: _Channel) -> StreamBatch:
         count = _num_fitting(channel.pending)

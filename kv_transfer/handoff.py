@@ -6,7 +6,7 @@ an unknown optional one, so that a newer producer may add hints but never meanin
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import cast
 
 import msgpack
@@ -36,9 +36,9 @@ class HandOff:
         parts = [
             ["request_id", True, request.request_id],
             ["epoch", True, request.epoch],
-            ["prompt_ids", True, list(request.prompt_ids)],
-            ["generated_ids", True, list(request.generated_ids)],
-            ["sampling", True, asdict(request.sampling)],
+            ["prompt_ids", True, request.prompt_ids],
+            ["generated_ids", True, request.generated_ids],
+            ["sampling", True, {name: getattr(request.sampling, name) for name in _SAMPLING_FIELDS}],
             ["namespace", True, request.namespace],
             ["timeout_s", True, request.timeout_s],
             ["computed", True, self.computed],
@@ -69,7 +69,7 @@ _PARTS = {
     "gateway_id", "stages", "siblings",
 }  # fmt: skip
 _REQUEST_PARTS = ("request_id", "epoch", "prompt_ids", "generated_ids", "sampling", "namespace", "timeout_s")
-_SAMPLING_FIELDS = {field.name for field in fields(SamplingParams)}
+_SAMPLING_FIELDS = tuple([field.name for field in fields(SamplingParams)])  # in order: the record is the same each time
 _TYPED = TypeAdapter(HandOff)  # so that nothing of a wrong type gets past here
 _SIBLINGS = TypeAdapter(tuple[tuple[str, int, int, tuple[int, ...]], ...])
 
@@ -89,7 +89,7 @@ def _known_parts(parts: list[list[object]]) -> dict[str, object]:
 
 
 def _from_parts(known: dict) -> HandOff:
-    if unknown := sorted(known["sampling"].keys() - _SAMPLING_FIELDS):
+    if unknown := sorted(known["sampling"].keys() - set(_SAMPLING_FIELDS)):
         raise TransferFailed(f"hand-off sampling parameters {unknown} are not known here")
     request = {name: known[name] for name in _REQUEST_PARTS}
     handoff = _TYPED.validate_python(

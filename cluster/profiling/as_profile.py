@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cluster.profiling.live import Served
 from cluster.profiling.observed import Observed, gateway_s_of, link_of, slowdown_of, token_s_of
+from cluster.simulator.service_times.measured import MeasuredTimes
 from cluster.simulator.service_times.profile import (
     ProfiledLink,
     ProfiledSlowdown,
@@ -16,7 +17,8 @@ MS, GB = 1e3, 1e-9
 
 def profile_of(served: Served, observed: Observed, device: str) -> WorkerProfile:
     """`device`: what it was measured on, in words."""
-    link, slowdown = link_of(observed.probes), slowdown_of(observed)
+    link, steps = link_of(observed.probes), profiled_steps(observed.alone)
+    slowdown = slowdown_of(observed.beside, MeasuredTimes([step.record for step in steps]))
     return WorkerProfile(
         model=served.model,
         device=device,
@@ -25,5 +27,5 @@ def profile_of(served: Served, observed: Observed, device: str) -> WorkerProfile
         link=ProfiledLink(latency_ms=link.latency_s * MS, gb_per_s=link.bytes_per_s * GB),
         kv_token_bytes=served.kv_token_bytes or None,
         slowdown=ProfiledSlowdown(prefill=slowdown.prefill, decode=slowdown.decode),
-        steps=profiled_steps(observed.alone),
+        steps=steps,
     )

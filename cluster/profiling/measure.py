@@ -127,7 +127,7 @@ class _Session:
     async def _prompts_at_once(self) -> None:
         """Steps of several chunks, and steps of prompts that follow each other without a pause."""
         await self._cluster.new_steps()
-        await self._answer_prompts(self._plan.at_once, count=4, at_a_time=4, num_tokens=1)
+        await self._answer_prompts([self._plan.at_once], count=4, at_a_time=4, num_tokens=1)
         await self._answer_prompts(self._plan.beside, self._plan.num_beside, at_a_time=2, num_tokens=1)
         self.observed.alone += [step.record for step in await self._cluster.new_steps() if step.role is Role.PREFILL]
 
@@ -145,16 +145,14 @@ class _Session:
                 )
                 self.observed.alone += met[1:]  # the first one's turn began with the end of other streams
                 if size == plan.batch_beside and context == plan.contexts[1]:
-                    await self._beside(size)
+                    await self._beside()
 
-    async def _beside(self, size: int) -> None:
+    async def _beside(self) -> None:
         """Prompts without a pause while a batch decodes; each is handed over and decoded for one step."""
         await self._cluster.new_steps()
         await self._answer_prompts(self._plan.beside, self._plan.num_beside, at_a_time=2, num_tokens=2)
         steps = await self._cluster.new_steps()
-        self.observed.beside += [
-            step.record for step in steps if step.role is Role.PREFILL or is_decode_of(step.record.shape, size)
-        ]
+        self.observed.beside += [step.record for step in steps]
 
     # --- means ---------------------------------------------------------------------------------------------
 
@@ -172,9 +170,9 @@ class _Session:
             late_bytes = self._served.kv_token_bytes * prefill[-1].shape.num_chunk_tokens
             self.observed.probes.append(Probe(times.first_s, times.end_s, prefill_s, decode_s, len(decode), late_bytes))
 
-    async def _answer_prompts(self, num_prompt: int, count: int, at_a_time: int, num_tokens: int) -> None:
-        """`count` new prompts in a closed loop."""
-        prompts = [self._new_prompt(num_prompt) for _ in range(count)]
+    async def _answer_prompts(self, lengths: Sequence[int], count: int, at_a_time: int, num_tokens: int) -> None:
+        """`count` new prompts of these lengths in turn, in a closed loop."""
+        prompts = [self._new_prompt(lengths[index % len(lengths)]) for index in range(count)]
 
         async def client() -> None:
             while prompts:

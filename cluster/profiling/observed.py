@@ -5,16 +5,15 @@ How long steps of other shapes take is a service-time model's business (cluster/
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from statistics import median
 
 from cluster.simulator.host import Slowdown
-from engine.step_shape import Chunk, StepRecord
+from cluster.simulator.service_times.model import ServiceTimes
+from engine.step_shape import StepRecord
 
-CONTEXT_RATIO = 1.25  # decode steps whose contexts differ by less are alike
 SLOWEST_LINK = 1e6  # bytes per second: what is assumed where transfers are too short to tell
 FASTEST_LINK = 1e12
 
@@ -86,23 +85,12 @@ def token_s_of(probes: Sequence[Probe], link: Link) -> float:
     return max(0.0, median(left)) if left else 0.0
 
 
-def slowdown_of(observed: Observed) -> Slowdown:
-    """The median over the shapes that were met both ways; 1 where there is none, and at least 1."""
-    alone, beside = _by_shape(observed.alone), _by_shape(observed.beside)
-    ratios = {key: median(beside[key]) / median(alone[key]) for key in beside if key in alone}
-    prefill = [ratio for (chunks, *_), ratio in ratios.items() if chunks]
-    decode = [ratio for (chunks, *_), ratio in ratios.items() if not chunks]
-    return Slowdown(max(1.0, median(prefill or [1.0])), max(1.0, median(decode or [1.0])))
-
-
-ShapeKey = tuple[tuple[Chunk, ...], int, int]
-
-
-def _by_shape(records: Iterable[StepRecord]) -> dict[ShapeKey, list[float]]:
-    """Durations of steps that are alike."""
-    found: dict[ShapeKey, list[float]] = {}
-    for record in records:
-        shape = record.shape
-        size = round(math.log(max(1, shape.num_context), CONTEXT_RATIO))
-        found.setdefault((shape.chunks, shape.num_decoding, size), []).append(record.step_s)
-    return found
+def slowdown_of(beside: Sequence[StepRecord], alone: ServiceTimes) -> Slowdown:
+    """All steps of a phase together, over what they take alone; at least 1. Sums, not medians: a stream's pace is that
+    of all its steps, the slow ones included."""
+    ratios = {}
+    for has_chunks in (True, False):
+        steps = [step for step in beside if bool(step.shape.chunks) == has_chunks]
+        alone_s = sum(alone.step_s(step.shape) for step in steps)
+        ratios[has_chunks] = max(1.0, sum(step.step_s for step in steps) / alone_s) if steps else 1.0
+    return Slowdown(prefill=ratios[True], decode=ratios[False])

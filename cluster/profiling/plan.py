@@ -27,8 +27,8 @@ class Plan:
     batch_sizes: tuple[int, ...]  # falling
     num_steps: int = 6  # of each batch size and context
     at_once: int = 64  # tokens of each of several prompts that come together
-    beside: int = 128  # tokens of each of several prompts, one after the other, while a batch decodes
-    num_beside: int = 6  # of these
+    beside: tuple[int, ...] = (64, 128, 256, 512)  # of prompts, one after the other in turn, while a batch decodes
+    num_beside: int = 8  # of these
     batch_beside: int = 4  # sequences that decode meanwhile
 
     @property
@@ -49,4 +49,5 @@ def make_plan(max_context: int, prompt_token_s: float, decode_step_s: float) -> 
         cached=tuple((part, max(1, longest // 16)) for part in parts),
         contexts=tuple(max(SHORTEST // 2, part) for part in parts),
         batch_sizes=tuple(size for size in BATCH_SIZES if size <= largest),
+        beside=tuple(max(SHORTEST, longest // part) for part in (16, 8, 4, 2)),
     )

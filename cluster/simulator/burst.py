@@ -12,8 +12,9 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from collections.abc import Sequence as Sequences
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from itertools import accumulate, groupby
+from operator import attrgetter
 
 from cluster.simulator.service_times.model import ServiceTimes
 from engine.engine import Engine
@@ -21,6 +22,10 @@ from engine.scheduler import Batch
 from engine.sequence import Sequence
 from engine.step_shape import StepShape
 from engine.types import EngineStats, Request, TokenOutput
+
+_STATS = [field.name for field in fields(EngineStats)]
+_NUM_FREE_BLOCKS, _NUM_STEPS = _STATS.index("num_free_blocks"), _STATS.index("num_steps")
+_stats_values = attrgetter(*_STATS)
 
 SHORTEST = 2  # steps
 LONGEST = 4096
@@ -62,8 +67,7 @@ class Burst:
             return self.told
         if self.last_told is None or self.last_told[0] != num_steps:
             num_free = self.num_free - bisect_left(self.crossings, num_steps)
-            stats = replace(self.told, num_free_blocks=num_free, num_steps=self.told.num_steps + num_steps)
-            self.last_told = (num_steps, stats)
+            self.last_told = (num_steps, _moved_on(self.told, num_free, self.told.num_steps + num_steps))
         return self.last_told[1]
 
     def stats_by(self, told: EngineStats, now: float) -> EngineStats | None:
@@ -130,6 +134,13 @@ def fast_forward(
         TimedOutput(sequence.key, index, new, cached_tokens=sequence.cached_tokens, times=times)
         for sequence, index, new in zip(burst.sequences, firsts, fresh, strict=True)
     )
+
+
+def _moved_on(told: EngineStats, num_free_blocks: int, num_steps: int) -> EngineStats:
+    """dataclasses.replace, at a third of its cost: it is asked for all workers whenever a request is placed."""
+    values = list(_stats_values(told))
+    values[_NUM_FREE_BLOCKS], values[_NUM_STEPS] = num_free_blocks, num_steps
+    return EngineStats(*values)
 
 
 def _is_plain(engine: Engine, batch: Batch, sequences: Sequences[Sequence]) -> bool:

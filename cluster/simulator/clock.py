@@ -63,8 +63,8 @@ class VirtualLoop(base_events.BaseEventLoop):
     def call_later(self, delay: float, callback: Callable[..., object], *args: Any, context: Any = None) -> _Timer:
         """A positive delay always takes time, however small: whoever sleeps the rest of a span comes to its end."""
         when = self._virtual_s + delay
-        if delay > 0:
-            when = max(when, math.nextafter(self._virtual_s, math.inf))
+        if delay > 0 and when == self._virtual_s:
+            when = math.nextafter(self._virtual_s, math.inf)
         return self.call_at(when, callback, *args, context=context)
 
     def call_at(self, when: float, callback: Callable[..., object], *args: Any, context: Any = None) -> _Timer:
@@ -142,23 +142,21 @@ class VirtualLoop(base_events.BaseEventLoop):
         self.num_calls += len(ready)
         for _ in range(len(ready)):
             handle = ready.popleft()
-            if not handle._cancelled:
-                self._call(handle)
+            if handle._cancelled:
+                continue
+            try:
+                handle._context.run(handle._callback, *handle._args)
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException as error:
+                words = f"exception in {handle!r}"
+                self.call_exception_handler({"message": words, "exception": error, "handle": handle})
 
-    def _call(self, handle: asyncio.Handle) -> None:
-        try:
-            handle._context.run(handle._callback, *handle._args)
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as error:
-            self.call_exception_handler({"message": f"exception in {handle!r}", "exception": error, "handle": handle})
-
-    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
+    def count_cancelled(self) -> None:
         """Cancelled timers are swept out of the heap when they are most of it."""
-        assert isinstance(handle, _Timer)
-        self._num_cancelled += handle.in_heap
+        self._num_cancelled += 1
         if self._num_cancelled > MANY_CANCELLED and 2 * self._num_cancelled > len(self._timers):
-            self._timers[:] = [entry for entry in self._timers if not entry[2]._cancelled and entry[2] is not handle]
+            self._timers[:] = [entry for entry in self._timers if not entry[2]._cancelled]
             heapq.heapify(self._timers)
             self._num_cancelled = 0
 
@@ -172,6 +170,10 @@ class VirtualLoop(base_events.BaseEventLoop):
 
     def _write_to_self(self) -> None:
         """Nothing to wake: this loop never sleeps."""
+
+
+def _nothing() -> None:
+    pass
 
 
 class _Soon(asyncio.Handle):
@@ -205,6 +207,13 @@ class _Timer(asyncio.TimerHandle):
         self._cancelled = False
         self._repr = None
         self._source_traceback = None
+
+    def cancel(self) -> None:
+        if not self._cancelled:
+            self._cancelled = True
+            self._callback, self._args = _nothing, ()  # lets go of what it would have called
+            if self.in_heap:
+                self._loop.count_cancelled()
 
 
 def virtual_loop() -> VirtualLoop:

@@ -38,7 +38,7 @@ class PlainTokens:
     """Implements engine.engine.ModelRunner."""
 
     def __init__(self, vocab_size: int) -> None:
-        self._num_ids = vocab_size - FIRST_TOKEN
+        self._ids = tuple(range(FIRST_TOKEN, vocab_size))
 
     def execute(self, batch: Batch) -> list[Sampled]:
         return [
@@ -52,6 +52,9 @@ class PlainTokens:
 
     def tokens(self, request: Request, first_index: int, count: int) -> tuple[int, ...]:
         """The generated tokens of these indices."""
-        sampling, num_ids = request.sampling, self._num_ids
-        start = _STRIDE * (sampling.seed + sampling.choice) + first_index
-        return tuple([FIRST_TOKEN + number % num_ids for number in range(start, start + count)])
+        sampling, num_ids = request.sampling, len(self._ids)
+        start = (_STRIDE * (sampling.seed + sampling.choice) + first_index) % num_ids
+        found = self._ids[start : start + count]
+        while len(found) < count:
+            found += self._ids[: count - len(found)]
+        return found

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from cluster.simulator.burst import Burst, fast_forward, plan_burst
 from cluster.simulator.host import Host
 from cluster.simulator.log import EventLog
+from cluster.simulator.mailbox import Mailbox
 from cluster.simulator.plain import PlainTokens
 from cluster.simulator.service_times.model import ServiceTimes
 from engine.engine import Engine, ModelRunner
@@ -51,13 +52,13 @@ class ModelledStepRunner:
         self._last_end = 0.0  # of single steps
         self._burst: Burst | None = None  # that lasts, or the last one
         self._alarm: _Alarm | None = None  # for the end of the burst that lasts
-        self._commands: asyncio.Queue[Command] = asyncio.Queue()
-        self._outputs: asyncio.Queue[StepOutputs | Exception] = asyncio.Queue()
+        self._commands: Mailbox[Command] = Mailbox()
+        self._outputs: Mailbox[StepOutputs | Exception] = Mailbox()
         self._loop = asyncio.get_running_loop()
         self._task = self._loop.create_task(self._run(), name=f"engine of {name}")
 
     def send(self, command: Command) -> None:
-        self._commands.put_nowait(command)
+        self._commands.put(command)
         if self._alarm is not None and self._burst is not None:
             self._alarm.set(self._burst.ends[min(self._burst.num_ended(self._loop.time()), len(self._burst.ends) - 1)])
 
@@ -74,7 +75,7 @@ class ModelledStepRunner:
     def crash(self) -> None:
         """The engine is gone at once, in the middle of its step."""
         self._task.cancel()
-        self._outputs.put_nowait(WorkerLost("the engine ended"))
+        self._outputs.put(WorkerLost("the engine ended"))
 
     # --- what is known while a burst lasts -------------------------------------------------------------------
 
@@ -105,7 +106,7 @@ class ModelledStepRunner:
         try:
             await self._drive()
         except Exception as error:
-            self._outputs.put_nowait(error)
+            self._outputs.put(error)
 
     async def _drive(self) -> None:
         idle = True
@@ -137,14 +138,12 @@ class ModelledStepRunner:
         self._emit(replace(self._engine.take_outputs(), steps=(StepRecord(shape, step_s),)))
 
     async def _take(self, block: bool) -> list[Command]:
-        taken = [await self._commands.get()] if block else []
-        while not self._commands.empty():
-            taken.append(self._commands.get_nowait())
-        return taken
+        first = [await self._commands.get()] if block else []
+        return first + self._commands.take_all()
 
     def _emit(self, outputs: StepOutputs) -> None:
         self._told = outputs.stats
-        self._outputs.put_nowait(outputs)
+        self._outputs.put(outputs)
 
     def _log_step(self, shape: StepShape, begun: float, step_s: float) -> None:
         if self._log.detailed:
@@ -155,7 +154,7 @@ class ModelledStepRunner:
     # --- bursts ----------------------------------------------------------------------------------------------
 
     def _plan(self, batch: Batch) -> Burst | None:
-        if self._model.plain is None or self._model.host is not None or not self._commands.empty():
+        if self._model.plain is None or self._model.host is not None or self._commands:
             return None
         until = min(self._patience(item.sequence) for item in batch.scheduled)
         return plan_burst(self._engine, batch, self._model.times, self._told, self._loop.time(), until)

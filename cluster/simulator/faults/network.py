@@ -10,17 +10,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
+from contextlib import aclosing
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from cluster.sides import WorkerSides
 from cluster.simulator.faults.loop import OUTSIDE, PROCESS, within
 from cluster.simulator.faults.plan import Fault, FaultKind, How, link
 from cluster.simulator.faults.points import Points
 from cluster.simulator.log import EventLog
-from cluster.simulator.network import LinkTimes, Network, Port, _Talk
-from engine.errors import Unavailable
+from cluster.simulator.network import CALL_BYTES, LinkTimes, Network, Port, Stream, Talk
+from engine.errors import DeadlineExceeded, Unavailable
 from kv_transfer.frames import Commit, Frame
 
 LONGEST_HOLD_S = 0.5  # of a message that waits to be overtaken, where nothing comes
@@ -36,8 +37,8 @@ class FaultyNetwork(Network[WorkerSides]):
         self._points = points
         self._cuts: dict[str, int] = {}  # links that are cut, and how often
         self._mended = asyncio.Event()
-        self._held: dict[str, list[tuple[_Talk, asyncio.Event]]] = {}  # by link, what waits to be overtaken
-        self._mute: dict[_Talk, None] = {}  # calls of which something was lost
+        self._held: dict[str, list[tuple[Talk, asyncio.Event]]] = {}  # by link, what waits to be overtaken
+        self._mute: dict[Talk, None] = {}  # calls of which something was lost
 
     def cut(self, link_name: str) -> None:
         self._cuts[link_name] = self._cuts.get(link_name, 0) + 1
@@ -49,10 +50,31 @@ class FaultyNetwork(Network[WorkerSides]):
         self._mended.set()
         self._mended = asyncio.Event()
 
+    async def call(
+        self, caller: Port[WorkerSides], address: str, incarnation: str, what: str,
+        work: Callable[[WorkerSides], Coroutine[Any, Any, None]], timeout_s: float, size_bytes: int = CALL_BYTES,
+    ) -> None:  # fmt: skip
+        """A stream of one item, so that faults strike both alike."""
+
+        async def items(sides: WorkerSides) -> AsyncGenerator[None]:
+            await work(sides)
+            yield
+
+        def size_of(_answer: None) -> int:
+            return CALL_BYTES
+
+        answers = self.stream(caller, address, incarnation, what, items, size_of, size_bytes)
+        try:
+            async with asyncio.timeout(timeout_s), aclosing(answers):
+                async for _ in answers:
+                    return
+        except TimeoutError:
+            raise DeadlineExceeded(f"a peer did not answer in time: {what} at {address}") from None
+
     # --- messages ------------------------------------------------------------------------------------------
 
     async def _serve(
-        self, talk: _Talk, address: str, incarnation: str, items: Callable[[WorkerSides], AsyncGenerator[Item]],
+        self, talk: Talk, address: str, incarnation: str, items: Callable[[WorkerSides], AsyncGenerator[Item]],
         size_of: Callable[[Item], int], size_bytes: int, sent_at: Callable[[Item], float | None],
     ) -> None:  # fmt: skip
         PROCESS.set(OUTSIDE)
@@ -67,7 +89,7 @@ class FaultyNetwork(Network[WorkerSides]):
         def there(sides: WorkerSides) -> AsyncGenerator[Item]:
             return _within(name, items(sides))
 
-        async def serve_again(twin: _Talk, after_s: float) -> None:
+        async def serve_again(twin: Talk, after_s: float) -> None:
             await asyncio.sleep(after_s)
             try:
                 await super(FaultyNetwork, self)._serve(twin, address, incarnation, there, size_of, size_bytes, sent_at)
@@ -76,12 +98,12 @@ class FaultyNetwork(Network[WorkerSides]):
 
         for fault in faults:
             if fault.kind is FaultKind.DUPLICATE and what in CALLS:
-                twin = _Talk(talk.caller, what)
+                twin = Stream(talk.caller, what)
                 twin.server = asyncio.get_running_loop().create_task(serve_again(twin, fault.for_s), name=what)
         await super()._serve(talk, address, incarnation, there, size_of, size_bytes, sent_at)
 
     async def _answer(
-        self, talk: _Talk, port: Port[WorkerSides], item: object, size_bytes: int, sent_at: float | None = None
+        self, talk: Talk, port: Port[WorkerSides], item: object, size_bytes: int, sent_at: float | None = None
     ) -> None:
         way = link(port.name, talk.caller.name)
         faults = self._points.reach_message(way, _what(talk, item))
@@ -99,7 +121,7 @@ class FaultyNetwork(Network[WorkerSides]):
         if talk not in self._mute:
             await super()._answer(talk, port, item, size_bytes, sent_at)
 
-    async def _hold_up(self, talk: _Talk, way: str, faults: Iterable[Fault]) -> None:
+    async def _hold_up(self, talk: Talk, way: str, faults: Iterable[Fault]) -> None:
         """Returns when the message may go."""
         await asyncio.sleep(sum(fault.for_s for fault in faults if fault.kind is FaultKind.DELAY))
         if any(fault.kind is FaultKind.REORDER for fault in faults):
@@ -110,7 +132,7 @@ class FaultyNetwork(Network[WorkerSides]):
             if held is not talk:
                 overtaken.set()
 
-    async def _be_overtaken(self, talk: _Talk, way: str) -> None:
+    async def _be_overtaken(self, talk: Talk, way: str) -> None:
         entry = (talk, asyncio.Event())
         self._held.setdefault(way, []).append(entry)
         try:
@@ -123,23 +145,23 @@ class FaultyNetwork(Network[WorkerSides]):
 
     # --- the caller's end ----------------------------------------------------------------------------------
 
-    def _arrive(self, talk: _Talk, item: object, after_s: float, sent_at: float | None = None) -> None:
+    def _arrive(self, talk: Talk, item: object, after_s: float, sent_at: float | None = None) -> None:
         with within(OUTSIDE):
             super()._arrive(talk, item, after_s, sent_at)
 
-    def _hang_up(self, talk: _Talk, server: asyncio.Task[None], address: str) -> None:
+    def _hang_up(self, talk: Talk, address: str) -> None:
         self._mute.pop(talk, None)
         with within(OUTSIDE):
             port = self._ports.get(address)
             if port is None or link(talk.caller.name, port.name) not in self._cuts:
-                super()._hang_up(talk, server, address)
+                super()._hang_up(talk, address)
             else:
-                asyncio.get_running_loop().create_task(self._hang_up_late(talk, server, address, port.name))
+                asyncio.get_running_loop().create_task(self._hang_up_late(talk, address, port.name))
 
-    async def _hang_up_late(self, talk: _Talk, server: asyncio.Task[None], address: str, name: str) -> None:
+    async def _hang_up_late(self, talk: Talk, address: str, name: str) -> None:
         while link(talk.caller.name, name) in self._cuts:
             await self._mended.wait()
-        super()._hang_up(talk, server, address)
+        super()._hang_up(talk, address)
 
 
 async def _within(process: str, items: AsyncGenerator[Item]) -> AsyncGenerator[Item]:
@@ -157,7 +179,7 @@ async def _within(process: str, items: AsyncGenerator[Item]) -> AsyncGenerator[I
             await items.aclose()
 
 
-def _what(talk: _Talk, item: object) -> str:
+def _what(talk: Talk, item: object) -> str:
     """Of an answer, for the census."""
     if isinstance(item, tuple) and isinstance(item[0], Frame | Commit):
         return FRAME

@@ -31,12 +31,13 @@ class DecodeTable:
             return self._rows.at(num_decoding, num_context / num_decoding)
         return self._rows.at(num_context / num_decoding, num_context)
 
-    def decode_each_s(self, num_decoding: int, contexts: Sequence[int]) -> list[float]:
+    def decode_each_s(self, num_decoding: int, contexts: range) -> list[float]:
         """`decode_s` of each context."""
-        means = [context / num_decoding for context in contexts]
+        each = np.arange(contexts.start, contexts.stop, contexts.step, dtype=float)
+        means = each / num_decoding
         if self._rows_are_batches:
-            return self._rows.at_each([num_decoding] * len(means), means)
-        return self._rows.at_each(means, contexts)
+            return self._rows.at_each(np.full(len(each), float(num_decoding)), means)
+        return self._rows.at_each(means, each)
 
     def extrapolates(self, num_decoding: int, num_context: int) -> bool:
         mean = num_context / num_decoding

@@ -61,7 +61,7 @@ class DistServeDecode:
         constant, context, sequence = self.small if num_decoding < self.threshold else self.large
         return constant + context * num_context + sequence * num_decoding
 
-    def decode_each_s(self, num_decoding: int, contexts: Sequence[int]) -> list[float]:
+    def decode_each_s(self, num_decoding: int, contexts: range) -> list[float]:
         return [self.decode_s(num_decoding, context) for context in contexts]
 
     def extrapolates(self, num_decoding: int, num_context: int) -> bool:

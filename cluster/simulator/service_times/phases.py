@@ -53,7 +53,7 @@ class DecodeTimes(Protocol):
 
     def decode_s(self, num_decoding: int, num_context: int) -> float: ...
 
-    def decode_each_s(self, num_decoding: int, contexts: Sequence[int]) -> list[float]:
+    def decode_each_s(self, num_decoding: int, contexts: range) -> list[float]:
         """`decode_s` of each context, bit for bit."""
         ...
 

@@ -7,7 +7,7 @@ the nearest edge, so that there is no jump.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from statistics import median
 
 import numpy as np
@@ -36,13 +36,13 @@ class Rows:
         self._beyond = beyond
         self._grid = _Grid(self._rows, self._along[0], self._values) if _is_grid(self._along) else None
 
-    def at_each(self, rows: Sequence[float], along: Sequence[float]) -> list[float]:
+    def at_each(self, rows: np.ndarray, along: np.ndarray) -> list[float]:
         """`at` of each pair, bit for bit."""
         if self._grid is not None and len(rows) >= MANY:
-            found = self._grid.at_each(np.array(rows, dtype=float), np.array(along, dtype=float))
+            found = self._grid.at_each(rows, along)
             if found is not None:
                 return found.tolist()
-        return [self.at(*pair) for pair in zip(rows, along, strict=True)]
+        return [self.at(*pair) for pair in zip(rows.tolist(), along.tolist(), strict=True)]
 
     def at(self, row: float, along: float) -> float:
         rows = self._rows
