@@ -1,6 +1,6 @@
 """How near the simulator comes to the live cluster: TTFT and TPOT of the same requests, measured and simulated.
 
-    python -m benchmarks.fidelity [--quick] [--rounds N] [--json FILE]
+    python -m benchmarks.fidelity [--quick] [--rounds N] [--most N] [--json FILE]
 
 Starts `steelyard serve` with configs/local.yaml. A round is a profile (as `steelyard profile` measures, of the sizes
 that the load has), an open-loop load of Poisson arrivals that is used for no fit, and a profile, which is the next
@@ -67,12 +67,14 @@ def main() -> None:
         help="one round with a short load: two minutes, most of them a start and profiles",
     )
     parser.add_argument("--rounds", type=int, default=5, help="that are not void")
+    parser.add_argument("--most", type=int, help=f"rounds in all; {MOST_ROUNDS} times as many if not given")
     parser.add_argument("--json", metavar="FILE", help="write rows and targets there too")
     options = parser.parse_args()
     logging.getLogger("router").setLevel(logging.ERROR)  # simulated workers leave at the end of each simulation
-    num_rounds, load_s, factor = (1, QUICK_LOAD_S, 1) if options.quick else (options.rounds, LOAD_S, MOST_ROUNDS)
+    num_rounds, load_s = (1, QUICK_LOAD_S) if options.quick else (options.rounds, LOAD_S)
+    most = options.most or (1 if options.quick else MOST_ROUNDS * num_rounds)
     with Cluster({}) as cluster:
-        rounds = asyncio.run(measure_rounds(cluster.url, num_rounds, load_s, factor * num_rounds))
+        rounds = asyncio.run(measure_rounds(cluster.url, num_rounds, load_s, most))
     valid = [one for one in rounds if not one.is_void]
     print_table(
         f"Simulated beside measured, 1 prefill + 1 decode worker on one host; {machine()}", [*map(_row, rounds)]
@@ -80,7 +82,9 @@ def main() -> None:
     print(
         f"{len(valid)} rounds count, {len(rounds) - len(valid)} are void (profiles differ by over {MAX_DIFFERENCE:.0%})"
     )
-    errors = [median([one.errors[index] for one in valid]) for index in range(len(FIGURES))]
+    errors = [median([one.errors[index] for one in valid]) if valid else float("nan") for index in range(len(FIGURES))]
+    shown = [f"{name} {median([one.errors[index] for one in rounds]):.0%}" for index, name in enumerate(FIGURES)]
+    print(f"median errors of all rounds, void ones too: {', '.join(shown)}")
     targets = [target("fidelity", name, error) for name, error in zip(FIGURES, errors, strict=True)]
     print_targets(targets)
     write_json(options.json, [one.as_json for one in rounds], targets)

@@ -26,7 +26,7 @@ from engine.errors import SteelyardError
 from engine.types import Request, SamplingParams
 
 SAMPLE_S = 1.0
-OBJECTS_BETWEEN_COLLECTIONS = 200_000
+OBJECTS_BETWEEN_COLLECTIONS = 50_000
 
 
 def simulate(
