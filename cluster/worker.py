@@ -13,7 +13,7 @@ import secrets
 from dataclasses import asdict
 
 from cluster.config import ClusterConfig
-from cluster.rpc.auth import prefix_hash_key
+from cluster.rpc.auth import call_token, prefix_hash_key
 from cluster.rpc.channels import Channels
 from cluster.rpc.client import GrpcPeers
 from cluster.rpc.server import WorkerServer
@@ -23,7 +23,9 @@ from engine.pool import BlockBytes, SharedPool
 from engine.setup import EngineSetup, plan_engine
 from engine.step_runner import ProcessStepRunner, StepRunner, ThreadStepRunner
 from engine.types import Endpoint
-from kv_transfer.carriers.grpc import GrpcCarriers
+from kv_transfer.carriers.choice import ChosenCarriers
+from kv_transfer.carriers.door import PoolDoor
+from kv_transfer.sample import Sample
 from router.membership import Member
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,7 @@ class Worker:
         self._secret = secret
         self._serving: asyncio.Task[None] | None = None
         self._failure: asyncio.Future[str] | None = None
+        self._door: PoolDoor | None = None
 
     # --- life ----------------------------------------------------------------------------------------------
 
@@ -49,18 +52,23 @@ class Worker:
         self._runner, self._pool = await self._start_engine(setup)
         self._channels = Channels(self._secret)
         spec = self._spec
+        token = call_token(self._secret)
+        self._carriers = ChosenCarriers(self._channels, setup.layout, token, self._config.kv_transfer)
         self._server = WorkerServer(self._secret, spec.incarnation)
         me = Endpoint(spec.worker_id, spec.incarnation, self._server.bind(spec.host), setup.cohort)
         self._sides = WorkerSides(
             me,
             spec.role,
             Cache(setup.layout, setup.spec.num_blocks, self._block_bytes),
-            Links(GrpcPeers(self._channels), GrpcCarriers(self._channels)),
+            Links(GrpcPeers(self._channels), self._carriers),
             self._runner.send,
             self._config,
             new_secret=lambda: secrets.token_hex(16),
         )
-        await self._server.start(self._sides, self._sides.outbox)
+        self._sample = Sample()
+        if isinstance(self._block_bytes, SharedPool):
+            self._door = PoolDoor(self._block_bytes, self._sample.fd, token, spec.incarnation)
+        await self._server.start(self._sides, self._sides.outbox, self._sample)
         self._serving = asyncio.create_task(self._serve())
         return self._sides.member
 
@@ -76,7 +84,11 @@ class Worker:
         serving.cancel()
         await asyncio.gather(serving, return_exceptions=True)
         await self._server.stop()
+        if self._door is not None:
+            await self._door.close()
+        await self._carriers.close()
         await self._channels.close()
+        self._sample.close()
         await self._runner.stop()
         if self._pool is not None:
             self._pool.close()

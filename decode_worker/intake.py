@@ -25,6 +25,7 @@ from engine.streams import TokenStreams
 from engine.types import (
     Abort,
     Adopt,
+    CarrierTotals,
     Command,
     Endpoint,
     EngineStats,
@@ -35,6 +36,7 @@ from engine.types import (
     Reserved,
     StepOutputs,
     TokenOutput,
+    TransferReport,
 )
 from kv_transfer.carrier import CarrierPool
 from kv_transfer.config import TransferConfig
@@ -69,6 +71,21 @@ class TransferTotals:
     num_resumes: int = 0
     size_bytes: int = 0
     duration_s: float = 0.0
+    carriers: tuple[CarrierTotals, ...] = ()
+
+    def with_pull(self, pulled: Pulled, duration_s: float) -> TransferTotals:
+        """After one more that was finished."""
+        by_name = {one.carrier: one for one in self.carriers}
+        one = by_name.get(pulled.carrier, CarrierTotals(pulled.carrier))
+        by_name[pulled.carrier] = replace(
+            one, num_pulls=one.num_pulls + 1, size_bytes=one.size_bytes + pulled.size_bytes,
+            duration_s=one.duration_s + duration_s,
+        )  # fmt: skip
+        return replace(
+            self, num_pulls=self.num_pulls + 1, num_resumes=self.num_resumes + pulled.num_resumes,
+            size_bytes=self.size_bytes + pulled.size_bytes, duration_s=self.duration_s + duration_s,
+            carriers=tuple(by_name.values()),
+        )  # fmt: skip
 
 
 class Intake:
@@ -206,13 +223,17 @@ class Intake:
 
     def _adopt(self, arrival: _Arrival, pulled: Pulled) -> None:
         arrival.committed = self._now()
-        duration_s = arrival.committed - arrival.begun
-        totals = self.totals
-        self.totals = replace(
-            totals, num_pulls=totals.num_pulls + 1, num_resumes=totals.num_resumes + pulled.num_resumes,
-            size_bytes=totals.size_bytes + pulled.size_bytes, duration_s=totals.duration_s + duration_s,
-        )  # fmt: skip
+        self.totals = self.totals.with_pull(pulled, arrival.committed - arrival.begun)
+        self._report()
         self._settle(arrival, pulled.handoff)
+
+    def _report(self) -> None:
+        """To the gateways, with the next batch of tokens."""
+        fallbacks = self._carriers.num_fallbacks
+        known = {one.carrier: one for one in self.totals.carriers}
+        names = dict.fromkeys((*known, *fallbacks))
+        totals = (replace(known.get(name, CarrierTotals(name)), num_fallbacks=fallbacks.get(name, 0)) for name in names)
+        self._streams.transfers = TransferReport(tuple(totals), self._carriers.paths())
 
     def _settle(self, arrival: _Arrival, handoff: HandOff) -> None:
         """Those answers go on here that the hand-off brings and that are still wanted."""
@@ -231,6 +252,7 @@ class Intake:
 
     def _give_back(self, key: Key) -> None:
         self.totals = replace(self.totals, num_failed=self.totals.num_failed + 1)
+        self._report()
         self._arrivals.pop(key, None)
         self._send(Release(key))
 

@@ -17,7 +17,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from engine.step_shape import StepRecord
-from engine.types import EngineStats, ErrorInfo, Key, TokenOutput
+from engine.types import NO_TRANSFERS, EngineStats, ErrorInfo, Key, TokenOutput, TransferReport
 
 KEEPALIVE_S = 1.0
 MAX_BATCH_BYTES = 2**20  # about, on the wire; a single output may be larger
@@ -31,6 +31,7 @@ class StreamBatch:
     outputs: tuple[TokenOutput, ...]
     stats: EngineStats
     steps: tuple[StepRecord, ...] = ()  # since the batch before, oldest first
+    transfers: TransferReport = NO_TRANSFERS
 
 
 @dataclass(slots=True, eq=False)
@@ -53,6 +54,7 @@ class TokenStreams:
         self._owners: dict[Key, str] = {}
         self._channels: dict[str, _Channel] = {}
         self._stats = EngineStats()
+        self.transfers = NO_TRANSFERS  # goes out with every batch
 
     def register(self, key: Key, gateway_id: str) -> None:
         self._owners[key] = gateway_id
@@ -91,7 +93,7 @@ class TokenStreams:
         channel.generation += 1
         generation = channel.generation
         try:
-            yield StreamBatch((), self._stats)
+            yield StreamBatch((), self._stats, transfers=self.transfers)
             while channel.generation == generation:
                 await self._wait(channel.news)
                 if channel.generation == generation:
@@ -115,7 +117,7 @@ class TokenStreams:
         channel.steps.clear()
         if not channel.pending:
             channel.news.clear()
-        return StreamBatch(outputs, self._stats, steps)
+        return StreamBatch(outputs, self._stats, steps, self.transfers)
 
     def _channel(self, gateway_id: str) -> _Channel:
         channel = self._channels.get(gateway_id)

@@ -279,6 +279,37 @@ class EngineStats:
 
 
 @dataclass(frozen=True, slots=True)
+class CarrierTotals:
+    """Of a worker's life: what one carrier of KV has brought to it, and how often another had to go on for it."""
+
+    carrier: str
+    num_pulls: int = 0
+    size_bytes: int = 0
+    duration_s: float = 0.0
+    num_fallbacks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class KvPath:
+    """How fast KV comes from a worker by one carrier, as it was measured at first contact."""
+
+    peer: str  # worker id
+    carrier: str
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class TransferReport:
+    """What a worker tells of the KV that comes to it."""
+
+    totals: tuple[CarrierTotals, ...] = ()
+    paths: tuple[KvPath, ...] = ()
+
+
+NO_TRANSFERS = TransferReport()
+
+
+@dataclass(frozen=True, slots=True)
 class StepOutputs:
     """Everything that one turn of an engine produced."""
 

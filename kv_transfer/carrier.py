@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Protocol
 
 from engine.errors import LeaseLost, SteelyardError, TransferFailed
-from kv_transfer.frames import Message
+from engine.types import KvPath
+from kv_transfer.frames import Commit, Frame, Message, Place
 from kv_transfer.lease import Lease
 
 
 class Producer(Protocol):
     """The prefill side as the carrier's server sees it (prefill_worker/outbox.py)."""
 
-    def messages(self, lease: Lease, first_frame: int) -> AsyncGenerator[Message]:
+    def messages(self, lease: Lease, first_frame: int) -> AsyncGenerator[Frame | Commit]:
         """Frames from `first_frame` on as they are computed, then the COMMIT. Raises LeaseLost."""
+        ...
+
+    def places(self, lease: Lease, first_frame: int) -> AsyncGenerator[tuple[Place, ...] | Commit]:
+        """The same for a reader of the pool itself: where the frames lie, and their digests."""
         ...
 
     def release(self, lease: Lease) -> None:
@@ -27,7 +32,10 @@ class Producer(Protocol):
 
 
 class Carrier(Protocol):
-    """The consumer's end of a link to one producer (decode side)."""
+    """The consumer's end of a link to one producer (decode side). `name`: the kind, as metrics tell it."""
+
+    @property
+    def name(self) -> str: ...
 
     def pull(self, lease: Lease, first_frame: int) -> AsyncGenerator[Message]:
         """The producer's `messages`. A broken link raises TransferFailed."""
@@ -41,7 +49,16 @@ class Carrier(Protocol):
 class CarrierPool(Protocol):
     """Opens and reuses carriers by producer address."""
 
+    @property
+    def num_fallbacks(self) -> Mapping[str, int]:
+        """From each carrier to another, in this worker's life."""
+        ...
+
     def carrier(self, lease: Lease) -> Carrier: ...
+
+    def paths(self) -> tuple[KvPath, ...]:
+        """How fast they were measured to be."""
+        ...
 
 
 def as_transfer_error(error: SteelyardError) -> TransferFailed:

@@ -14,7 +14,12 @@ MAX_FRAME_BYTES = 3 * 2**20  # gRPC refuses messages over 4 MiB; the rest is roo
 class TransferConfig(StrictModel):
     """How KV blocks move from one worker to another."""
 
-    carrier: Literal["grpc"] = Field(default="grpc", description="what carries the bytes")
+    carrier: Literal["auto", "grpc", "shm"] = Field(
+        default="auto", description="what carries the bytes; auto: what was measured to be fastest between two workers"
+    )
+    min_gb_per_s: float = Field(
+        default=0.0, ge=0, description="a carrier that was measured to be slower is not used between these two workers"
+    )
     lease_ttl_s: float = Field(default=10.0, gt=0, description="blocks are freed so long after the last heartbeat")
     heartbeat_s: float = Field(default=2.0, gt=0, description="time between two heartbeats of a lease")
     frame_bytes: int = Field(default=2**20, ge=4096, le=MAX_FRAME_BYTES, description="most KV bytes in one frame")

@@ -5,24 +5,30 @@ a range of the request's blocks (counted in the request, not in any pool), with 
 says of itself. The COMMIT carries the number of frames, a digest over their digests, and the HandOff. No block is
 usable before it.
 
-Wire form, little-endian: a 40-byte header, then the payload (frames) or the encoded HandOff (commit).
+On one host a frame need not travel: a Place says in which blocks of the producer's pool its records lie.
+
+Wire form, little-endian: a 40-byte header, then the payload (frames), the encoded HandOff (commit) or the block ids
+(places).
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import xxhash
 
 from engine.errors import FrameCorrupt
 from engine.planes import CacheLayout
+from engine.pool import Buffer, SharedPool
 
 _HEADER = struct.Struct("<4sBxHHHIIIQQ")  # magic, kind, plane, layers[2], blocks[2], index, digest, length
 HEADER_BYTES = _HEADER.size
 _PLACE = struct.Struct("<IHHHII")  # index, plane, layers[2], blocks[2]
 _MAGIC = b"SYF1"
-_KIND_FRAME, _KIND_COMMIT = 1, 2
+_KIND_FRAME, _KIND_COMMIT, _KIND_PLACE = 1, 2, 3
+_ID_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +63,39 @@ class Commit:
     handoff: bytes
 
 
-Message = Frame | Commit
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A frame that stays where it is: its records lie in these blocks of the producer's pool."""
+
+    index: int
+    spec: FrameSpec
+    block_ids: tuple[int, ...]
+    digest: int
 
 
-def frame_digest(index: int, spec: FrameSpec, payload: bytes | memoryview) -> int:
+@dataclass(frozen=True, slots=True)
+class PlacedFrame:
+    """A place, and the producer's pool as it is mapped here."""
+
+    place: Place
+    source: SharedPool
+
+
+Message = Frame | PlacedFrame | Commit
+
+
+def frame_digest(index: int, spec: FrameSpec, payload: Buffer) -> int:
     """xxh3-64 of the payload, seeded by the number of the frame and the records it is for."""
+    return pieces_digest(index, spec, (payload,))
+
+
+def pieces_digest(index: int, spec: FrameSpec, pieces: Iterable[Buffer]) -> int:
+    """The same of a payload in pieces."""
     place = _PLACE.pack(index, spec.plane, spec.layers.start, spec.layers.stop, spec.blocks.start, spec.blocks.stop)
-    return xxhash.xxh3_64_intdigest(payload, seed=xxhash.xxh3_64_intdigest(place))
+    digest = xxhash.xxh3_64(seed=xxhash.xxh3_64_intdigest(place))
+    for piece in pieces:
+        digest.update(piece)
+    return digest.intdigest()
 
 
 def commit_digest(frame_digests: list[int], handoff: bytes) -> int:
@@ -90,30 +122,53 @@ def payload_bytes(layout: CacheLayout, spec: FrameSpec) -> int:
     return layout.planes[spec.plane].bytes_per_block * len(spec.layers) * len(spec.blocks)
 
 
-def encode(message: Message) -> bytes:
+def encode(message: Frame | Place | Commit) -> bytes:
     if isinstance(message, Commit):
         header = _HEADER.pack(
             _MAGIC, _KIND_COMMIT, 0, 0, 0, 0, 0, message.num_frames, message.digest, len(message.handoff)
         )
         return header + message.handoff
     spec = message.spec
+    kind, body = (_KIND_FRAME, message.payload) if isinstance(message, Frame) else (_KIND_PLACE, _ids(message))
     header = _HEADER.pack(
-        _MAGIC, _KIND_FRAME, spec.plane, spec.layers.start, spec.layers.stop, spec.blocks.start, spec.blocks.stop,
-        message.index, message.digest, len(message.payload),
+        _MAGIC, kind, spec.plane, spec.layers.start, spec.layers.stop, spec.blocks.start, spec.blocks.stop,
+        message.index, message.digest, len(body),
     )  # fmt: skip
-    return b"".join((header, message.payload))
+    return b"".join((header, body))
 
 
-def decode(data: bytes) -> Message:
-    """Raises FrameCorrupt if this is no whole message. The payload is a view of `data`, not yet verified."""
+def decode(data: bytes) -> Frame | Place | Commit:
+    """Raises FrameCorrupt if this is no whole message. A payload is a view of `data`, not yet verified."""
     if len(data) < HEADER_BYTES:
         raise FrameCorrupt(f"message of {len(data)} bytes is shorter than a header")
     magic, kind, plane, layer0, layer1, block0, block1, index, digest, length = _HEADER.unpack_from(data)
-    if magic != _MAGIC or kind not in (_KIND_FRAME, _KIND_COMMIT):
+    if magic != _MAGIC or kind not in (_KIND_FRAME, _KIND_COMMIT, _KIND_PLACE):
         raise FrameCorrupt("message has an unknown header")
     body = memoryview(data)[HEADER_BYTES:]
     if len(body) != length:
         raise FrameCorrupt(f"message announces {length} bytes and has {len(body)}")
     if kind == _KIND_COMMIT:
         return Commit(index, digest, bytes(body))
-    return Frame(index, FrameSpec(plane, range(layer0, layer1), range(block0, block1)), body, digest)
+    spec = FrameSpec(plane, range(layer0, layer1), range(block0, block1))
+    if kind == _KIND_FRAME:
+        return Frame(index, spec, body, digest)
+    if length != _ID_BYTES * len(spec.blocks):
+        raise FrameCorrupt(f"a place of {len(spec.blocks)} blocks has {length} bytes of block ids")
+    return Place(index, spec, struct.unpack(f"<{len(spec.blocks)}I", body), digest)
+
+
+def decode_places(data: bytes) -> list[Place | Commit]:
+    """Of one message with several, one after the other. Raises FrameCorrupt."""
+    found: list[Place | Commit] = []
+    while data:
+        length = _HEADER.unpack_from(data)[-1] if len(data) >= HEADER_BYTES else 0
+        message = decode(data[: HEADER_BYTES + length])
+        if isinstance(message, Frame):
+            raise FrameCorrupt(f"frame {message.index} came where its place was wanted")
+        found.append(message)
+        data = data[HEADER_BYTES + length :]
+    return found
+
+
+def _ids(place: Place) -> bytes:
+    return struct.pack(f"<{len(place.block_ids)}I", *place.block_ids)

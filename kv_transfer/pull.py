@@ -1,7 +1,8 @@
 """The consumer's half of a transfer: pull frames, verify, write them into reserved blocks, take the COMMIT.
 
 1. open the stream at the first frame that is missing;
-2. each frame: right index, known plane, inside the reservation, right length, right digest; only then written;
+2. each frame: right index, known plane, inside the reservation, right length, right digest; only then written. One
+   that is copied from the producer's pool is checked where it has arrived;
 3. a broken link or a bad frame reopens the stream there, at most MAX_RESUMES times in all;
 4. the COMMIT must count all frames, match the digest over theirs, and cover every byte; then the HandOff is returned.
 """
@@ -9,6 +10,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -18,10 +20,10 @@ import numpy as np
 from engine.block_table import transfer_entries
 from engine.errors import FrameCorrupt, LeaseLost, TransferFailed
 from engine.planes import CacheLayout
-from engine.pool import BlockBytes
+from engine.pool import BlockBytes, copy_records
 from engine.types import Key
 from kv_transfer.carrier import Carrier
-from kv_transfer.frames import Commit, Frame, commit_digest, payload_bytes
+from kv_transfer.frames import Commit, Frame, FrameSpec, PlacedFrame, commit_digest, payload_bytes, pieces_digest
 from kv_transfer.handoff import HandOff
 from kv_transfer.lease import Lease
 
@@ -37,6 +39,7 @@ class Pulled:
     size_bytes: int
     num_frames: int
     num_resumes: int
+    carrier: str  # which brought the last of it
 
 
 class Puller:
@@ -65,7 +68,7 @@ class Puller:
         for num_resumes in range(MAX_RESUMES + 1):
             try:
                 handoff = await self._pull_once(timeout_s)
-                return Pulled(handoff, self._size_bytes, len(self._digests), num_resumes)
+                return Pulled(handoff, self._size_bytes, len(self._digests), num_resumes, self._carrier.name)
             except LeaseLost:
                 raise
             except TransferFailed:
@@ -90,28 +93,49 @@ class Puller:
             raise TransferFailed(f"nothing came for {timeout_s:g} s after {len(self._digests)} frames") from None
         raise TransferFailed(f"the stream ended without COMMIT after {len(self._digests)} frames")
 
-    def _take(self, frame: Frame) -> None:
-        if frame.index != len(self._digests):
-            raise FrameCorrupt(f"frame {frame.index} came where {len(self._digests)} was due")
-        self._check_bounds(frame)
+    def _take(self, frame: Frame | PlacedFrame) -> None:
+        """Of a frame that is to be copied from its place only what has arrived can be checked: it is written first."""
+        about = frame.place if isinstance(frame, PlacedFrame) else frame
+        if about.index != len(self._digests):
+            raise FrameCorrupt(f"frame {about.index} came where {len(self._digests)} was due")
+        spec = about.spec
+        self._check_bounds(about.index, spec)
+        size_bytes = self._copy(frame) if isinstance(frame, PlacedFrame) else self._write(frame)
+        self._came[spec.plane][spec.layers.start : spec.layers.stop, spec.blocks.start : spec.blocks.stop] = True
+        self._digests.append(about.digest)
+        self._size_bytes += size_bytes
+
+    def _write(self, frame: Frame) -> int:
+        spec = frame.spec
+        if len(frame.payload) != payload_bytes(self._layout, spec):
+            raise FrameCorrupt(f"frame {frame.index} has {len(frame.payload)} bytes, which do not fit {spec}")
         if self._verify_digests:
             frame.verify()
-        spec = frame.spec
-        block_ids = self._block_ids[spec.blocks.start : spec.blocks.stop]
-        self._pool.write(spec.plane, spec.layers, block_ids, memoryview(frame.payload))
-        self._came[spec.plane][spec.layers.start : spec.layers.stop, spec.blocks.start : spec.blocks.stop] = True
-        self._digests.append(frame.digest)
-        self._size_bytes += len(frame.payload)
+        self._pool.write(spec.plane, spec.layers, self._ids(spec), memoryview(frame.payload))
+        return len(frame.payload)
 
-    def _check_bounds(self, frame: Frame) -> None:
-        spec = frame.spec
+    def _copy(self, frame: PlacedFrame) -> int:
+        place, source, spec = frame.place, frame.source, frame.place.spec
+        if len(place.block_ids) != len(spec.blocks) or not all(0 <= one < source.num_blocks for one in place.block_ids):
+            raise FrameCorrupt(f"frame {place.index} lies in blocks that its producer does not have")
+        arrived = copy_records(source, self._pool, spec.plane, spec.layers, place.block_ids, self._ids(spec))
+        if self._verify_digests:
+            if pieces_digest(place.index, spec, arrived) != place.digest:
+                raise FrameCorrupt(f"frame {place.index} does not match its digest")
+        else:
+            deque(arrived, maxlen=0)
+        return payload_bytes(self._layout, spec)
+
+    def _ids(self, spec: FrameSpec) -> Sequence[int]:
+        return self._block_ids[spec.blocks.start : spec.blocks.stop]
+
+    def _check_bounds(self, index: int, spec: FrameSpec) -> None:
         if spec.plane >= len(self._layout.planes):
-            raise FrameCorrupt(f"frame {frame.index} is of unknown plane {spec.plane}")
+            raise FrameCorrupt(f"frame {index} is of unknown plane {spec.plane}")
         num_layers = self._layout.planes[spec.plane].num_slots
         inside = 0 <= spec.layers.start < spec.layers.stop <= num_layers
-        inside = inside and 0 <= spec.blocks.start < spec.blocks.stop <= len(self._block_ids)
-        if not inside or len(frame.payload) != payload_bytes(self._layout, spec):
-            raise FrameCorrupt(f"frame {frame.index} does not fit the reservation: {spec}, {len(frame.payload)} bytes")
+        if not (inside and 0 <= spec.blocks.start < spec.blocks.stop <= len(self._block_ids)):
+            raise FrameCorrupt(f"frame {index} does not fit the reservation: {spec}")
 
     def _check_commit(self, commit: Commit) -> HandOff:
         if commit.num_frames != len(self._digests) or commit.digest != commit_digest(self._digests, commit.handoff):

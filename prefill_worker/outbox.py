@@ -12,14 +12,26 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from engine.errors import FrameCorrupt, LeaseLost
 from engine.planes import CacheLayout
-from engine.pool import BlockBytes
+from engine.pool import BlockBytes, records_in_place
 from engine.types import Endpoint, Key
-from kv_transfer.frames import Commit, Frame, FrameSpec, Message, commit_digest, cut_frames, frame_digest
+from kv_transfer.frames import (
+    Commit,
+    Frame,
+    FrameSpec,
+    Place,
+    commit_digest,
+    cut_frames,
+    frame_digest,
+    pieces_digest,
+)
 from kv_transfer.lease import Lease
+
+PLACES_AT_ONCE = 8  # in one message: each costs far more to send than to make
 
 
 @dataclass(slots=True, eq=False)
@@ -96,20 +108,34 @@ class Outbox:
 
     # --- the owner's side ----------------------------------------------------------------------------------
 
-    async def messages(self, lease: Lease, first_frame: int) -> AsyncGenerator[Message]:
+    async def messages(self, lease: Lease, first_frame: int) -> AsyncGenerator[Frame | Commit]:
         entry = self._find(lease)
+        async with aclosing(self._complete(entry, first_frame, at_once=1)) as complete:
+            async for indexes in complete:
+                yield self._frame(entry, indexes.start)
+        yield self._commit_message(entry)
+
+    async def places(self, lease: Lease, first_frame: int) -> AsyncGenerator[tuple[Place, ...] | Commit]:
+        entry = self._find(lease)
+        async with aclosing(self._complete(entry, first_frame, PLACES_AT_ONCE)) as complete:
+            async for indexes in complete:
+                yield tuple([self._place(entry, index) for index in indexes])
+        yield self._commit_message(entry)
+
+    async def _complete(self, entry: _Entry, first_frame: int, at_once: int) -> AsyncGenerator[range]:
+        """The numbers of frames that can be read, as they become so, until all of them have."""
         if first_frame > len(entry.digests):
             raise FrameCorrupt(f"frame {first_frame} is wanted, and only {len(entry.digests)} were ever sent")
         index = first_frame
         while True:
             news = entry.news
             while index < len(entry.frames) and not entry.ended:
-                yield self._frame(entry, index)
-                index += 1
+                stop = min(index + at_once, len(entry.frames))
+                yield range(index, stop)
+                index = stop
             if entry.ended:
-                raise LeaseLost(f"the lease on {lease.key} has ended")
+                raise LeaseLost(f"the lease on {entry.lease.key} has ended")
             if entry.handoff is not None:
-                yield self._commit_message(entry, entry.handoff)
                 return
             await news.wait()  # ends at the latest when the lease expires
 
@@ -141,15 +167,29 @@ class Outbox:
         entry.wake()
 
     def _frame(self, entry: _Entry, index: int) -> Frame:
-        spec = entry.frames[index]
-        payload = self._pool.read(spec.plane, spec.layers, entry.block_ids[spec.blocks.start : spec.blocks.stop])
+        spec, block_ids = self._records(entry, index)
+        payload = self._pool.read(spec.plane, spec.layers, block_ids)
         if index == len(entry.digests):
             entry.digests.append(frame_digest(index, spec, payload))
         return Frame(index, spec, payload, entry.digests[index])
 
-    def _commit_message(self, entry: _Entry, handoff: bytes) -> Commit:
+    def _place(self, entry: _Entry, index: int) -> Place:
+        spec, block_ids = self._records(entry, index)
+        if index == len(entry.digests):
+            pieces = records_in_place(self._pool, spec.plane, spec.layers, block_ids)
+            entry.digests.append(pieces_digest(index, spec, pieces))
+        return Place(index, spec, block_ids, entry.digests[index])
+
+    def _records(self, entry: _Entry, index: int) -> tuple[FrameSpec, tuple[int, ...]]:
+        """What a frame holds, and the blocks here that hold it."""
+        spec = entry.frames[index]
+        return spec, entry.block_ids[spec.blocks.start : spec.blocks.stop]
+
+    def _commit_message(self, entry: _Entry) -> Commit:
+        handoff = entry.handoff
+        assert handoff is not None, "all frames are complete"
         for index in range(len(entry.digests), len(entry.frames)):
-            self._frame(entry, index)
+            self._place(entry, index)
         return Commit(len(entry.frames), commit_digest(entry.digests, handoff), handoff)
 
     def _now(self) -> float:

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
-from engine.types import Request, TokenOutput
+from engine.types import NO_TRANSFERS, Request, TokenOutput, TransferReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,7 @@ class WorkerView:
     host_queries: int = 0  # blocks looked up there
     host_hits: int = 0
     kv_token_bytes: int = 0
+    transfers: TransferReport = NO_TRANSFERS
 
 
 @dataclass(frozen=True, slots=True)

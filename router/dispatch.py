@@ -341,4 +341,5 @@ def _view(link: WorkerLink) -> WorkerView:
         member.worker_id, member.incarnation, member.role, member.address, link.connected, stats.num_running,
         stats.num_waiting, stats.num_blocks, stats.num_free_blocks, stats.num_leaked_blocks, stats.prefix_queries,
         stats.prefix_hits, stats.host_blocks, stats.host_queries, stats.host_hits, member.kv_token_bytes,
+        link.transfers,
     )  # fmt: skip

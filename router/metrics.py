@@ -14,7 +14,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
-from engine.types import FinishReason
+from engine.types import CarrierTotals, FinishReason
 from router.api import HealthView, WorkerView
 from router.ledger import Ledger
 from router.replies import Usage
@@ -126,6 +126,14 @@ _CACHES: tuple[tuple[str, str, Callable[[WorkerView], float]], ...] = (
 )
 
 
+_TRANSFERS: tuple[tuple[str, str, Callable[[CarrierTotals], float]], ...] = (
+    ("steelyard_kv_transfers", "Transfers of KV that a carrier has completed", lambda one: one.num_pulls),
+    ("steelyard_kv_transfer_bytes", "KV bytes that it has brought", lambda one: one.size_bytes),
+    ("steelyard_kv_transfer_seconds", "From reservation to the last byte, summed", lambda one: one.duration_s),
+    ("steelyard_kv_carrier_fallbacks", "How often another one had to go on for it", lambda one: one.num_fallbacks),
+)
+
+
 class _HealthCollector(Collector):
     """The workers' gauges, from one health view per scrape."""
 
@@ -152,6 +160,7 @@ class _HealthCollector(Collector):
         )
         for name, words, value in _CACHES:
             yield self._per_worker(name, words, view, value)
+        yield from _transfers(self._model_name, view)
         yield _workers_per_role(view)
         yield GaugeMetricFamily("steelyard_healthy", "1 if a canary went through in time", view.healthy)
         yield GaugeMetricFamily(
@@ -170,6 +179,24 @@ class _HealthCollector(Collector):
         for worker in view.workers:
             gauge.add_metric([self._model_name, worker.worker_id, worker.role], value(worker))
         return gauge
+
+
+def _transfers(model_name: str, view: HealthView) -> Iterator[GaugeMetricFamily]:
+    """Of each worker to which KV comes, by what carries it."""
+    for name, words, value in _TRANSFERS:
+        gauge = GaugeMetricFamily(name, words, labels=["model_name", "engine", "carrier"])
+        for worker in view.workers:
+            for totals in worker.transfers.totals:
+                gauge.add_metric([model_name, worker.worker_id, totals.carrier], value(totals))
+        yield gauge
+    words = "Speed of a carrier from a worker to this one, measured at first contact"
+    speed = GaugeMetricFamily(
+        "steelyard_kv_path_gb_per_second", words, labels=["model_name", "engine", "peer", "carrier"]
+    )
+    for worker in view.workers:
+        for path in worker.transfers.paths:
+            speed.add_metric([model_name, worker.worker_id, path.peer, path.carrier], path.bytes_per_s / 1e9)
+    yield speed
 
 
 def _kv_usage(worker: WorkerView) -> float:

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from engine.errors import SteelyardError
 from engine.streams import StreamBatch
-from engine.types import EngineStats, Key, Submission
+from engine.types import NO_TRANSFERS, EngineStats, Key, Submission
 from router.membership import Member
 
 SILENCE_S = 5.0
@@ -58,6 +58,7 @@ class WorkerLink:
         self.client = client
         self.connected = False
         self._told = EngineStats()
+        self.transfers = NO_TRANSFERS  # as told last
         self._gateway_id = gateway_id
         self._on_batch = on_batch
         self._on_down = on_down
@@ -91,6 +92,7 @@ class WorkerLink:
                     patience.reschedule(loop.time() + SILENCE_S)
                     self.connected = True
                     self._told = batch.stats
+                    self.transfers = batch.transfers
                     self._on_batch(self.member, batch)
             return "its token stream ended"
         except TimeoutError:

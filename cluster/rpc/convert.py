@@ -9,16 +9,19 @@ from cluster.sides import WorkerStatus
 from engine.step_shape import Chunk, StepRecord, StepShape
 from engine.streams import StreamBatch
 from engine.types import (
+    CarrierTotals,
     Endpoint,
     EngineStats,
     ErrorInfo,
     FinishReason,
     Key,
+    KvPath,
     Request,
     SamplingParams,
     Submission,
     TokenLogprob,
     TokenOutput,
+    TransferReport,
 )
 from kv_transfer.lease import Lease, Offer
 
@@ -124,12 +127,35 @@ def status_to(status: WorkerStatus) -> control_pb2.WorkerStatus:
 
 def batch_to(batch: StreamBatch) -> token_pb2.TokenBatch:
     outputs = [_output_to(output) for output in batch.outputs]
-    return token_pb2.TokenBatch(outputs=outputs, stats=stats_to(batch.stats), steps=map(_step_to, batch.steps))
+    return token_pb2.TokenBatch(
+        outputs=outputs, stats=stats_to(batch.stats), steps=map(_step_to, batch.steps),
+        carriers=map(_carrier_to, batch.transfers.totals), paths=map(_path_to, batch.transfers.paths),
+    )  # fmt: skip
 
 
 def batch_from(message: token_pb2.TokenBatch) -> StreamBatch:
     outputs = tuple(_output_from(output) for output in message.outputs)
-    return StreamBatch(outputs, stats_from(message.stats), tuple(map(_step_from, message.steps)))
+    transfers = TransferReport(tuple(map(_carrier_from, message.carriers)), tuple(map(_path_from, message.paths)))
+    return StreamBatch(outputs, stats_from(message.stats), tuple(map(_step_from, message.steps)), transfers)
+
+
+def _carrier_to(totals: CarrierTotals) -> token_pb2.CarrierTotals:
+    return token_pb2.CarrierTotals(
+        carrier=totals.carrier, pulls=totals.num_pulls, bytes=totals.size_bytes, seconds=totals.duration_s,
+        fallbacks=totals.num_fallbacks,
+    )  # fmt: skip
+
+
+def _carrier_from(message: token_pb2.CarrierTotals) -> CarrierTotals:
+    return CarrierTotals(message.carrier, message.pulls, message.bytes, message.seconds, message.fallbacks)
+
+
+def _path_to(path: KvPath) -> token_pb2.KvPath:
+    return token_pb2.KvPath(peer=path.peer, carrier=path.carrier, bytes_per_second=path.bytes_per_s)
+
+
+def _path_from(message: token_pb2.KvPath) -> KvPath:
+    return KvPath(message.peer, message.carrier, message.bytes_per_second)
 
 
 def _step_to(record: StepRecord) -> token_pb2.Step:

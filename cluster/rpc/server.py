@@ -19,6 +19,7 @@ from kv_transfer.carrier import Producer
 from kv_transfer.carriers.grpc import kv_handler
 from kv_transfer.carriers.status import abort_with
 from kv_transfer.lease import Offer
+from kv_transfer.sample import Sample
 
 
 class WorkerCalls(Protocol):
@@ -91,12 +92,12 @@ class WorkerServer:
         port = self._server.add_insecure_port(f"{host}:0")
         return f"{host}:{port}"
 
-    async def start(self, worker: WorkerCalls, producer: Producer) -> None:
+    async def start(self, worker: WorkerCalls, producer: Producer, sample: Sample) -> None:
         """Begin to answer."""
         request_pb2_grpc.add_RequestsServicer_to_server(_Requests(worker), self._server)
         token_pb2_grpc.add_TokensServicer_to_server(_Tokens(worker), self._server)
         control_pb2_grpc.add_ControlServicer_to_server(_Control(worker), self._server)
-        self._server.add_generic_rpc_handlers((kv_handler(producer),))
+        self._server.add_generic_rpc_handlers((kv_handler(producer, sample),))
         await self._server.start()
 
     async def stop(self) -> None:

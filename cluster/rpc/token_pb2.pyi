@@ -121,12 +121,40 @@ class Step(_message.Message):
     step_seconds: float
     def __init__(self, chunks: _Optional[_Iterable[_Union[Chunk, _Mapping]]] = ..., num_decoding: _Optional[int] = ..., num_context: _Optional[int] = ..., step_seconds: _Optional[float] = ...) -> None: ...
 
+class CarrierTotals(_message.Message):
+    __slots__ = ("carrier", "pulls", "bytes", "seconds", "fallbacks")
+    CARRIER_FIELD_NUMBER: _ClassVar[int]
+    PULLS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    FALLBACKS_FIELD_NUMBER: _ClassVar[int]
+    carrier: str
+    pulls: int
+    bytes: int
+    seconds: float
+    fallbacks: int
+    def __init__(self, carrier: _Optional[str] = ..., pulls: _Optional[int] = ..., bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., fallbacks: _Optional[int] = ...) -> None: ...
+
+class KvPath(_message.Message):
+    __slots__ = ("peer", "carrier", "bytes_per_second")
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    CARRIER_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    peer: str
+    carrier: str
+    bytes_per_second: float
+    def __init__(self, peer: _Optional[str] = ..., carrier: _Optional[str] = ..., bytes_per_second: _Optional[float] = ...) -> None: ...
+
 class TokenBatch(_message.Message):
-    __slots__ = ("outputs", "stats", "steps")
+    __slots__ = ("outputs", "stats", "steps", "carriers", "paths")
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
+    CARRIERS_FIELD_NUMBER: _ClassVar[int]
+    PATHS_FIELD_NUMBER: _ClassVar[int]
     outputs: _containers.RepeatedCompositeFieldContainer[TokenOutput]
     stats: Stats
     steps: _containers.RepeatedCompositeFieldContainer[Step]
-    def __init__(self, outputs: _Optional[_Iterable[_Union[TokenOutput, _Mapping]]] = ..., stats: _Optional[_Union[Stats, _Mapping]] = ..., steps: _Optional[_Iterable[_Union[Step, _Mapping]]] = ...) -> None: ...
+    carriers: _containers.RepeatedCompositeFieldContainer[CarrierTotals]
+    paths: _containers.RepeatedCompositeFieldContainer[KvPath]
+    def __init__(self, outputs: _Optional[_Iterable[_Union[TokenOutput, _Mapping]]] = ..., stats: _Optional[_Union[Stats, _Mapping]] = ..., steps: _Optional[_Iterable[_Union[Step, _Mapping]]] = ..., carriers: _Optional[_Iterable[_Union[CarrierTotals, _Mapping]]] = ..., paths: _Optional[_Iterable[_Union[KvPath, _Mapping]]] = ...) -> None: ...

@@ -17,9 +17,9 @@ from cluster.simulator.clock import virtual_loop
 from cluster.simulator.network import CALL_BYTES, Network, Port
 from engine.errors import SteelyardError
 from engine.streams import StreamBatch
-from engine.types import Endpoint, EngineStats, Key, Submission, TokenOutput
+from engine.types import Endpoint, EngineStats, Key, KvPath, Submission, TokenOutput
 from kv_transfer.carrier import as_transfer_error
-from kv_transfer.frames import HEADER_BYTES, Frame, Message
+from kv_transfer.frames import HEADER_BYTES, Commit, Frame, Message
 from kv_transfer.lease import Lease, Offer
 from router.membership import Member
 
@@ -82,7 +82,7 @@ class SimulatedClient:
             async for batch in batches:
                 latency_s = self._network.latency_s(self._worker, self._gateway)
                 outputs = tuple([_arrived(output, latency_s) for output in batch.outputs])
-                yield StreamBatch(outputs, batch.stats, batch.steps)
+                yield replace(batch, outputs=outputs)
 
     def stats_by_now(self, told: EngineStats) -> EngineStats:
         latency_s = self._network.latency_s(self._worker, self._gateway)
@@ -128,13 +128,19 @@ class SimulatedCarriers:
         self._network = network
         self._worker = worker
         self._bytes_scale = bytes_scale
+        self.num_fallbacks: dict[str, int] = {}
 
     def carrier(self, lease: Lease) -> SimulatedCarrier:
         return SimulatedCarrier(self._network, self._worker, self._bytes_scale, lease)
 
+    def paths(self) -> tuple[KvPath, ...]:
+        return ()
+
 
 class SimulatedCarrier:
     """Implements kv_transfer.carrier.Carrier: a link to the producer that granted `to`."""
+
+    name = "simulated"
 
     def __init__(self, network: WorkerNetwork, worker: WorkerPort, bytes_scale: float, to: Lease) -> None:
         self._network = network
@@ -175,9 +181,10 @@ class SimulatedCarrier:
             raise as_transfer_error(error) from None
 
     def _message_bytes(self, message: Message) -> int:
-        if isinstance(message, Frame):
-            return HEADER_BYTES + round(self._bytes_scale * len(message.payload))
-        return HEADER_BYTES + len(message.handoff)
+        if isinstance(message, Commit):
+            return HEADER_BYTES + len(message.handoff)
+        assert isinstance(message, Frame), "simulated workers share no memory"
+        return HEADER_BYTES + round(self._bytes_scale * len(message.payload))
 
 
 def batch_bytes(batch: StreamBatch) -> int:

@@ -1,41 +1,59 @@
 """The gRPC carrier: one stream of raw frame messages per pull. Works between any two hosts.
 
-Messages are the bytes of kv_transfer.frames as they are; requests are small msgpack records. Nothing is pickled.
+Messages are the bytes of kv_transfer.frames as they are; requests are small msgpack records. Nothing is pickled. Beside
+frames the same service tells places, for readers of the pool itself, and sends the sample that paths are measured with.
 """
 
 from __future__ import annotations
 
+import struct
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import cast
 
 import grpc
 import msgpack
+import xxhash
 
-from engine.errors import InvalidRequest, SteelyardError
-from engine.types import Key
+from engine.errors import FrameCorrupt, InvalidRequest, SteelyardError, TransferFailed
+from engine.types import Key, KvPath
 from kv_transfer.carrier import Producer, as_transfer_error
 from kv_transfer.carriers.status import abort_with, typed_errors
-from kv_transfer.frames import Message, decode, encode
+from kv_transfer.frames import Commit, Frame, Message, Place, decode, decode_places, encode
 from kv_transfer.lease import Lease
+from kv_transfer.sample import Sample
 
 SERVICE = "steelyard.KV"
 CALL_TIMEOUT_S = 2.0
+PROBE_TIMEOUT_S = 5.0
+PROBE_BYTES = 2**20  # in one message
+_DIGEST = struct.Struct("<Q")
 
 Channels = Callable[[str, str], grpc.aio.Channel]  # (address, incarnation) -> a channel that authenticates
 
 
-def kv_handler(producer: Producer) -> grpc.GenericRpcHandler:
-    """Serves a producer's outbox."""
+def kv_handler(producer: Producer, sample: Sample | None = None) -> grpc.GenericRpcHandler:
+    """Serves a producer's outbox, and a sample."""
 
     async def pull(data: bytes, context: grpc.aio.ServicerContext) -> AsyncGenerator[bytes]:
-        try:
-            leases, first_frame = _unpack(data)
-            async with aclosing(producer.messages(leases[0], first_frame)) as messages:
-                async for message in messages:
-                    yield encode(message)
-        except SteelyardError as error:
-            await abort_with(context, error)
+        async with aclosing(_sent(producer.messages, data, context)) as messages:
+            async for message in messages:
+                yield message
+
+    async def places(data: bytes, context: grpc.aio.ServicerContext) -> AsyncGenerator[bytes]:
+        async with aclosing(_sent(producer.places, data, context)) as messages:
+            async for message in messages:
+                yield message
+
+    async def probe(_: bytes, context: grpc.aio.ServicerContext) -> AsyncGenerator[bytes]:
+        """The sample's digest, then its bytes."""
+        if sample is None:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this worker has no sample")
+            return
+        yield _DIGEST.pack(sample.digest)
+        for start in range(0, len(sample.memory), PROBE_BYTES):
+            yield sample.memory[start : start + PROBE_BYTES]
 
     async def release(data: bytes, context: grpc.aio.ServicerContext) -> bytes:
         try:
@@ -54,27 +72,63 @@ def kv_handler(producer: Producer) -> grpc.GenericRpcHandler:
 
     handlers = {
         "Pull": grpc.unary_stream_rpc_method_handler(pull),
+        "Places": grpc.unary_stream_rpc_method_handler(places),
+        "Probe": grpc.unary_stream_rpc_method_handler(probe),
         "Release": grpc.unary_unary_rpc_method_handler(release),
         "Renew": grpc.unary_unary_rpc_method_handler(renew),
     }
     return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
 
+async def _sent(
+    source: Callable[[Lease, int], AsyncGenerator[Frame | tuple[Place, ...] | Commit]],
+    data: bytes,
+    context: grpc.aio.ServicerContext,
+) -> AsyncGenerator[bytes]:
+    try:
+        leases, first_frame = _unpack(data)
+        async with aclosing(source(leases[0], first_frame)) as messages:
+            async for message in messages:
+                yield b"".join(map(encode, message)) if isinstance(message, tuple) else encode(message)
+    except SteelyardError as error:
+        await abort_with(context, error)
+
+
 class GrpcCarrier:
     """The consumer's end. Implements kv_transfer.carrier.Carrier."""
 
+    name = "grpc"
+
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._pull = channel.unary_stream(f"/{SERVICE}/Pull")
+        self._places = channel.unary_stream(f"/{SERVICE}/Places")
         self._release = channel.unary_unary(f"/{SERVICE}/Release")
         self._renew = channel.unary_unary(f"/{SERVICE}/Renew")
 
     async def pull(self, lease: Lease, first_frame: int) -> AsyncGenerator[Message]:
+        async with aclosing(self._received(self._pull, lease, first_frame)) as received:
+            async for data in received:
+                message = decode(data)
+                if isinstance(message, Place):
+                    raise FrameCorrupt(f"frame {message.index} came without its bytes")
+                yield message
+
+    async def places(self, lease: Lease, first_frame: int) -> AsyncGenerator[Place | Commit]:
+        """Where the frames lie, for who reads the producer's pool itself."""
+        async with aclosing(self._received(self._places, lease, first_frame)) as received:
+            async for data in received:
+                for message in decode_places(data):
+                    yield message
+
+    async def _received(
+        self, method: grpc.aio.UnaryStreamMultiCallable, lease: Lease, first_frame: int
+    ) -> AsyncGenerator[bytes]:
         try:
             with typed_errors():
-                call = self._pull(_pack((lease,), first_frame))
+                call = method(_pack((lease,), first_frame))
                 try:
                     async for data in call:
-                        yield decode(data)
+                        yield data
                 finally:
                     call.cancel()
         except SteelyardError as error:
@@ -94,14 +148,36 @@ class GrpcCarrier:
             raise as_transfer_error(error) from None
 
 
+async def probe(channel: grpc.aio.Channel) -> tuple[int, float]:
+    """Fetch the sample: its digest, which fits its bytes, and bytes per second. Raises TransferFailed."""
+    try:
+        with typed_errors():
+            call = channel.unary_stream(f"/{SERVICE}/Probe")(b"", timeout=PROBE_TIMEOUT_S)
+            arriving = aiter(call)
+            (wanted,) = _DIGEST.unpack(await anext(arriving))
+            digest, size_bytes, begun = xxhash.xxh3_64(), 0, time.perf_counter()
+            async for data in arriving:
+                digest.update(data)
+                size_bytes += len(data)
+    except (SteelyardError, struct.error, StopAsyncIteration) as error:
+        raise TransferFailed(f"the sample could not be fetched: {error}") from None
+    if digest.intdigest() != wanted:
+        raise FrameCorrupt(f"the {size_bytes} bytes of the sample that came do not match its digest")
+    return wanted, size_bytes / (time.perf_counter() - begun)
+
+
 class GrpcCarriers:
-    """Implements kv_transfer.carrier.CarrierPool over shared channels."""
+    """Implements kv_transfer.carrier.CarrierPool over shared channels, for one kind of carrier only."""
 
     def __init__(self, channels: Channels) -> None:
         self._channels = channels
+        self.num_fallbacks: dict[str, int] = {}
 
     def carrier(self, lease: Lease) -> GrpcCarrier:
         return GrpcCarrier(self._channels(lease.address, lease.incarnation))
+
+    def paths(self) -> tuple[KvPath, ...]:
+        return ()
 
 
 def _pack(leases: Sequence[Lease], first_frame: int) -> bytes:

@@ -129,7 +129,7 @@ FAULTS = {
     "kv_transfer: {frame_bytes: 100}": "kv_transfer.frame_bytes: must be at least 4096, got 100",
     "model: {name: ''}": "model.name: must not be empty",
     "model: {dtype: float16}": "model.dtype: expected 'float32' or 'bfloat16', got 'float16'",
-    "kv_transfer: {carrier: pigeon}": "kv_transfer.carrier: expected 'grpc', got 'pigeon'",
+    "kv_transfer: {carrier: pigeon}": "kv_transfer.carrier: expected 'auto', 'grpc' or 'shm', got 'pigeon'",
     # impossible combinations
     "kv_transfer: {heartbeat_s: 5}": (
         "kv_transfer: heartbeat_s (5) must be less than half of lease_ttl_s (10), or one lost heartbeat ends the lease"

@@ -22,18 +22,22 @@ from engine.errors import ERRORS, DeadlineExceeded, StaleIncarnation, SteelyardE
 from engine.step_shape import Chunk, StepRecord, StepShape
 from engine.streams import StreamBatch
 from engine.types import (
+    CarrierTotals,
     Endpoint,
     EngineStats,
     ErrorInfo,
     FinishReason,
     Key,
+    KvPath,
     Request,
     Role,
     SamplingParams,
     Submission,
     TokenOutput,
+    TransferReport,
 )
 from kv_transfer.lease import Lease, Offer
+from kv_transfer.sample import Sample
 from router.membership import Member
 from tests.kv_transfer.fakes import transfer
 from tests.strategies import SAMPLING_PARAMS, TOKEN_LOGPROBS
@@ -172,6 +176,9 @@ class Served:
         return Endpoint(self.member.worker_id, self.member.incarnation, self.member.address, self.member.cohort)
 
 
+TRANSFERS = TransferReport((CarrierTotals("shm", 3, 2**40, 0.5, 1),), (KvPath("p0", "shm", 1e10),))
+
+
 @asynccontextmanager
 async def serve(secret: bytes = SECRET, error: SteelyardError | None = None) -> AsyncIterator[Served]:
     """A worker's real server, and channels of a peer that has this secret."""
@@ -179,13 +186,15 @@ async def serve(secret: bytes = SECRET, error: SteelyardError | None = None) -> 
     with transfer() as case:
         server = WorkerServer(SECRET, "i1")
         member = Member("d0", "i1", Role.DECODE, 0, server.bind("127.0.0.1"), "c")
-        await server.start(worker, case.outbox)
+        sample = Sample()
+        await server.start(worker, case.outbox, sample)
         channels = Channels(secret)
         try:
             yield Served(worker, server, member, channels)
         finally:
             await channels.close()
             await server.stop()
+            sample.close()
 
 
 async def test_calls_arrive_as_the_records_that_were_sent() -> None:
@@ -201,7 +210,8 @@ async def test_calls_arrive_as_the_records_that_were_sent() -> None:
 async def test_a_stream_of_batches_arrives_and_ends_at_the_worker_when_the_reader_leaves() -> None:
     async with serve() as s:
         s.worker.batches = [
-            StreamBatch((TokenOutput(Key("r", 0), i, (i,)),), EngineStats(num_steps=i)) for i in range(3)
+            StreamBatch((TokenOutput(Key("r", 0), i, (i,)),), EngineStats(num_steps=i), transfers=TRANSFERS)
+            for i in range(3)
         ]
         async with aclosing(s.client.tokens("g0")) as stream:
             assert [await anext(stream) for _ in range(3)] == s.worker.batches

@@ -20,6 +20,7 @@ from engine.types import (
     ErrorInfo,
     FinishReason,
     Key,
+    KvPath,
     Release,
     Reserve,
     Reserved,
@@ -58,9 +59,13 @@ class Carriers:
     """One carrier per producer. Implements CarrierPool."""
 
     by_address: dict[str, Carrier] = field(default_factory=dict)
+    num_fallbacks: dict[str, int] = field(default_factory=dict)
 
     def carrier(self, lease: Lease) -> Carrier:
         return self.by_address[lease.address]
+
+    def paths(self) -> tuple[KvPath, ...]:
+        return ()
 
 
 @dataclass(eq=False)
@@ -68,6 +73,7 @@ class Deaf:
     """A producer that never answers."""
 
     num_asked: int = 0
+    name: str = "deaf"
 
     async def pull(self, lease: Lease, first_frame: int) -> AsyncGenerator[Message]:
         self.num_asked += 1

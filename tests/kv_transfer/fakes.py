@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from engine.errors import TransferFailed
 from engine.planes import CacheLayout, attention_layout
 from engine.pool import SharedPool
-from engine.types import Endpoint, Key, Request, SamplingParams
-from kv_transfer.frames import HEADER_BYTES, Message, decode, encode
+from engine.types import Endpoint, Key, KvPath, Request, SamplingParams
+from kv_transfer.frames import HEADER_BYTES, Message, Place, decode, encode
 from kv_transfer.handoff import HandOff
 from kv_transfer.lease import Lease
 from kv_transfer.pull import Pulled, Puller
@@ -92,6 +92,8 @@ class Link:
 
     outbox: Outbox
     fault: Fault = deliver
+    name: str = "link"
+    num_fallbacks: dict[str, int] = field(default_factory=dict)
     pulls: list[int] = field(default_factory=list)  # the first frame that each pull asked for
     num_messages: int = 0
     num_payload_bytes: int = 0
@@ -106,7 +108,9 @@ class Link:
                 number, self.num_messages = self.num_messages, self.num_messages + 1
                 for data in self.fault(number, encode(message)):
                     self.num_payload_bytes += 0 if is_commit(data) else max(0, len(data) - HEADER_BYTES)
-                    yield decode(data)
+                    decoded = decode(data)
+                    assert not isinstance(decoded, Place), "no fault makes a place of a frame"
+                    yield decoded
 
     async def release(self, lease: Lease) -> None:
         self.released.append(lease)
@@ -119,6 +123,9 @@ class Link:
     def carrier(self, lease: Lease) -> Link:
         """Implements CarrierPool too."""
         return self
+
+    def paths(self) -> tuple[KvPath, ...]:
+        return ()
 
 
 @dataclass(eq=False)
@@ -164,7 +171,7 @@ class Transfer:
 @contextmanager
 def transfer(
     num_tokens: int = 18, frame_bytes: int = FRAME_BYTES, layout: CacheLayout = LAYOUT, seed: int = 0,
-    fault: Fault = deliver,
+    fault: Fault = deliver, producer: Endpoint = PRODUCER,
 ) -> Iterator[Transfer]:  # fmt: skip
     """A granted lease on blocks of which nothing is computed yet; block ids are shuffled on both sides."""
     order = random.Random(seed)
@@ -173,7 +180,7 @@ def transfer(
     source, target = random_pool(layout, seed), poisoned_pool(layout)
     ended: list[Key] = []
     outbox = Outbox(layout, source, frame_bytes, TTL_S, lambda: "secret", ended.append)
-    lease = outbox.grant(KEY, PRODUCER)
+    lease = outbox.grant(KEY, producer)
     try:
         yield Transfer(source, target, outbox, lease, Link(outbox, fault), num_tokens, source_ids, target_ids, ended)
     finally:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import accumulate
+
 import pytest
 import xxhash
 from hypothesis import given
@@ -12,12 +15,15 @@ from kv_transfer.frames import (
     Commit,
     Frame,
     FrameSpec,
+    Place,
     commit_digest,
     cut_frames,
     decode,
+    decode_places,
     encode,
     frame_digest,
     payload_bytes,
+    pieces_digest,
 )
 
 U16, U32, U64 = (st.integers(0, 2**bits - 1) for bits in (16, 32, 64))
@@ -31,6 +37,11 @@ def ranges(draw: st.DrawFn, bound: int) -> range:
 
 SPECS = st.builds(FrameSpec, U16, ranges(2**16 - 1), ranges(2**32 - 1))
 FRAMES = st.builds(Frame, U32, SPECS, st.binary(max_size=300), U64)
+IDS = st.lists(U32, min_size=0, max_size=40).map(tuple)
+PLACES = st.builds(
+    lambda index, plane, ids, digest: Place(index, FrameSpec(plane, range(1, 3), range(5, 5 + len(ids))), ids, digest),
+    U32, U16, IDS, U64,
+)  # fmt: skip
 COMMITS = st.builds(Commit, U32, U64, st.binary(max_size=300))
 
 
@@ -47,9 +58,34 @@ def layouts(draw: st.DrawFn) -> CacheLayout:
     return CacheLayout(planes, block_size, (Group((0,)),))
 
 
-@given(st.one_of(FRAMES, COMMITS))
-def test_what_is_encoded_decodes_to_the_same_message(message: Frame | Commit) -> None:
+@given(st.one_of(FRAMES, PLACES, COMMITS))
+def test_what_is_encoded_decodes_to_the_same_message(message: Frame | Place | Commit) -> None:
     assert decode(encode(message)) == message
+
+
+@given(st.lists(st.one_of(PLACES, COMMITS)), st.integers(0, 400))
+def test_several_places_in_one_message_are_found_again_and_a_cut_one_is_refused(
+    messages: list[Place | Commit], cut: int
+) -> None:
+    data = b"".join(map(encode, messages))
+    assert decode_places(data) == messages
+    ends = set(accumulate((len(encode(one)) for one in messages), initial=0))
+    if cut < len(data) and cut not in ends:
+        with pytest.raises(FrameCorrupt):
+            decode_places(data[:cut])
+
+
+@given(PLACES, st.integers(1, 8))
+def test_a_place_with_more_or_fewer_block_ids_than_blocks_is_refused(place: Place, wrong: int) -> None:
+    more = replace(place, block_ids=(*place.block_ids, *range(wrong)))
+    with pytest.raises(FrameCorrupt, match="block ids"):
+        decode(encode(more))
+
+
+@given(st.lists(st.binary(max_size=50)))
+def test_a_payload_in_pieces_has_the_digest_of_the_whole(pieces: list[bytes]) -> None:
+    spec = FrameSpec(1, range(2, 4), range(5, 6))
+    assert pieces_digest(7, spec, pieces) == frame_digest(7, spec, b"".join(pieces))
 
 
 def test_the_bytes_on_the_wire_change_only_with_the_wire_version() -> None:

@@ -273,6 +273,7 @@ class Script:
     """A Carrier that sends these messages at every pull, from the frame asked for."""
 
     messages: Sequence[Message]
+    name: str = "script"
 
     async def pull(self, lease: Lease, first_frame: int) -> AsyncGenerator[Message]:
         for message in self.messages[first_frame:]:

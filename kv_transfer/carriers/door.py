@@ -1,0 +1,173 @@
+"""The door of a pool: lets other processes of the same host read one worker's pool, without a copy between.
+
+1. a reader connects to the abstract socket that carries the incarnation's name: only this host has it;
+2. both show that they know the cluster's token, each by a MAC over both sides' nonces; the token never travels;
+3. the reader gets the number of blocks and two descriptors that it cannot write to: the pool, and a sample of bytes to
+   measure the path with.
+Who is another user, is silent for DOOR_TIMEOUT_S or shows a wrong MAC is sent away. Nothing is left on any disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import mmap
+import os
+import secrets
+import socket
+import struct
+from dataclasses import dataclass
+
+from engine.errors import TransferFailed
+from engine.planes import CacheLayout
+from engine.pool import SharedPool
+
+DOOR_TIMEOUT_S = 2.0
+MAX_WAITING = 64
+NONCE_BYTES = MAC_BYTES = 32
+_ANSWER = struct.Struct("<QQ")  # blocks of the pool, bytes of the sample
+_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenPool:
+    """Another worker's pool, mapped here to be read."""
+
+    pool: SharedPool
+    sample: mmap.mmap
+
+    def close(self) -> None:
+        self.pool.close()
+        self.sample.close()
+
+
+class PoolDoor:
+    """The producer's end, from when it is made until `close`."""
+
+    def __init__(self, pool: SharedPool, sample_fd: int, token: str, incarnation: str) -> None:
+        self._token = token.encode()
+        self._answer = _ANSWER.pack(pool.num_blocks, os.fstat(sample_fd).st_size)
+        self._fds = [_read_only(pool.fd), _read_only(sample_fd)]
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        self._listener.bind(_door_name(incarnation))
+        self._listener.listen(MAX_WAITING)
+        self._task = asyncio.get_running_loop().create_task(self._welcome(), name="door of the pool")
+
+    async def close(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        self._listener.close()
+        for fd in self._fds:
+            os.close(fd)
+
+    async def _welcome(self) -> None:
+        loop = asyncio.get_running_loop()
+        async with asyncio.TaskGroup() as visits:
+            while True:
+                visitor, _ = await loop.sock_accept(self._listener)
+                visits.create_task(self._let_in(visitor))
+
+    async def _let_in(self, visitor: socket.socket) -> None:
+        with visitor:
+            try:
+                async with asyncio.timeout(DOOR_TIMEOUT_S):
+                    await self._show_and_see(visitor)
+                    socket.send_fds(visitor, [self._answer], self._fds)
+            except (OSError, TransferFailed, TimeoutError) as error:
+                log.warning("a reader of the pool was sent away: %s", error or "it was silent")
+
+    async def _show_and_see(self, visitor: socket.socket) -> None:
+        _check_user(visitor)
+        theirs, ours = await _exactly(visitor, NONCE_BYTES), secrets.token_bytes(NONCE_BYTES)
+        await asyncio.get_running_loop().sock_sendall(visitor, ours + _mac(self._token, b"door", theirs, ours))
+        if not hmac.compare_digest(await _exactly(visitor, MAC_BYTES), _mac(self._token, b"reader", theirs, ours)):
+            raise TransferFailed("it does not know the cluster's secret")
+
+
+async def open_pool(layout: CacheLayout, token: str, incarnation: str) -> OpenPool:
+    """Map the pool of a worker's life. Raises TransferFailed: it lives on another host, has no such door, or what is
+    there is not what was expected."""
+    try:
+        async with asyncio.timeout(DOOR_TIMEOUT_S):
+            return await _enter(layout, token.encode(), incarnation)
+    except OSError as error:
+        raise TransferFailed(f"no pool of {incarnation} can be read on this host: {error.strerror or error}") from None
+
+
+async def _enter(layout: CacheLayout, token: bytes, incarnation: str) -> OpenPool:
+    loop = asyncio.get_running_loop()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as door:
+        await loop.sock_connect(door, _door_name(incarnation))
+        _check_user(door)
+        ours = secrets.token_bytes(NONCE_BYTES)
+        await loop.sock_sendall(door, ours)
+        answer = await _exactly(door, NONCE_BYTES + MAC_BYTES)
+        theirs, shown = answer[:NONCE_BYTES], answer[NONCE_BYTES:]
+        if not hmac.compare_digest(shown, _mac(token, b"door", ours, theirs)):
+            raise TransferFailed("whoever opened the door does not know the cluster's secret")
+        await loop.sock_sendall(door, _mac(token, b"reader", ours, theirs))
+        data, fds = await _receive_fds(door)
+    try:
+        return _mapped(layout, data, fds)
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def _mapped(layout: CacheLayout, data: bytes, fds: list[int]) -> OpenPool:
+    """The maps keep descriptors of their own."""
+    if len(data) != _ANSWER.size or len(fds) != 2:
+        raise TransferFailed("the door was shut before the pool came")
+    num_blocks, sample_bytes = _ANSWER.unpack(data)
+    sizes = [os.fstat(fd).st_size for fd in fds]
+    if sizes != [layout.bytes_per_block * num_blocks, sample_bytes]:
+        raise TransferFailed(f"pool and sample have {sizes} bytes, and not those of {num_blocks} blocks")
+    pool = SharedPool(layout, num_blocks, os.dup(fds[0]), access=mmap.ACCESS_READ)
+    return OpenPool(pool, mmap.mmap(fds[1], sample_bytes, access=mmap.ACCESS_READ))
+
+
+async def _receive_fds(door: socket.socket) -> tuple[bytes, list[int]]:
+    """asyncio cannot receive descriptors: wait until something is there, then take it."""
+    loop = asyncio.get_running_loop()
+    readable = loop.create_future()
+    loop.add_reader(door, lambda: readable.done() or readable.set_result(None))
+    try:
+        await readable
+    finally:
+        loop.remove_reader(door)
+    data, fds, _, _ = socket.recv_fds(door, _ANSWER.size, 2)
+    return data, list(fds)
+
+
+async def _exactly(sock: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        part = await asyncio.get_running_loop().sock_recv(sock, size - len(data))
+        if not part:
+            raise TransferFailed("the other end of a pool's door hung up")
+        data += part
+    return data
+
+
+def _check_user(sock: socket.socket) -> None:
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    uid = _CREDENTIALS.unpack(raw)[1]
+    if uid != os.getuid():
+        raise TransferFailed(f"the other end of a pool's door is user {uid}")
+
+
+def _mac(token: bytes, who: bytes, reader: bytes, door: bytes) -> bytes:
+    return hmac.digest(token, who + reader + door, "sha256")
+
+
+def _read_only(fd: int) -> int:
+    """A descriptor of the same memory that cannot be written to."""
+    return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _door_name(incarnation: str) -> str:
+    """In the abstract namespace, which no file system shows and which is free again when the process has ended."""
+    return f"\0steelyard-kv-{incarnation}"
