@@ -4,7 +4,8 @@
    pool can be mapped. What is too slow (`min_gb_per_s`), or fails, is not used; the log says which and why;
 2. a pull takes the fastest. What fails is tried once more, then the next one goes on at the frame that is missing, and
    the log and the totals say so; the failed one is left alone until the pair is measured anew;
-3. a pair that was idle for IDLE_S is forgotten, and what was mapped of it is let go of.
+3. a pair that was idle for IDLE_S, or whose producer has begun a new life, is forgotten, and what was mapped of it is
+   let go of.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from engine.errors import TransferFailed
+from engine.errors import LeaseLost, TransferFailed
 from engine.planes import CacheLayout
 from engine.types import KvPath
 from kv_transfer.carriers.door import OpenPool, open_pool
@@ -55,6 +56,7 @@ class Pair:
     def close(self) -> None:
         if self.opened is not None:
             self.opened.close()
+            self.opened = None
 
 
 class ChosenCarriers:
@@ -72,16 +74,19 @@ class ChosenCarriers:
         return ChosenCarrier(self, lease)
 
     async def pair(self, lease: Lease) -> Pair:
-        """Measured once in a pair's life. Raises TransferFailed if no carrier may be used."""
-        self._forget_idle()
+        """Measured once in a pair's life. Raises TransferFailed if no carrier may be used, LeaseLost if that life of
+        the producer is over."""
+        self._forget(lease)
         name = (lease.address, lease.incarnation)
         task = self._pairs.get(name)
         if task is None:
             task = self._pairs[name] = asyncio.get_running_loop().create_task(self._measured(lease))
-        pair = await asyncio.shield(task)
+        await asyncio.wait([task])
+        if not (_has_result(task) and task.result().rates) and self._pairs.get(name) is task:
+            del self._pairs[name]  # the next one measures anew
+        pair = task.result()
         if not pair.rates:
-            if self._pairs.get(name) is task:
-                del self._pairs[name]  # the next one measures anew
+            pair.close()
             reasons = "; ".join(f"{name}: {reason}" for name, reason in pair.refused.items())
             raise TransferFailed(f"no carrier from {lease.worker_id}: {reasons}")
         return pair
@@ -104,12 +109,17 @@ class ChosenCarriers:
                 outcome.close()
         self._pairs.clear()
 
-    def _forget_idle(self) -> None:
+    def _forget(self, lease: Lease) -> None:
+        """Those that are idle, and earlier lives of this producer, whose memory would else be kept from the system."""
         now = time.monotonic()
         for name, task in list(self._pairs.items()):
-            if _has_result(task) and not task.result().num_pulls and now - task.result().used_at > IDLE_S:
+            if not _has_result(task) or task.result().num_pulls:
+                continue
+            pair = task.result()
+            is_over = pair.worker_id == lease.worker_id and name != (lease.address, lease.incarnation)
+            if is_over or now - pair.used_at > IDLE_S:
                 del self._pairs[name]
-                task.result().close()
+                pair.close()
 
     # --- measuring -----------------------------------------------------------------------------------------
 
@@ -117,6 +127,8 @@ class ChosenCarriers:
         pair, wanted = Pair(lease.worker_id, used_at=time.monotonic()), self._config.carrier
         try:
             digest, rate = await probe(self.channels(lease.address, lease.incarnation))
+        except LeaseLost:
+            raise
         except TransferFailed as error:
             pair.refuse("grpc", error.message)
             return pair

@@ -93,6 +93,8 @@ async def open_pool(layout: CacheLayout, token: str, incarnation: str) -> OpenPo
     try:
         async with asyncio.timeout(DOOR_TIMEOUT_S):
             return await _enter(layout, token.encode(), incarnation)
+    except TimeoutError:
+        raise TransferFailed(f"the door of {incarnation}'s pool was not answered in time") from None
     except OSError as error:
         raise TransferFailed(f"no pool of {incarnation} can be read on this host: {error.strerror or error}") from None
 

@@ -149,7 +149,8 @@ class GrpcCarrier:
 
 
 async def probe(channel: grpc.aio.Channel) -> tuple[int, float]:
-    """Fetch the sample: its digest, which fits its bytes, and bytes per second. Raises TransferFailed."""
+    """Fetch the sample: its digest, which fits its bytes, and bytes per second. Raises TransferFailed, or LeaseLost if
+    that life of the worker is over."""
     try:
         with typed_errors():
             call = channel.unary_stream(f"/{SERVICE}/Probe")(b"", timeout=PROBE_TIMEOUT_S)
@@ -159,8 +160,10 @@ async def probe(channel: grpc.aio.Channel) -> tuple[int, float]:
             async for data in arriving:
                 digest.update(data)
                 size_bytes += len(data)
-    except (SteelyardError, struct.error, StopAsyncIteration) as error:
-        raise TransferFailed(f"the sample could not be fetched: {error}") from None
+    except SteelyardError as error:
+        raise as_transfer_error(error) from None
+    except (struct.error, StopAsyncIteration):
+        raise TransferFailed("the sample came without its digest") from None
     if digest.intdigest() != wanted:
         raise FrameCorrupt(f"the {size_bytes} bytes of the sample that came do not match its digest")
     return wanted, size_bytes / (time.perf_counter() - begun)

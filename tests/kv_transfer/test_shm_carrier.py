@@ -119,7 +119,7 @@ async def test_a_pair_is_measured_once_and_let_go_of_when_it_is_idle(
         await served.pull()
         assert num_maps() == before + 1
         monkeypatch.setattr(choice, "IDLE_S", -1.0)
-        served.carriers._forget_idle()
+        served.carriers._forget(served.lease)
         assert num_maps() == before
         assert served.carriers.paths() == ()
         assert (await served.pull()).carrier == "shm"
@@ -196,6 +196,17 @@ async def test_what_comes_through_the_door_cannot_be_written_to(case: Transfer) 
         assert opened.sample[:] == served.sample.memory[:]
         assert len(opened.sample) == SAMPLE_BYTES
         opened.close()
+
+
+async def test_of_a_producer_that_lives_again_the_old_memory_is_let_go_of(case: Transfer) -> None:
+    async with serve(committed(case)) as served:
+        before = num_maps()
+        await served.pull()
+        assert num_maps() == before + 1
+        served.lease = replace(served.lease, incarnation="another")
+        with pytest.raises(LeaseLost, match="incarnation"):
+            await served.pull()
+        assert num_maps() == before
 
 
 async def test_a_lease_that_is_over_is_lost_by_shared_memory_too(case: Transfer) -> None:
