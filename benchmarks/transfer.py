@@ -32,11 +32,11 @@ from engine.types import Endpoint, Key, Request, SamplingParams
 from kv_transfer.carriers.choice import ChosenCarriers
 from kv_transfer.carriers.door import PoolDoor
 from kv_transfer.carriers.grpc import kv_handler
+from kv_transfer.carriers.sample import Sample
 from kv_transfer.config import TransferConfig
 from kv_transfer.handoff import HandOff
 from kv_transfer.lease import Lease
 from kv_transfer.pull import Puller
-from kv_transfer.sample import Sample
 from prefill_worker.outbox import Outbox
 
 LAYOUT = attention_layout(num_layers=32, num_kv_heads=8, head_dim=128, block_size=16, dtype="bfloat16")  # 2 MiB a block

@@ -25,7 +25,7 @@ from engine.step_runner import ProcessStepRunner, StepRunner, ThreadStepRunner
 from engine.types import Endpoint
 from kv_transfer.carriers.choice import ChosenCarriers
 from kv_transfer.carriers.door import PoolDoor
-from kv_transfer.sample import Sample
+from kv_transfer.carriers.sample import Sample
 from router.membership import Member
 
 log = logging.getLogger(__name__)

@@ -209,7 +209,7 @@ SIMULATED = (
     "engine/scheduler.py", "engine/engine.py", "engine/prefix*.py", "engine/streams.py", "cluster/sides.py",
     "kv_transfer/*", "prefill_worker/*", "decode_worker/*", "router/*", "cluster/simulator/*",
 )  # fmt: skip
-REAL = ("kv_transfer/carriers/grpc*.py", "kv_transfer/carriers/shm*.py")
+REAL = tuple(f"kv_transfer/carriers/{name}*.py" for name in ("grpc", "shm", "door", "sample"))
 
 CLOCKS = ("time", "threading", "random", "uuid", "secrets", "numpy.random")
 CLOCK_CALLS = (

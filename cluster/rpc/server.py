@@ -17,9 +17,9 @@ from engine.streams import StreamBatch
 from engine.types import Key, Submission
 from kv_transfer.carrier import Producer
 from kv_transfer.carriers.grpc import kv_handler
+from kv_transfer.carriers.sample import Sample
 from kv_transfer.carriers.status import abort_with
 from kv_transfer.lease import Offer
-from kv_transfer.sample import Sample
 
 
 class WorkerCalls(Protocol):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -111,7 +110,7 @@ class ChosenCarriers:
 
     def _forget(self, lease: Lease) -> None:
         """Those that are idle, and earlier lives of this producer, whose memory would else be kept from the system."""
-        now = time.monotonic()
+        now = asyncio.get_running_loop().time()
         for name, task in list(self._pairs.items()):
             if not _has_result(task) or task.result().num_pulls:
                 continue
@@ -124,7 +123,7 @@ class ChosenCarriers:
     # --- measuring -----------------------------------------------------------------------------------------
 
     async def _measured(self, lease: Lease) -> Pair:
-        pair, wanted = Pair(lease.worker_id, used_at=time.monotonic()), self._config.carrier
+        pair, wanted = Pair(lease.worker_id, used_at=asyncio.get_running_loop().time()), self._config.carrier
         try:
             digest, rate = await probe(self.channels(lease.address, lease.incarnation))
         except LeaseLost:
@@ -181,7 +180,7 @@ class ChosenCarrier:
             raise
         finally:
             pair.num_pulls -= 1
-            pair.used_at = time.monotonic()
+            pair.used_at = asyncio.get_running_loop().time()
 
     async def release(self, lease: Lease) -> None:
         await self._base.release(lease)

@@ -19,10 +19,10 @@ import xxhash
 from engine.errors import FrameCorrupt, InvalidRequest, SteelyardError, TransferFailed
 from engine.types import Key, KvPath
 from kv_transfer.carrier import Producer, as_transfer_error
+from kv_transfer.carriers.sample import Sample
 from kv_transfer.carriers.status import abort_with, typed_errors
 from kv_transfer.frames import Commit, Frame, Message, Place, decode, decode_places, encode
 from kv_transfer.lease import Lease
-from kv_transfer.sample import Sample
 
 SERVICE = "steelyard.KV"
 CALL_TIMEOUT_S = 2.0

@@ -36,8 +36,8 @@ from engine.types import (
     TokenOutput,
     TransferReport,
 )
+from kv_transfer.carriers.sample import Sample
 from kv_transfer.lease import Lease, Offer
-from kv_transfer.sample import Sample
 from router.membership import Member
 from tests.kv_transfer.fakes import transfer
 from tests.strategies import SAMPLING_PARAMS, TOKEN_LOGPROBS

@@ -23,11 +23,11 @@ from kv_transfer.carriers import choice, door
 from kv_transfer.carriers.choice import ChosenCarriers
 from kv_transfer.carriers.door import PoolDoor, open_pool
 from kv_transfer.carriers.grpc import kv_handler
+from kv_transfer.carriers.sample import SAMPLE_BYTES, Sample
 from kv_transfer.config import TransferConfig
 from kv_transfer.frames import Commit, Place
 from kv_transfer.lease import Lease
 from kv_transfer.pull import Pulled, Puller
-from kv_transfer.sample import SAMPLE_BYTES, Sample
 from prefill_worker.outbox import Outbox
 from tests.kv_transfer.fakes import LAYOUT, NUM_BLOCKS, PRODUCER, Transfer, transfer
 
