@@ -7,6 +7,7 @@ the model of modelled steps (steps.py) is for that.
 from __future__ import annotations
 
 from collections.abc import Sequence as BlockIds
+from functools import cache
 
 from engine.planes import CacheLayout, Group, Plane, Split
 from engine.scheduler import Batch
@@ -38,7 +39,7 @@ class PlainTokens:
     """Implements engine.engine.ModelRunner."""
 
     def __init__(self, vocab_size: int) -> None:
-        self._ids = tuple(range(FIRST_TOKEN, vocab_size))
+        self._ids = _ids_below(vocab_size)
 
     def execute(self, batch: Batch) -> list[Sampled]:
         return [
@@ -58,3 +59,9 @@ class PlainTokens:
         while len(found) < count:
             found += self._ids[: count - len(found)]
         return found
+
+
+@cache
+def _ids_below(vocab_size: int) -> tuple[int, ...]:
+    """One for all workers."""
+    return tuple(range(FIRST_TOKEN, vocab_size))
