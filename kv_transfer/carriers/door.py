@@ -25,6 +25,7 @@ from engine.pool import SharedPool
 
 DOOR_TIMEOUT_S = 2.0
 MAX_WAITING = 64
+ACCEPT_PAUSE_S = 1.0  # after a failure
 NONCE_BYTES = MAC_BYTES = 32
 _ANSWER = struct.Struct("<QQ")  # blocks of the pool, bytes of the sample
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
@@ -67,7 +68,12 @@ class PoolDoor:
         loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as visits:
             while True:
-                visitor, _ = await loop.sock_accept(self._listener)
+                try:
+                    visitor, _ = await loop.sock_accept(self._listener)
+                except OSError as error:  # no descriptors are left, say: later ones may find some
+                    log.warning("a reader of the pool could not be let in: %s", error)
+                    await asyncio.sleep(ACCEPT_PAUSE_S)
+                    continue
                 visits.create_task(self._let_in(visitor))
 
     async def _let_in(self, visitor: socket.socket) -> None:

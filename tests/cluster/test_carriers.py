@@ -47,3 +47,19 @@ async def test_tokens_are_the_same_by_each_carrier_and_metrics_name_it(tmp_path:
         assert carried(metrics, "steelyard_kv_transfers", other) == 0
         assert carried(metrics, "steelyard_kv_carrier_fallbacks", used) == 0
         assert re.search(rf'^steelyard_kv_path_gb_per_second{{carrier="{used}".*peer="prefill-0"}} ', metrics, re.M)
+
+
+async def test_when_no_carrier_may_be_used_decode_computes_the_request_itself(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model")
+    overrides = {"model.name": str(model), "engine.runner": "thread"}
+    async with local_cluster(overrides) as cluster, httpx.AsyncClient(base_url=cluster.url, timeout=60) as client:
+        body = {"model": "model", "prompt": PROMPTS[3], "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+        before = (await client.post("/v1/completions", json=body)).json()["choices"][0]["text"]
+        carriers = cluster.workers["decode-0"]._carriers
+        num_pulls = cluster.workers["decode-0"]._sides.status().transfers.num_pulls
+        await carriers.close()  # the pair is measured anew, by a stricter rule
+        carriers._config = carriers._config.model_copy(update={"min_gb_per_s": 1e6})
+        after = await client.post("/v1/completions", json=body)
+        assert after.json()["choices"][0]["text"] == before
+        transfers = cluster.workers["decode-0"]._sides.status().transfers
+        assert (transfers.num_pulls, transfers.num_failed) == (num_pulls, 1)

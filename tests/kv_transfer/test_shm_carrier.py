@@ -185,6 +185,22 @@ async def test_a_silent_visitor_holds_nobody_up(case: Transfer, monkeypatch: pyt
             assert await asyncio.wait_for(loop.sock_recv(silent, 1), 2.0) == b"", "it was let go of"
 
 
+async def test_a_door_that_could_not_open_once_opens_again(case: Transfer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "ACCEPT_PAUSE_S", 0.05)
+    loop, errors = asyncio.get_running_loop(), [OSError(24, "Too many open files")]
+    accept = loop.sock_accept
+
+    async def fails_once(sock: socket.socket) -> tuple[socket.socket, Any]:
+        if errors:
+            raise errors.pop()
+        return await accept(sock)
+
+    monkeypatch.setattr(loop, "sock_accept", fails_once)
+    async with serve(committed(case)) as served:
+        assert (await served.pull()).carrier == "shm"
+        assert not errors
+
+
 async def test_what_comes_through_the_door_cannot_be_written_to(case: Transfer) -> None:
     async with serve(case) as served:
         opened = await open_pool(LAYOUT, TOKEN, served.lease.incarnation)
