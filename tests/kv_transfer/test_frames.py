@@ -93,13 +93,15 @@ def test_the_bytes_on_the_wire_change_only_with_the_wire_version() -> None:
     spec = FrameSpec(1, range(2, 4), range(5, 6))
     frame = Frame(7, spec, b"payload!", frame_digest(7, spec, b"payload!"))
     commit = Commit(8, commit_digest([frame.digest], b"handoff"), b"handoff")
+    place = Place(9, FrameSpec(1, range(2, 4), range(5, 7)), (3, 70000), 1)
     golden = {
-        2: (
+        3: (
             "535946310100010002000400050000000600000007000000167ba1e06c8ade7f08000000000000007061796c6f616421",
             "535946310200000000000000000000000000000008000000e8265191c9126403070000000000000068616e646f6666",
+            "535946310300010002000400050000000700000009000000010000000000000008000000000000000300000070110100",
         )
     }
-    assert (encode(frame).hex(), encode(commit).hex()) == golden[WIRE_VERSION]
+    assert (encode(frame).hex(), encode(commit).hex(), encode(place).hex()) == golden[WIRE_VERSION]
 
 
 @given(layouts(), ranges(40), st.integers(1, 4000))
