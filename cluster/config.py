@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal, TypeGuard, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from decode_worker.config import DecodeConfig
@@ -50,17 +50,10 @@ class PoolConfig(StrictModel):
     """One pool of workers, and what each rank of a worker takes of its node."""
 
     workers: int = Field(default=1, ge=1)
-    tensor_parallel: int = Field(default=1, ge=1, description="ranks of one worker")
+    tensor_parallel: int = Field(default=1, ge=1, le=64, description="ranks of one worker")
     num_cpus: float = Field(default=1.0, ge=0, description="per rank")
     num_gpus: float = Field(default=0.0, ge=0, description="per rank")
     resources: dict[str, float] = Field(default_factory=dict, description="custom Ray resources per rank")
-
-    @field_validator("tensor_parallel")
-    @classmethod
-    def _one_rank(cls, value: int) -> int:
-        if value != 1:
-            raise ValueError(f"more than one rank per worker is not possible yet, got {value}")
-        return value
 
 
 class PoolsSection(StrictModel):
@@ -102,6 +95,11 @@ def _conflicts(config: ClusterConfig) -> Iterator[str]:
     for name, pool in (("prefill", config.pools.prefill), ("decode", config.pools.decode)):
         if engine.device == "cuda" and pool.num_gpus < 1:
             yield f"pools.{name}.num_gpus: engine.device is cuda, so every rank needs at least 1, got {pool.num_gpus:g}"
+        if pool.tensor_parallel > 1 and engine.runner != "process":
+            yield (
+                f"pools.{name}.tensor_parallel: {pool.tensor_parallel} ranks need engine.runner: process, "
+                f"which there is for engine.device: cpu only"
+            )
         if engine.device == "cpu" and pool.num_gpus > 0:
             yield f"pools.{name}.num_gpus: engine.device is cpu, so {pool.num_gpus:g} would be taken and never used"
 

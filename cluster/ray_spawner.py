@@ -1,7 +1,9 @@
 """Processes as Ray actors: the Spawner of a real cluster.
 
-1. Every worker has a placement group of its own, with one bundle per rank; it is kept over the worker's lives.
-2. Every rank is a detached, named actor. Asking for a name that lives hands that actor back, with its incarnation.
+1. Every worker has a placement group of its own, one bundle with what all its ranks take; it is kept over the worker's
+   lives.
+2. Every worker is a detached, named actor, whose ranks are its child processes. Asking for a name that lives hands that
+   actor back, with its incarnation.
 3. `close` goes by names alone, so that it also clears away what a dead supervisor knew of.
 Calls of Ray's control store block, so they run in threads.
 """
@@ -11,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import re
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import ray
@@ -32,10 +33,10 @@ Answer = TypeVar("Answer")
 
 
 class RayProcess:
-    """The actors of one incarnation; the first of them leads."""
+    """The actor of one incarnation."""
 
-    def __init__(self, actors: tuple[Actor, ...], incarnation: str) -> None:
-        self._actors = actors
+    def __init__(self, actor: Actor, incarnation: str) -> None:
+        self._actor = actor
         self._incarnation = incarnation
 
     @property
@@ -43,30 +44,23 @@ class RayProcess:
         return self._incarnation
 
     async def failed(self) -> str:
-        """One rank's end is the incarnation's end."""
-        ends = [asyncio.ensure_future(_end_of(actor)) for actor in self._actors]
         try:
-            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            return next(iter(done)).result()
-        finally:
-            for end in ends:
-                end.cancel()
+            return await call(self._actor, "failed")
+        except RayActorError as error:
+            return death_of(error)
 
     async def stop(self, polite_s: float) -> None:
         with suppress(TimeoutError):
             async with asyncio.timeout(polite_s):
-                await asyncio.gather(*(call(actor, "stop") for actor in self._actors), return_exceptions=True)
-        for actor in self._actors:
-            await asyncio.to_thread(kill, actor)
+                await asyncio.gather(call(self._actor, "stop"), return_exceptions=True)
+        await asyncio.to_thread(kill, self._actor)
 
     async def _ask(self, method: str, *args: object) -> Any:
-        """Rank 0's answer. Raises what the part raised, or WorkerLost when a process ended."""
+        """Its answer. Raises what the part raised, or WorkerLost when the process ended."""
         try:
-            answers = await asyncio.gather(*(call(actor, method, *args) for actor in self._actors))
+            return _unwrap(await call(self._actor, method, *args))
         except RayActorError as error:
             raise WorkerLost(death_of(error)) from None
-        leading, *_ = [_unwrap(answer) for answer in answers]
-        return leading
 
 
 class RayWorker(RayProcess):
@@ -99,9 +93,8 @@ class RaySpawner:
 
     async def worker(self, spec: WorkerSpec, pool: PoolConfig) -> RayWorker:
         group = await self._place(spec.worker_id, pool)
-        ranks = (replace(spec, rank=rank) for rank in range(pool.tensor_parallel))
-        actors = tuple([await self._make_rank(rank, pool, group) for rank in ranks])
-        return RayWorker(actors, await _incarnation_of(actors[0]))
+        actor = await self._make_worker(spec, pool, group)
+        return RayWorker(actor, await _incarnation_of(actor))
 
     async def gateway(self, incarnation: str, port: int) -> RayGateway:
         router = self._config.router.model_copy(update={"port": port})
@@ -114,37 +107,38 @@ class RaySpawner:
             num_cpus=0,
             scheduling_strategy=this_node(),  # so that its URL stays the same
         )
-        return RayGateway((actor,), await _incarnation_of(actor))
+        return RayGateway(actor, await _incarnation_of(actor))
 
     async def close(self) -> None:
         await asyncio.to_thread(remove_all, self._namespace)
 
-    async def _make_rank(self, spec: WorkerSpec, pool: PoolConfig, group: PlacementGroup) -> Actor:
+    async def _make_worker(self, spec: WorkerSpec, pool: PoolConfig, group: PlacementGroup) -> Actor:
         return await make_actor(
             WorkerActor,
             *(spec, self._config, self._secret, self._parts.worker),
-            name=actor_name(spec.worker_id, spec.rank),
+            name=actor_name(spec.worker_id),
             namespace=self._namespace,
             get_if_exists=True,
-            num_cpus=pool.num_cpus,
-            num_gpus=pool.num_gpus,
-            resources=pool.resources,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=spec.rank),
+            num_cpus=pool.num_cpus * pool.tensor_parallel,
+            num_gpus=pool.num_gpus * pool.tensor_parallel,
+            resources={name: amount * pool.tensor_parallel for name, amount in pool.resources.items()},
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
         )
 
     async def _place(self, worker_id: str, pool: PoolConfig) -> PlacementGroup:
         """The worker's placement group, once it has its resources. Raises Unavailable when there is no room."""
-        bundle = {"CPU": pool.num_cpus, "GPU": pool.num_gpus, **pool.resources}
-        bundle = {key: amount for key, amount in bundle.items() if amount} or {"CPU": 0.001}  # an empty one is refused
+        rank = {"CPU": pool.num_cpus, "GPU": pool.num_gpus, **pool.resources}
+        bundle = {key: amount * pool.tensor_parallel for key, amount in rank.items() if amount}
+        bundle = bundle or {"CPU": 0.001}  # an empty one is refused
         name = _group_name(self._namespace, worker_id)
-        group = await asyncio.to_thread(_find_or_place, name, [bundle] * pool.tensor_parallel)
+        group = await asyncio.to_thread(_find_or_place, name, bundle)
         try:
             async with asyncio.timeout(self._config.cluster.start_timeout_s / 2):
                 await cast(Any, group.ready())
         except TimeoutError:
             free = await asyncio.to_thread(ray.available_resources)
             asked = ", ".join(f"{amount:g} {key}, {free.get(key, 0):g} free" for key, amount in bundle.items())
-            raise Unavailable(f"Ray has no room for {worker_id}: a rank asks for {asked}") from None
+            raise Unavailable(f"Ray has no room for {worker_id}: it asks for {asked}") from None
         return group
 
 
@@ -163,11 +157,11 @@ def _group_name(namespace: str, worker_id: str) -> str:
     return f"{namespace}.{NAME_PREFIX}{worker_id}"
 
 
-def _find_or_place(name: str, bundles: list[dict[str, float]]) -> PlacementGroup:
+def _find_or_place(name: str, bundle: dict[str, float]) -> PlacementGroup:
     try:
         return ray.util.get_placement_group(name)
     except ValueError:
-        return placement_group(bundles, strategy="STRICT_PACK", name=name, lifetime="detached")
+        return placement_group([bundle], strategy="STRICT_PACK", name=name, lifetime="detached")
 
 
 async def _incarnation_of(actor: Actor) -> str:
@@ -175,13 +169,6 @@ async def _incarnation_of(actor: Actor) -> str:
         return await call(actor, "incarnation")
     except RayActorError as error:
         raise WorkerLost(death_of(error)) from None
-
-
-async def _end_of(actor: Actor) -> str:
-    try:
-        return await call(actor, "failed")
-    except RayActorError as error:
-        return death_of(error)
 
 
 def death_of(error: RayActorError) -> str:

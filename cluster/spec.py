@@ -16,20 +16,20 @@ SUPERVISOR_NAME = f"{NAME_PREFIX}supervisor"
 GATEWAY_NAME = f"{NAME_PREFIX}gateway"
 
 
-def actor_name(worker_id: str, rank: int = 0) -> str:
-    """Ray name of one rank's actor; rank 0 leads and carries the worker's own name."""
-    return f"{NAME_PREFIX}{worker_id}" if rank == 0 else f"{NAME_PREFIX}{worker_id}-rank{rank}"
+def actor_name(worker_id: str) -> str:
+    """Ray name of a worker's actor."""
+    return f"{NAME_PREFIX}{worker_id}"
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
-    """One rank of one worker. `incarnation` names this life of it; a new process gets a new one."""
+    """One worker. `incarnation` names this life of it; a new process gets a new one."""
 
     worker_id: str  # "<pool>-<i>"
     incarnation: str
     role: Role
     host: str  # what its gRPC server binds to; "" lets the actor put in its node's address
-    rank: int = 0
+    num_ranks: int = 1  # tensor-parallel
 
 
 @dataclass(frozen=True, slots=True)

@@ -159,7 +159,7 @@ class Supervisor:
         while True:
             try:
                 async with asyncio.timeout(self._config.cluster.start_timeout_s):
-                    spec = WorkerSpec(slot.name, self._new_incarnation(), role, self._host)
+                    spec = WorkerSpec(slot.name, self._new_incarnation(), role, self._host, pool.tensor_parallel)
                     process = await self._spawner.worker(spec, pool)
                     self._begin(slot, process)
                     slot.member = await process.start()

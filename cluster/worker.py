@@ -20,6 +20,7 @@ from cluster.rpc.server import WorkerServer
 from cluster.sides import Cache, Links, WorkerSides
 from cluster.spec import WorkerSpec
 from engine.pool import BlockBytes, SharedPool
+from engine.rank_pools import RankPools, worker_pool
 from engine.setup import EngineSetup, plan_engine
 from engine.step_runner import ProcessStepRunner, StepRunner, ThreadStepRunner
 from engine.types import Endpoint
@@ -48,7 +49,8 @@ class Worker:
         """Load the model and begin to serve. Raises ModelError or WorkerLost."""
         self._failure = asyncio.get_running_loop().create_future()
         key = prefix_hash_key(self._secret)
-        setup = await asyncio.to_thread(plan_engine, self._config.model, self._config.engine, key)
+        model, engine, num_ranks = self._config.model, self._config.engine, self._spec.num_ranks
+        setup = await asyncio.to_thread(plan_engine, model, engine, key, num_ranks)
         self._runner, self._pool = await self._start_engine(setup)
         self._channels = Channels(self._secret)
         spec = self._spec
@@ -66,7 +68,7 @@ class Worker:
             new_secret=lambda: secrets.token_hex(16),
         )
         self._sample = Sample()
-        if isinstance(self._block_bytes, SharedPool):
+        if isinstance(self._block_bytes, SharedPool | RankPools):
             self._door = PoolDoor(self._block_bytes, self._sample.fd, token, spec.incarnation)
         await self._server.start(self._sides, self._sides.outbox, self._sample)
         self._serving = asyncio.create_task(self._serve())
@@ -100,9 +102,9 @@ class Worker:
 
     # --- parts ---------------------------------------------------------------------------------------------
 
-    async def _start_engine(self, setup: EngineSetup) -> tuple[StepRunner, SharedPool | None]:
+    async def _start_engine(self, setup: EngineSetup) -> tuple[StepRunner, SharedPool | RankPools | None]:
         if self._config.engine.runner == "process":
-            pool = SharedPool(setup.layout, setup.spec.num_blocks)
+            pool = worker_pool(setup.layout, setup.spec.num_blocks, setup.num_ranks)
             runner = await ProcessStepRunner.start(setup, pool, self._config.cluster.start_timeout_s)
             self._block_bytes: BlockBytes = pool
             return runner, pool

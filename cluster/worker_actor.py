@@ -1,4 +1,4 @@
-"""One rank of a worker as a Ray actor: a thin shell around cluster.worker.Worker."""
+"""A worker as a Ray actor: a thin shell around cluster.worker.Worker."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 from decode_worker.config import DecodeConfig
 from engine.errors import LeaseLost, Overloaded, SteelyardError, TransferFailed
-from engine.planes import CacheLayout
+from engine.planes import CacheLayout, cohort_difference
 from engine.pool import BlockBytes
 from engine.streams import TokenStreams
 from engine.types import (
@@ -114,7 +114,8 @@ class Intake:
         """Take an offer: returns when blocks are reserved and the pull has begun. Raises Overloaded if there is no
         room now, TransferFailed if the producer is of another cohort or offers the same again."""
         if offer.lease.cohort != self._me.cohort:
-            raise TransferFailed(f"cohort {offer.lease.cohort} cannot be paired with {self._me.cohort}")
+            difference = cohort_difference(offer.lease.cohort, self._me.cohort)
+            raise TransferFailed(f"{offer.lease.worker_id} is of another cohort: they differ in {difference}")
         key = offer.lease.key
         if key in self._arrivals:
             raise TransferFailed(f"{key} has been offered before")

@@ -1,15 +1,19 @@
-"""A step's tensors: from a Batch of scheduled sequences to what a model reads."""
+"""A step's tensors: from a Batch of scheduled sequences by way of its StepPlan to what a model reads."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Groups
 from dataclasses import dataclass, replace
+from itertools import chain
 
+import numpy as np
 import torch
 
 from engine.block_table import BlockTable
 from engine.planes import Group
 from engine.scheduler import Batch, Scheduled
+from engine.step_plan import StepPlan
 from kernels.dispatch import query_tile
 from kernels.reference.attention import Segment, first_key, make_segment, tile_tokens
 from kernels.reference.ladder import Ladders, RowLadder
@@ -52,58 +56,68 @@ def num_rows_of(item: Scheduled) -> int:
     return item.num_new if wants_prompt else int(item.samples)
 
 
-def build_input(
-    batch: Batch, groups: Groups[Group], block_size: int, heads_per_kv: int, ladders: Ladders, device: str
-) -> StepInput:
+def plan_step(batch: Batch, groups: Groups[Group], block_size: int) -> StepPlan:
     """Lay out a batch: sequences with one new token first, bucketed by context length, then chunks."""
     items = sorted(batch.scheduled, key=lambda item: (item.num_new > 1, _num_tiles(item, block_size)))
-    rows = _RowBuilder(block_size)
-    buckets = _bucket(items, block_size)
-    starts: list[int] = []
-    for bucket in buckets:
-        starts.append(rows.count)
-        for item in bucket:
-            rows.add(item)
-    make = _SegmentMaker(block_size, heads_per_kv, ladders.attention, device)
-    spans = [_span(bucket, start) for bucket, start in zip(buckets, starts, strict=True)]
-    samples = [row for item in batch.scheduled for row in rows.sample_rows(item)]
-    ladder = ladders.linear
-    padded = ladder.pad(rows.count)
+    rows, buckets = _RowBuilder(), _bucket(items, block_size)
+    for item in items:
+        rows.add(item)
+    spans = [_Span.of(bucket) for bucket in buckets]
+    tables = [
+        row
+        for index, group in enumerate(groups)
+        for bucket, span in zip(buckets, spans, strict=True)
+        for row in _tables(bucket, span, index, group.window, block_size)
+    ]
+    new_blocks = [block_id for group in range(len(groups)) for block_id in _new_blocks(items, group, block_size)]
+    return StepPlan(
+        token_ids=_numbers(rows.token_ids),
+        positions=_numbers(rows.positions),
+        new_blocks=_numbers(new_blocks),
+        num_seqs=_numbers([len(bucket) for bucket in buckets]),
+        num_new=_numbers([bucket[0].num_new for bucket in buckets]),
+        starts=_numbers([item.start for item in items]),
+        tables=_numbers(list(chain.from_iterable(tables))),
+        sample_rows=_numbers([row for item in batch.scheduled for row in rows.sample_rows(item)]),
+        copies=_numbers(list(chain.from_iterable(batch.copies))),
+    )
+
+
+def build_input(
+    plan: StepPlan, groups: Groups[Group], block_size: int, heads_per_kv: int, ladders: Ladders, device: str
+) -> StepInput:
+    """A plan's tensors, for a rank that has so many query heads to each of its KV heads."""
+    ladder, num_samples = ladders.linear, len(plan.sample_rows)
+    padded = ladder.pad(plan.num_tokens)
+    maker = _SegmentMaker(plan, block_size, heads_per_kv, ladders.attention, device)
+    new_blocks = np.split(plan.new_blocks, len(groups))
     return StepInput(
-        num_tokens=rows.count,
-        token_ids=_pad(rows.token_ids, padded, device),
-        positions=_pad(rows.positions, padded, device),
-        offsets=torch.tensor([position % block_size for position in rows.positions], device=device),
+        num_tokens=plan.num_tokens,
+        token_ids=_pad(plan.token_ids, padded, device),
+        positions=_pad(plan.positions, padded, device),
+        offsets=_tensor(plan.positions % block_size, device),
         groups=tuple(
-            GroupInput(
-                torch.tensor(_new_blocks(items, index, block_size), device=device),
-                tuple(make.segment(span, index, group.window) for span in spans),
-            )
-            for index, group in enumerate(groups)
+            GroupInput(_tensor(block_ids, device), maker.segments(group.window))
+            for block_ids, group in zip(new_blocks, groups, strict=True)
         ),
-        sample_rows=_pad(samples, ladder.pad(len(samples)) if samples else 0, device),
-        num_samples=len(samples),
+        sample_rows=_pad(plan.sample_rows, ladder.pad(num_samples) if num_samples else 0, device),
+        num_samples=num_samples,
     )
 
 
 class _RowBuilder:
     """Flattens scheduled items into rows."""
 
-    def __init__(self, block_size: int) -> None:
-        self.block_size = block_size
+    def __init__(self) -> None:
         self.token_ids: list[int] = []
         self.positions: list[int] = []
         self.last_row: dict[int, int] = {}
-
-    @property
-    def count(self) -> int:
-        return len(self.token_ids)
 
     def add(self, item: Scheduled) -> None:
         stop = item.start + item.num_new
         self.token_ids += item.sequence.tokens[item.start : stop]
         self.positions += range(item.start, stop)
-        self.last_row[id(item)] = self.count - 1
+        self.last_row[id(item)] = len(self.token_ids) - 1
 
     def sample_rows(self, item: Scheduled) -> range:
         stop = self.last_row[id(item)] + 1
@@ -141,53 +155,32 @@ def _fits(item: Scheduled, head: Scheduled, block_size: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Span:
-    """One attention call: all new tokens, equally many, of each item."""
+    """One attention call: all `num_new` tokens of each sequence, which begin at `starts`."""
 
-    items: tuple[Scheduled, ...]
-    count: int
-    rows: slice
+    starts: tuple[int, ...]
+    num_new: int
 
-    @property
-    def starts(self) -> list[int]:
-        return [item.start for item in self.items]
+    @classmethod
+    def of(cls, bucket: list[Scheduled]) -> _Span:
+        return cls(tuple([item.start for item in bucket]), bucket[0].num_new)
+
+    def first_keys(self, window: int | None, block_size: int) -> list[int]:
+        return [first_key(position, window, block_size) for position in self.starts]
+
+    def num_blocks(self, window: int | None, block_size: int) -> int:
+        """Of each sequence's row of blocks: whole tiles that hold every key which a query sees."""
+        tile, firsts = tile_tokens(block_size), self.first_keys(window, block_size)
+        num_keys = max(start + self.num_new - first for start, first in zip(self.starts, firsts, strict=True))
+        return -(-num_keys // tile) * tile // block_size
 
 
-def _span(bucket: list[Scheduled], row: int) -> _Span:
-    count = bucket[0].num_new
-    return _Span(tuple(bucket), count, slice(row, row + count * len(bucket)))
-
-
-class _SegmentMaker:
-    """Segments of one step. Groups of one window differ in their blocks only, so masks are made once for all."""
-
-    def __init__(self, block_size: int, heads_per_kv: int, ladder: RowLadder, device: str) -> None:
-        self._block_size = block_size
-        self._heads_per_kv = heads_per_kv
-        self._ladder = ladder
-        self._device = device
-        self._made: dict[tuple[int, int | None], Segment] = {}
-
-    def segment(self, span: _Span, group: int, window: int | None) -> Segment:
-        blocks = self._blocks(span, group, window)
-        made = self._made.get((span.rows.start, window))
-        if made is not None:
-            return replace(made, blocks=blocks)
-        made = make_segment(
-            span.rows, span.starts, span.count, blocks, self._heads_per_kv, self._block_size, self._ladder,
-            query_tile(blocks.device), window,
-        )  # fmt: skip
-        self._made[(span.rows.start, window)] = made
-        return made
-
-    def _blocks(self, span: _Span, group: int, window: int | None) -> torch.Tensor:
-        """[num_seqs, whole tiles of blocks]; places without a block of the sequence repeat one that it has."""
-        tile, size = tile_tokens(self._block_size), self._block_size
-        starts = [first_key(position, window, size) for position in span.starts]
-        num_keys = max(first + span.count - start for first, start in zip(span.starts, starts, strict=True))
-        width = -(-num_keys // tile) * tile // size
-        tables = [item.sequence.tables[group] for item in span.items]
-        rows = [_row(table, start // size, width) for table, start in zip(tables, starts, strict=True)]
-        return torch.tensor(rows, device=self._device)
+def _tables(
+    bucket: list[Scheduled], span: _Span, group: int, window: int | None, block_size: int
+) -> Iterator[list[int]]:
+    """Of each sequence, whole tiles of blocks; places without a block of the sequence repeat one that it has."""
+    width = span.num_blocks(window, block_size)
+    for item, start in zip(bucket, span.first_keys(window, block_size), strict=True):
+        yield _row(item.sequence.tables[group], start // block_size, width)
 
 
 def _row(table: BlockTable, start: int, width: int) -> list[int]:
@@ -196,5 +189,63 @@ def _row(table: BlockTable, start: int, width: int) -> list[int]:
     return [*table.ids[:1] * missing, *ids, *table.ids[:1] * (width - missing - len(ids))]
 
 
-def _pad(values: list[int], length: int, device: str) -> torch.Tensor:
-    return torch.tensor(values + [0] * (length - len(values)), dtype=torch.int64, device=device)
+class _SegmentMaker:
+    """Segments of one step, group after group. Groups of one window differ in their blocks only, so masks are made
+    once for all."""
+
+    def __init__(self, plan: StepPlan, block_size: int, heads_per_kv: int, ladder: RowLadder, device: str) -> None:
+        self._spans = _spans(plan)
+        self._tables = plan.tables
+        self._block_size = block_size
+        self._heads_per_kv = heads_per_kv
+        self._ladder = ladder
+        self._device = device
+        self._made: dict[tuple[int, int | None], Segment] = {}
+
+    def segments(self, window: int | None) -> tuple[Segment, ...]:
+        """Of the next group, whose layers have this window."""
+        found, row = [], 0
+        for span in self._spans:
+            stop = row + len(span.starts) * span.num_new
+            found.append(self._segment(span, slice(row, stop), window))
+            row = stop
+        return tuple(found)
+
+    def _segment(self, span: _Span, rows: slice, window: int | None) -> Segment:
+        blocks = self._next_blocks(span, window)
+        made = self._made.get((rows.start, window))
+        if made is not None:
+            return replace(made, blocks=blocks)
+        made = make_segment(
+            rows, list(span.starts), span.num_new, blocks, self._heads_per_kv, self._block_size, self._ladder,
+            query_tile(blocks.device), window,
+        )  # fmt: skip
+        self._made[(rows.start, window)] = made
+        return made
+
+    def _next_blocks(self, span: _Span, window: int | None) -> torch.Tensor:
+        """[num_seqs, blocks of whole tiles]."""
+        width = span.num_blocks(window, self._block_size)
+        size = len(span.starts) * width
+        taken, self._tables = self._tables[:size], self._tables[size:]
+        return _tensor(taken.reshape(-1, width), self._device)
+
+
+def _spans(plan: StepPlan) -> list[_Span]:
+    starts, stops = plan.starts.tolist(), np.cumsum(plan.num_seqs).tolist()
+    counts = zip([0, *stops], stops, plan.num_new.tolist(), strict=False)
+    return [_Span(tuple(starts[begin:stop]), num_new) for begin, stop, num_new in counts]
+
+
+def _numbers(values: list[int]) -> np.ndarray:
+    return np.array(values, np.int64)
+
+
+def _tensor(values: np.ndarray, device: str) -> torch.Tensor:
+    return torch.tensor(values, device=device)  # a copy: a plan's arrays may be views of a message
+
+
+def _pad(values: np.ndarray, length: int, device: str) -> torch.Tensor:
+    padded = np.zeros(length, np.int64)
+    padded[: len(values)] = values
+    return torch.from_numpy(padded).to(device)

@@ -11,9 +11,12 @@ from engine.engine import Engine
 from engine.host_tier import HostTier
 from engine.kv_cache import DTYPES, KVCache
 from engine.model_runner import TorchRunner, build_model
+from engine.models.split import split_config, split_weights
 from engine.models.weights import load_weights
 from engine.pool import BlockBytes, SharedPool
+from engine.ranks import ONE_RANK, Ranks
 from engine.setup import EngineSetup
+from engine.shares import rank_layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,20 +28,25 @@ class BuiltEngine:
 
 def build_engine(setup: EngineSetup, pool: SharedPool | None) -> BuiltEngine:
     """Load the model and make its engine over `pool` (None: KV tensors of their own). Raises ModelError."""
+    runner = build_model_runner(setup, pool)
+    return BuiltEngine(Engine(setup.spec, host_tier(setup, pool or runner.cache)), runner, runner.cache)
+
+
+def build_model_runner(setup: EngineSetup, pool: SharedPool | None, ranks: Ranks = ONE_RANK) -> TorchRunner:
+    """One rank's part of the model over its pool. Raises ModelError."""
     torch.set_num_threads(setup.config.threads)
-    device, block_size = setup.config.device, setup.config.block_size
-    weights = load_weights(setup.files, setup.model, DTYPES[setup.dtype])
+    device, block_size, share = setup.config.device, setup.config.block_size, ranks.share
+    weights = split_weights(load_weights(setup.files, setup.model, DTYPES[setup.dtype]), setup.model, share)
     if device != "cpu":
         weights = {name: tensor.to(device) for name, tensor in weights.items()}
     with torch.inference_mode():
-        model = build_model(setup.model, weights, block_size, setup.batch_invariant)
-        cache = KVCache(setup.layout, setup.spec.num_blocks, device, pool)
-    return BuiltEngine(
-        Engine(setup.spec, _host_tier(setup, pool or cache)), TorchRunner(model, cache, block_size, device), cache
-    )
+        model = build_model(split_config(setup.model, share), weights, block_size, setup.batch_invariant, ranks)
+        cache = KVCache(rank_layout(setup.layout, share), setup.spec.num_blocks, device, pool)
+    return TorchRunner(model, cache, block_size, device)
 
 
-def _host_tier(setup: EngineSetup, pool: BlockBytes) -> HostTier | None:
+def host_tier(setup: EngineSetup, pool: BlockBytes) -> HostTier | None:
+    """Where evicted blocks of all ranks go, if that is wanted. Raises ConfigError."""
     config = setup.config
     if not config.host_tier_bytes or not config.prefix_cache:
         return None

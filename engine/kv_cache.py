@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as BlockIds
 
+import numpy as np
 import torch
 
 from engine.planes import CacheLayout
@@ -22,7 +23,7 @@ class KVCache:
             plane.name: self._make_plane(index, num_blocks, device, pool) for index, plane in enumerate(layout.planes)
         }
 
-    def copy(self, copies: BlockIds[tuple[int, int]]) -> None:
+    def copy(self, copies: BlockIds[tuple[int, int]] | np.ndarray) -> None:
         """Copy blocks (from, to) in all planes."""
         for plane in self.planes.values():
             pairs = torch.tensor(copies, device=plane.device)

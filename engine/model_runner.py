@@ -7,15 +7,17 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from engine.batch import build_input, num_rows_of
+from engine.batch import build_input, num_rows_of, plan_step
 from engine.errors import ModelError
 from engine.kv_cache import KVCache
 from engine.logits import process
 from engine.logprobs import logprob_of
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder, Weights, probe_weights
+from engine.ranks import ONE_RANK, Ranks
 from engine.sampler import sample
 from engine.scheduler import Batch, Scheduled
+from engine.step_plan import StepPlan
 from engine.types import Sampled, SamplingParams, TokenLogprob
 from kernels.reference.attention import tile_tokens
 from kernels.reference.ladder import FREE_LADDERS, Ladders, measure_attention, measure_linear
@@ -30,11 +32,11 @@ class TorchRunner:
         self.block_size = block_size
         self.device = device
 
-    @torch.inference_mode()
     def execute(self, batch: Batch) -> list[Sampled]:
-        if batch.copies:
-            self.cache.copy(batch.copies)
-        rows = self.logits(batch).cpu().numpy()
+        """As rank 0: the others compute the step, too."""
+        plan = plan_step(batch, self.cache.layout.groups, self.block_size)
+        self.model.ranks.tell(plan)
+        rows = self.compute(plan).cpu().numpy()
         starts = np.cumsum([0, *map(num_rows_of, batch.scheduled)])
         return [
             self._sample(item, rows[start:stop])
@@ -52,10 +54,13 @@ class TorchRunner:
         first, *siblings = (_choose(item, rows[-1], processed, answer.sampling) for answer in sequence.answers)
         return replace(first, prompt_logprobs=prompt_logprobs, siblings=tuple(siblings))
 
-    def logits(self, batch: Batch) -> torch.Tensor:
+    @torch.inference_mode()
+    def compute(self, plan: StepPlan) -> torch.Tensor:
         """[rows, vocab] float32: as many rows of each item as num_rows_of says, in the batch's order."""
+        if len(plan.copies):
+            self.cache.copy(plan.copies.reshape(-1, 2))
         groups = self.model.config.num_heads // self.model.config.num_kv_heads
-        step = build_input(batch, self.cache.layout.groups, self.block_size, groups, self.model.ladders, self.device)
+        step = build_input(plan, self.cache.layout.groups, self.block_size, groups, self.model.ladders, self.device)
         return self.model.forward(step, self.cache)
 
 
@@ -73,15 +78,17 @@ def _prompt_logprobs(item: Scheduled, rows: np.ndarray) -> tuple[TokenLogprob, .
     return tuple(logprob_of(row, token_id, num_top) for row, token_id in zip(rows, following, strict=False))
 
 
-def build_model(config: ModelConfig, weights: Weights, block_size: int, batch_invariant: bool) -> Decoder:
+def build_model(
+    config: ModelConfig, weights: Weights, block_size: int, batch_invariant: bool, ranks: Ranks = ONE_RANK
+) -> Decoder:
     """A model whose row counts keep results independent of the batch, if wanted. Empties `weights`.
 
     Raises ModelError if this machine cannot keep them so for weights of these shapes."""
-    model = Decoder(config, weights, FREE_LADDERS)
+    model = Decoder(config, weights, FREE_LADDERS, ranks)
     if batch_invariant:
         try:
             attention = measure_attention(config.head_dim, tile_tokens(block_size), model.embedding, model.weigh)
-            model.ladders = Ladders(measure_linear(probe_weights(model)), attention)
+            model.ladders = ranks.agree(Ladders(measure_linear(probe_weights(model)), attention))
         except ArithmeticError as error:
             raise ModelError(f"batch_invariant cannot be had for this model: {error}") from error
     return model

@@ -125,6 +125,26 @@ def _group_layers(windows: Windows[int | None]) -> tuple[Group, ...]:
 
 
 def layout_hash(layout: CacheLayout, model: str, revision: str) -> str:
-    """The cohort: workers of unequal hash are never paired (design: layout hash). 32 hex digits."""
-    text = repr((WIRE_VERSION, NUMERICS_VERSION, model, revision, layout))
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    """The cohort: workers of unequal hash are never paired. A hash of 16 hex digits for each field, so that two can be
+    told apart by name. Tensor-parallel sizes are none of them: a layout is of all ranks together."""
+    parts = {
+        "wire": WIRE_VERSION, "numerics": NUMERICS_VERSION, "model": model, "revision": revision,
+        "block_size": layout.block_size, "dtype": [plane.dtype for plane in layout.planes],
+        "planes": layout.planes, "groups": layout.groups,
+    }  # fmt: skip
+    return ",".join(f"{name}={_digest(value)}" for name, value in parts.items())
+
+
+def cohort_difference(first: str, second: str) -> str:
+    """Which fields of two layout hashes differ, by name."""
+    mine, theirs = _fields(first), _fields(second)
+    return ", ".join(name for name in mine | theirs if mine.get(name) != theirs.get(name))
+
+
+def _fields(cohort: str) -> dict[str, str]:
+    parts = (part.partition("=") for part in cohort.split(","))
+    return {name: digest for name, _, digest in parts}
+
+
+def _digest(value: object) -> str:
+    return hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()

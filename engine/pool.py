@@ -66,6 +66,10 @@ class SharedPool:
         records = self._planes[plane][layers.start : layers.stop]
         records[:, list(block_ids)] = np.frombuffer(payload, np.uint8).reshape(len(layers), len(block_ids), -1)
 
+    def records(self, plane: int) -> np.ndarray:
+        """[layers, blocks, bytes] of one plane, where they lie."""
+        return self._planes[plane]
+
     def record_run(self, plane: int, layer: int, first: int, count: int) -> np.ndarray:
         """[count, bytes]: the records of neighbouring blocks in one layer, where they lie."""
         return self._planes[plane][layer, first : first + count]

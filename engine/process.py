@@ -1,23 +1,30 @@
-"""The engine's own process: `python -m engine.process SOCKET_FD POOL_FD`, started by ProcessStepRunner.
+"""The engine's own process: `python -m engine.process SOCKET_FD POOL_FD...`, started by ProcessStepRunner.
 
-1. reads an EngineSetup from the socket; 2. loads the model over the shared pool and says so (None), or what failed
-(ErrorInfo); 3. drives turns, commands from and outputs to the socket; 4. ends when the other end is closed, which
-also happens when the parent dies.
+1. reads an EngineSetup from the socket; 2. with several ranks, one for each pool, starts those of the others
+(engine/follower.py); 3. loads the model over the shared pool and says so (None), or what failed (ErrorInfo); 4. drives
+turns, commands from and outputs to the socket; 5. ends when the other end is closed, which also happens when the parent
+dies, or when another rank has ended.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 import select
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 
-from engine.build import build_engine
-from engine.errors import SteelyardError
-from engine.pool import SharedPool
+from engine.build import build_model_runner, host_tier
+from engine.engine import Engine
+from engine.errors import SteelyardError, WorkerLost
+from engine.follower import FollowerProcesses
+from engine.rank_pools import pools_of, worker_pool
+from engine.ranks import ONE_RANK, GroupRanks, Ranks, meeting_point
 from engine.setup import EngineSetup
+from engine.shares import Share
 from engine.step_runner import LENGTH, drive
 from engine.types import Command, ErrorInfo
 
@@ -27,15 +34,23 @@ class SocketInbox:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self.followers: list[socket.socket] = []  # they say nothing: what can be read of one is its end
 
     def take(self, block: bool) -> list[Command] | None:
+        """Raises WorkerLost when another rank has ended."""
         taken: list[Command] = []
         try:
-            while (block and not taken) or select.select([self._sock], [], [], 0)[0]:
+            while self._has_news(wait=block and not taken):
                 taken.append(self.read())
         except (EOFError, ConnectionError):
             return None
         return taken
+
+    def _has_news(self, wait: bool) -> bool:
+        ready, _, _ = select.select([self._sock, *self.followers], [], [], None if wait else 0)
+        if self._sock not in ready and ready:
+            raise WorkerLost("a rank has ended")
+        return bool(ready)
 
     def read(self):
         (length,) = LENGTH.unpack(self._exactly(LENGTH.size))
@@ -55,23 +70,47 @@ class SocketInbox:
         return data
 
 
-def main(socket_fd: int, pool_fd: int) -> None:
+def main(socket_fd: int, pool_fds: list[int]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches all; our parent decides
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
-        serve(SocketInbox(socket.socket(fileno=socket_fd)), pool_fd)
+        serve(SocketInbox(socket.socket(fileno=socket_fd)), pool_fds)
 
 
-def serve(inbox: SocketInbox, pool_fd: int) -> None:
+def serve(inbox: SocketInbox, pool_fds: list[int]) -> None:
     setup: EngineSetup = inbox.read()
-    try:
-        pool = SharedPool(setup.layout, setup.spec.num_blocks, pool_fd)
-        built = build_engine(setup, pool)
-    except SteelyardError as error:
-        inbox.write(ErrorInfo(error.code, error.message))
+    with _joined_ranks(setup, pool_fds, inbox) as ranks:
+        try:
+            pool = worker_pool(setup.layout, setup.spec.num_blocks, len(pool_fds), pool_fds)
+            runner = build_model_runner(setup, pools_of(pool)[0], ranks)
+            engine = Engine(setup.spec, host_tier(setup, pool))
+        except SteelyardError as error:
+            inbox.write(ErrorInfo(error.code, error.message))
+            return
+        inbox.write(None)
+        drive(engine, runner, inbox, inbox.write)
+
+
+@contextlib.contextmanager
+def _joined_ranks(setup: EngineSetup, pool_fds: list[int], inbox: SocketInbox) -> Iterator[Ranks]:
+    """The other ranks run from here to the end. They meet at a store that only this host can reach."""
+    size = len(pool_fds)
+    if size == 1:
+        yield ONE_RANK
         return
-    inbox.write(None)
-    drive(built.engine, built.runner, inbox, inbox.write)
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    store = meeting_point(port, size, listener.detach())
+    followers = FollowerProcesses(setup, pool_fds[1:], port)
+    inbox.followers = followers.sockets
+    try:
+        yield GroupRanks(Share(0, size), store, setup.batch_invariant, followers)
+    finally:
+        followers.stop()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    try:
+        main(int(sys.argv[1]), list(map(int, sys.argv[2:])))
+    except WorkerLost as lost:
+        print(f"the engine ends: {lost}", file=sys.stderr, flush=True)
+        os._exit(1)  # torch's process group would wait for ranks that are gone

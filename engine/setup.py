@@ -14,6 +14,7 @@ from engine.models.loader import load_config
 from engine.models.store import ModelFiles, resolve
 from engine.planes import CacheLayout, attention_layout, layout_hash
 from engine.scheduler import SchedulerLimits
+from engine.shares import check_split
 
 _FINGERPRINT_BYTES = 65536  # read from either end of each weight file
 
@@ -30,9 +31,10 @@ class EngineSetup:
     config: EngineConfig
     dtype: str
     batch_invariant: bool
+    num_ranks: int = 1  # of the worker; `layout` and `model` are of all of them together
 
 
-def plan_engine(source: ModelSource, config: EngineConfig, hash_key: bytes) -> EngineSetup:
+def plan_engine(source: ModelSource, config: EngineConfig, hash_key: bytes, num_ranks: int = 1) -> EngineSetup:
     """Find the model's files and work out everything but tensors. Raises ModelError."""
     files = resolve(source.name, Path(source.cache_dir).expanduser() if source.cache_dir else None)
     model = load_config(files)
@@ -43,6 +45,8 @@ def plan_engine(source: ModelSource, config: EngineConfig, hash_key: bytes) -> E
                 param="model.max_context",
             )
         model = replace(model, max_context=source.max_context)
+    width = min(model.intermediate_size, model.moe.intermediate_size if model.moe else model.intermediate_size)
+    check_split(num_ranks, model.num_heads, model.num_kv_heads, width)
     layout = attention_layout(
         model.num_layers,
         model.num_kv_heads,
@@ -60,7 +64,7 @@ def plan_engine(source: ModelSource, config: EngineConfig, hash_key: bytes) -> E
     )
     cohort = layout_hash(layout, files.name, fingerprint(files))
     invariant = source.dtype == "float32" if config.batch_invariant is None else config.batch_invariant
-    return EngineSetup(files, model, spec, layout, cohort, config, source.dtype, invariant)
+    return EngineSetup(files, model, spec, layout, cohort, config, source.dtype, invariant, num_ranks)
 
 
 def fingerprint(files: ModelFiles) -> str:

@@ -25,6 +25,7 @@ from typing import Protocol
 from engine.engine import Engine, ModelRunner
 from engine.errors import ModelError, WorkerLost, error_from_code
 from engine.pool import SharedPool
+from engine.rank_pools import RankPools, pools_of
 from engine.scheduler import Batch
 from engine.setup import EngineSetup
 from engine.step_shape import StepRecord
@@ -134,11 +135,11 @@ class ProcessStepRunner:
         self._writer = writer
 
     @classmethod
-    async def start(cls, setup: EngineSetup, pool: SharedPool, timeout_s: float) -> ProcessStepRunner:
-        """Start the child and wait until its model is loaded. Raises ModelError or WorkerLost."""
+    async def start(cls, setup: EngineSetup, pool: SharedPool | RankPools, timeout_s: float) -> ProcessStepRunner:
+        """Start the child and wait until its model is loaded, on every rank. Raises ModelError or WorkerLost."""
         ours, theirs = socket.socketpair()
         with theirs:
-            fds = (theirs.fileno(), pool.fd)
+            fds = (theirs.fileno(), *(one.fd for one in pools_of(pool)))
             command = [sys.executable, "-m", "engine.process", *map(str, fds)]
             process = await asyncio.to_thread(
                 subprocess.Popen, command, pass_fds=fds, env=_child_env(setup.config.threads)
@@ -193,6 +194,8 @@ class ProcessStepRunner:
 
 
 def _child_env(threads: int) -> dict[str, str]:
-    """The child finds our packages where we did, and its libraries start no more threads than it may use."""
+    """The child finds our packages where we did; its libraries start no more threads than it may use, and its ranks
+    meet on the loopback device."""
     paths = [path for path in sys.path if path] + [os.getcwd()]
-    return dict(os.environ) | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads)}
+    ours = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo"}
+    return dict(os.environ) | ours

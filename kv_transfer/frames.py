@@ -22,6 +22,7 @@ import xxhash
 from engine.errors import FrameCorrupt
 from engine.planes import CacheLayout
 from engine.pool import Buffer, SharedPool
+from engine.rank_pools import RankPools
 
 _HEADER = struct.Struct("<4sBxHHHIIIQQ")  # magic, kind, plane, layers[2], blocks[2], index, digest, length
 HEADER_BYTES = _HEADER.size
@@ -78,7 +79,7 @@ class PlacedFrame:
     """A place, and the producer's pool as it is mapped here."""
 
     place: Place
-    source: SharedPool
+    source: SharedPool | RankPools
 
 
 Message = Frame | PlacedFrame | Commit

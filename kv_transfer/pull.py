@@ -20,9 +20,10 @@ import numpy as np
 from engine.block_table import transfer_entries
 from engine.errors import FrameCorrupt, LeaseLost, TransferFailed
 from engine.planes import CacheLayout
-from engine.pool import BlockBytes, copy_records
+from engine.pool import BlockBytes
 from engine.types import Key
 from kv_transfer.carrier import Carrier
+from kv_transfer.copying import copy_frame
 from kv_transfer.frames import Commit, Frame, FrameSpec, PlacedFrame, commit_digest, payload_bytes, pieces_digest
 from kv_transfer.handoff import HandOff
 from kv_transfer.lease import Lease
@@ -118,7 +119,7 @@ class Puller:
         place, source, spec = frame.place, frame.source, frame.place.spec
         if len(place.block_ids) != len(spec.blocks) or not all(0 <= one < source.num_blocks for one in place.block_ids):
             raise FrameCorrupt(f"frame {place.index} lies in blocks that its producer does not have")
-        arrived = copy_records(source, self._pool, spec.plane, spec.layers, place.block_ids, self._ids(spec))
+        arrived = copy_frame(source, self._pool, spec.plane, spec.layers, place.block_ids, self._ids(spec))
         if self._verify_digests:
             if pieces_digest(place.index, spec, arrived) != place.digest:
                 raise FrameCorrupt(f"frame {place.index} does not match its digest")

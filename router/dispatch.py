@@ -87,6 +87,8 @@ class Dispatcher:
         if self._closed.is_set() or membership.version <= self._membership.version:
             return
         self._membership = membership
+        for fault in membership.unpaired():
+            log.warning("%s", fault)
         wanted = {(member.worker_id, member.incarnation): member for member in membership.members}
         for name in [name for name in self._links if name not in wanted]:
             self._in_background(self._links.pop(name).close())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.planes import cohort_difference
 from engine.types import Role
 
 
@@ -32,3 +33,13 @@ class Membership:
 
     def by_role(self, role: Role) -> tuple[Member, ...]:
         return tuple(member for member in self.members if member.role == role)
+
+    def unpaired(self) -> list[str]:
+        """Of each prefill and decode worker that will not work together: who they are, and why."""
+        return [
+            f"{first.worker_id} and {second.worker_id} are never paired: they differ in "
+            f"{cohort_difference(first.cohort, second.cohort)}"
+            for first in self.by_role(Role.PREFILL)
+            for second in self.by_role(Role.DECODE)
+            if first.cohort != second.cohort
+        ]

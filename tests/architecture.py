@@ -170,7 +170,11 @@ LAYERS = {
     "benchmarks": Layer(may=(*PACKAGES, "tests.oracle")),
 }
 NOWHERE = ("transformers",)  # a test oracle
-LOCAL_PIPES = ("engine/step_runner.py", "engine/process.py")  # between a parent and its own child: sockets, pickle
+LOCAL_PIPES = (
+    "engine/step_runner.py",
+    "engine/process.py",
+    "engine/follower.py",
+)  # between a parent and its own child: sockets, pickle
 MODEL_FETCHER = "engine/models/fetch.py"  # before an engine starts; imports its HTTP client when it needs it
 
 

@@ -16,6 +16,7 @@ from engine.kv_cache import KVCache
 from engine.models.config import ModelConfig
 from engine.models.moe import Experts, Mlp, feed_forward
 from engine.models.rope import rope_tables
+from engine.ranks import ONE_RANK, Ranks
 from kernels.dispatch import prepare, weigh_for
 from kernels.reference.attention import Segment, paged_attention
 from kernels.reference.ladder import Ladders, linear
@@ -56,9 +57,11 @@ class _Place:
 class Decoder:
     """forward: a step's tokens -> logits of its sampled rows. Writes the new KV, reads all of it from the cache."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, ladders: Ladders) -> None:
-        """Takes the layers' tensors out of `weights`, so that those which are stacked or packed are freed."""
+    def __init__(self, config: ModelConfig, weights: Weights, ladders: Ladders, ranks: Ranks = ONE_RANK) -> None:
+        """Takes the layers' tensors out of `weights`, so that those which are stacked or packed are freed. With several
+        ranks, config and weights are this one's parts (engine/models/split.py)."""
         self.config = config
+        self.ranks = ranks
         self.ladders = ladders
         self.embedding = weights["model.embed_tokens.weight"]  # [vocab, hidden]
         self.head = prepare(self.embedding if config.tie_embeddings else weights.pop("lm_head.weight"))
@@ -71,14 +74,25 @@ class Decoder:
 
     def forward(self, step: StepInput, cache: KVCache) -> torch.Tensor:
         """Returns [num_samples, vocab] in float32."""
-        hidden = self.embedding[step.token_ids] * self._scale  # [padded_rows, hidden]
+        hidden = self._embed(step.token_ids) * self._scale  # [padded_rows, hidden]
         for layer, place in zip(self.layers, self._places(step, cache), strict=True):
-            attended = self._attend(layer, self._normed(hidden, layer.attention_norm), place, step)
+            attended = self.ranks.add(self._attend(layer, self._normed(hidden, layer.attention_norm), place, step))
             hidden = hidden + self._normed(attended, layer.attention_out_norm)
             fed = feed_forward(self._normed(hidden, layer.mlp_norm), layer.mlp, self.config, self.ladders.linear)
-            hidden = hidden + self._normed(fed, layer.mlp_out_norm)
+            hidden = hidden + self._normed(self.ranks.add(fed), layer.mlp_out_norm)
         rows = self._normed(hidden[step.sample_rows], self.norm)
-        return linear(rows, self.head, None, self.ladders.linear)[: step.num_samples].float()
+        logits = linear(rows, self.head, None, self.ladders.linear)[: step.num_samples].float()
+        return self.ranks.gather(logits, self.config.vocab_size)
+
+    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Each rank knows some of the vocabulary; to the others' tokens it adds zeros."""
+        share = self.ranks.share
+        if share.size == 1:
+            return self.embedding[token_ids]
+        mine = share.cut(self.config.vocab_size)
+        is_mine = (token_ids >= mine.start) & (token_ids < mine.stop)
+        found = self.embedding[torch.where(is_mine, token_ids - mine.start, 0)]
+        return self.ranks.add(torch.where(is_mine[:, None], found, 0))
 
     def _places(self, step: StepInput, cache: KVCache) -> list[_Place]:
         whole, local = self.rope.at(step.positions), self.local_rope.at(step.positions)

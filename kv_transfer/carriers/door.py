@@ -2,8 +2,8 @@
 
 1. a reader connects to the abstract socket that carries the incarnation's name: only this host has it;
 2. both show that they know the cluster's token, each by a MAC over both sides' nonces; the token never travels;
-3. the reader gets the number of blocks and two descriptors that it cannot write to: the pool, and a sample of bytes to
-   measure the path with.
+3. the reader gets the number of blocks and descriptors that it cannot write to: the pool (of each rank), and a sample
+   of bytes to measure the path with.
 Who is another user, is silent for DOOR_TIMEOUT_S or shows a wrong MAC is sent away. Nothing is left on any disk.
 """
 
@@ -22,12 +22,15 @@ from dataclasses import dataclass
 from engine.errors import TransferFailed
 from engine.planes import CacheLayout
 from engine.pool import SharedPool
+from engine.rank_pools import RankPools, pools_of, worker_pool
+from engine.shares import Share, rank_layout
 
 DOOR_TIMEOUT_S = 2.0
 MAX_WAITING = 64
 ACCEPT_PAUSE_S = 1.0  # after a failure
 NONCE_BYTES = MAC_BYTES = 32
-_ANSWER = struct.Struct("<QQ")  # blocks of the pool, bytes of the sample
+_ANSWER = struct.Struct("<QQI")  # blocks of the pool, bytes of the sample, ranks
+MAX_RANKS = 64
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 log = logging.getLogger(__name__)
@@ -37,7 +40,7 @@ log = logging.getLogger(__name__)
 class OpenPool:
     """Another worker's pool, mapped here to be read."""
 
-    pool: SharedPool
+    pool: SharedPool | RankPools
     sample: mmap.mmap
 
     def close(self) -> None:
@@ -48,10 +51,11 @@ class OpenPool:
 class PoolDoor:
     """The producer's end, from when it is made until `close`."""
 
-    def __init__(self, pool: SharedPool, sample_fd: int, token: str, incarnation: str) -> None:
+    def __init__(self, pool: SharedPool | RankPools, sample_fd: int, token: str, incarnation: str) -> None:
         self._token = token.encode()
-        self._answer = _ANSWER.pack(pool.num_blocks, os.fstat(sample_fd).st_size)
-        self._fds = [_read_only(pool.fd), _read_only(sample_fd)]
+        pools = pools_of(pool)
+        self._answer = _ANSWER.pack(pool.num_blocks, os.fstat(sample_fd).st_size, len(pools))
+        self._fds = [*(_read_only(one.fd) for one in pools), _read_only(sample_fd)]
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         self._listener.bind(_door_name(incarnation))
         self._listener.listen(MAX_WAITING)
@@ -127,14 +131,16 @@ async def _enter(layout: CacheLayout, token: bytes, incarnation: str) -> OpenPoo
 
 def _mapped(layout: CacheLayout, data: bytes, fds: list[int]) -> OpenPool:
     """The maps keep descriptors of their own."""
-    if len(data) != _ANSWER.size or len(fds) != 2:
+    if len(data) != _ANSWER.size or len(fds) < 2:
         raise TransferFailed("the door was shut before the pool came")
-    num_blocks, sample_bytes = _ANSWER.unpack(data)
+    num_blocks, sample_bytes, num_ranks = _ANSWER.unpack(data)
+    shares = [Share(rank, num_ranks) for rank in range(num_ranks)]
+    wanted = [rank_layout(layout, share).bytes_per_block * num_blocks for share in shares] + [sample_bytes]
     sizes = [os.fstat(fd).st_size for fd in fds]
-    if sizes != [layout.bytes_per_block * num_blocks, sample_bytes]:
-        raise TransferFailed(f"pool and sample have {sizes} bytes, and not those of {num_blocks} blocks")
-    pool = SharedPool(layout, num_blocks, os.dup(fds[0]), access=mmap.ACCESS_READ)
-    return OpenPool(pool, mmap.mmap(fds[1], sample_bytes, access=mmap.ACCESS_READ))
+    if sizes != wanted:
+        raise TransferFailed(f"pools and sample have {sizes} bytes, and not those of {num_blocks} blocks, {wanted}")
+    pool = worker_pool(layout, num_blocks, num_ranks, [os.dup(fd) for fd in fds[:-1]], mmap.ACCESS_READ)
+    return OpenPool(pool, mmap.mmap(fds[-1], sample_bytes, access=mmap.ACCESS_READ))
 
 
 async def _receive_fds(door: socket.socket) -> tuple[bytes, list[int]]:
@@ -146,7 +152,7 @@ async def _receive_fds(door: socket.socket) -> tuple[bytes, list[int]]:
         await readable
     finally:
         loop.remove_reader(door)
-    data, fds, _, _ = socket.recv_fds(door, _ANSWER.size, 2)
+    data, fds, _, _ = socket.recv_fds(door, _ANSWER.size, MAX_RANKS + 1)
     return data, list(fds)
 
 

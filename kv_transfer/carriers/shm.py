@@ -16,6 +16,7 @@ import xxhash
 
 from engine.errors import FrameCorrupt
 from engine.pool import PIECE_BYTES, SharedPool
+from engine.rank_pools import RankPools
 from kv_transfer.carriers.door import OpenPool
 from kv_transfer.carriers.grpc import GrpcCarrier
 from kv_transfer.frames import Message, Place, PlacedFrame
@@ -27,7 +28,7 @@ class ShmCarrier(GrpcCarrier):
 
     name = "shm"
 
-    def __init__(self, channel: grpc.aio.Channel, source: SharedPool) -> None:
+    def __init__(self, channel: grpc.aio.Channel, source: SharedPool | RankPools) -> None:
         super().__init__(channel)
         self._source = source
 

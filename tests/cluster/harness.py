@@ -36,7 +36,9 @@ class LocalCluster:
     async def start_worker(self, role: Role, index: int = 0) -> None:
         """Start (or replace) one worker and list it."""
         name = f"{role}-{index}"
-        worker = Worker(WorkerSpec(name, secrets.token_hex(4), role, "127.0.0.1"), self.config, self.secret)
+        pools = {Role.PREFILL: self.config.pools.prefill, Role.DECODE: self.config.pools.decode}
+        spec = WorkerSpec(name, secrets.token_hex(4), role, "127.0.0.1", pools[role].tensor_parallel)
+        worker = Worker(spec, self.config, self.secret)
         self.members[name] = await worker.start()
         self.workers[name] = worker
         self.publish()

@@ -142,8 +142,9 @@ FAULTS = {
         "model.max_context: 40000 tokens do not fit in engine.num_blocks x engine.block_size = 32768; "
         "use num_blocks: 2500 or more"
     ),
-    "pools: {prefill: {tensor_parallel: 2}}": (
-        "pools.prefill.tensor_parallel: more than one rank per worker is not possible yet, got 2"
+    "pools: {prefill: {tensor_parallel: 65}}": "pools.prefill.tensor_parallel: must be at most 64, got 65",
+    "{engine: {runner: thread}, pools: {prefill: {tensor_parallel: 2}}}": (
+        "pools.prefill.tensor_parallel: 2 ranks need engine.runner: process, which there is for engine.device: cpu only"
     ),
     "pools: {decode: {num_gpus: 1}}": (
         "pools.decode.num_gpus: engine.device is cpu, so 1 would be taken and never used"

@@ -227,8 +227,8 @@ async def test_a_producer_that_hangs_up_before_the_answer_leaves_nothing_reserve
 @in_virtual_time
 async def test_a_producer_of_another_cohort_is_refused_before_anything_is_asked() -> None:
     with house() as h:
-        with pytest.raises(TransferFailed, match="cohort"):
-            await h.intake.reserve(h.offer(cohort="another"))
+        with pytest.raises(TransferFailed, match=r"p0 is of another cohort: they differ in model, cohort$"):
+            await h.intake.reserve(h.offer(cohort="model=2"))
         assert h.sent == []
         assert h.is_clean()
 

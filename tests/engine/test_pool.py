@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine.kv_cache import KVCache
-from engine.planes import CacheLayout, Group, Plane, Split, attention_layout, layout_hash
+from engine.planes import CacheLayout, Group, Plane, Split, attention_layout, cohort_difference, layout_hash
 from engine.pool import SharedPool
 
 NUM_BLOCKS = 7
@@ -182,10 +182,16 @@ def test_the_layout_hash_changes_with_each_field() -> None:
     assert len(set(hashes)) == len(hashes)
 
 
-def test_the_layout_hash_of_equal_layouts_is_equal_and_has_32_digits() -> None:
-    first, second = (layout_hash(attention_layout(2, 2, 8, 16, "float32"), "model", "r") for _ in range(2))
+def test_layout_hashes_of_equal_layouts_are_equal_and_others_say_in_what_they_differ() -> None:
+    layout = attention_layout(2, 2, 8, 16, "float32")
+    first, second = (layout_hash(layout, "model", "r") for _ in range(2))
     assert first == second
-    assert len(first) == 32 and int(first, 16) >= 0
+    assert cohort_difference(first, second) == ""
+    other = layout_hash(attention_layout(2, 2, 8, 16, "bfloat16"), "model", "s")
+    assert cohort_difference(first, other) == "revision, dtype, planes"
+    assert cohort_difference(first, "of another time") == (
+        "wire, numerics, model, revision, block_size, dtype, planes, groups, of another time"
+    )
 
 
 def test_the_layout_hash_does_not_confuse_where_one_name_ends() -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from engine.batch import build_input
+from engine.batch import build_input, plan_step
 from engine.block_manager import Holder, HolderKind
 from engine.build import BuiltEngine
 from engine.engine import Engine, EngineSpec, ModelRunner
@@ -252,7 +252,8 @@ class LogitRecorder:
         runner, model = self.runner, self.runner.model
         groups = model.config.num_heads // model.config.num_kv_heads
         layout = runner.cache.layout
-        step = build_input(batch, layout.groups, layout.block_size, groups, model.ladders, "cpu")
+        plan = plan_step(batch, layout.groups, layout.block_size)
+        step = build_input(plan, layout.groups, layout.block_size, groups, model.ladders, "cpu")
         wanted = torch.zeros(len(step.token_ids), dtype=torch.int64)
         wanted[: step.num_tokens] = torch.arange(step.num_tokens)
         logits = model.forward(replace(step, sample_rows=wanted, num_samples=step.num_tokens), runner.cache)

@@ -19,6 +19,7 @@ import pytest
 from cluster.rpc.auth import Gatekeeper, call_token
 from cluster.rpc.channels import OPTIONS, Channels
 from engine.errors import LeaseLost, TransferFailed
+from engine.pool import SharedPool
 from kv_transfer.carriers import choice, door
 from kv_transfer.carriers.choice import ChosenCarriers
 from kv_transfer.carriers.door import PoolDoor, open_pool
@@ -204,6 +205,7 @@ async def test_a_door_that_could_not_open_once_opens_again(case: Transfer, monke
 async def test_what_comes_through_the_door_cannot_be_written_to(case: Transfer) -> None:
     async with serve(case) as served:
         opened = await open_pool(LAYOUT, TOKEN, served.lease.incarnation)
+        assert isinstance(opened.pool, SharedPool)
         assert opened.pool.memory[:] == case.source.memory[:]
         with pytest.raises(PermissionError):
             mmap.mmap(opened.pool.fd, opened.pool.size_bytes, prot=mmap.PROT_READ | mmap.PROT_WRITE)
