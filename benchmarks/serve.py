@@ -107,8 +107,8 @@ def _row(count: int, rounds: list[tuple[float, float, float]], times: list[Strea
     }
 
 
-async def stream(client: httpx.AsyncClient, model: str, text: str) -> StreamTimes:
-    """One greedy completion of NUM_TOKENS tokens."""
+async def stream(client: httpx.AsyncClient, model: str, text: str | list[int]) -> StreamTimes:
+    """One greedy completion of NUM_TOKENS tokens, after a text or token ids."""
     body = {
         "model": model, "prompt": text, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True,
         "stream": True, "stream_options": {"include_usage": True},
