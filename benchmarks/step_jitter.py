@@ -32,6 +32,7 @@ from cluster.spec import WorkerSpec
 from cluster.worker import Worker
 from engine.planes import CacheLayout, attention_layout
 from engine.pool import SharedPool
+from engine.rank_pools import RankPools
 from engine.setup import EngineSetup
 from engine.step_runner import StepRunner
 from engine.types import Add, Command, Endpoint, Key, Request, Role, SamplingParams, StepOutputs
@@ -87,7 +88,7 @@ class ObservedRunner:
 class ObservedWorker(Worker):
     """A Worker whose engine is observed."""
 
-    async def _start_engine(self, setup: EngineSetup) -> tuple[StepRunner, SharedPool | None]:
+    async def _start_engine(self, setup: EngineSetup) -> tuple[StepRunner, SharedPool | RankPools | None]:
         runner, pool = await super()._start_engine(setup)
         self.observed = ObservedRunner(runner)
         return self.observed, pool
