@@ -24,7 +24,7 @@ from engine.planes import CacheLayout
 from engine.pool import Buffer, SharedPool
 from engine.rank_pools import RankPools
 
-_HEADER = struct.Struct("<4sBxHHHIIIQQ")  # magic, kind, plane, layers[2], blocks[2], index, digest, length
+_HEADER = struct.Struct("<4sBBHHHIIIQQ")  # magic, kind, 0, plane, layers[2], blocks[2], index, digest, length
 HEADER_BYTES = _HEADER.size
 _PLACE = struct.Struct("<IHHHII")  # index, plane, layers[2], blocks[2]
 _MAGIC = b"SYF1"
@@ -126,24 +126,26 @@ def payload_bytes(layout: CacheLayout, spec: FrameSpec) -> int:
 def encode(message: Frame | Place | Commit) -> bytes:
     if isinstance(message, Commit):
         header = _HEADER.pack(
-            _MAGIC, _KIND_COMMIT, 0, 0, 0, 0, 0, message.num_frames, message.digest, len(message.handoff)
+            _MAGIC, _KIND_COMMIT, 0, 0, 0, 0, 0, 0, message.num_frames, message.digest, len(message.handoff)
         )
         return header + message.handoff
     spec = message.spec
     kind, body = (_KIND_FRAME, message.payload) if isinstance(message, Frame) else (_KIND_PLACE, _ids(message))
     header = _HEADER.pack(
-        _MAGIC, kind, spec.plane, spec.layers.start, spec.layers.stop, spec.blocks.start, spec.blocks.stop,
+        _MAGIC, kind, 0, spec.plane, spec.layers.start, spec.layers.stop, spec.blocks.start, spec.blocks.stop,
         message.index, message.digest, len(body),
     )  # fmt: skip
     return b"".join((header, body))
 
 
-def decode(data: bytes) -> Frame | Place | Commit:
+def decode(data: Buffer) -> Frame | Place | Commit:
     """Raises FrameCorrupt if this is no whole message. A payload is a view of `data`, not yet verified."""
     if len(data) < HEADER_BYTES:
         raise FrameCorrupt(f"message of {len(data)} bytes is shorter than a header")
-    magic, kind, plane, layer0, layer1, block0, block1, index, digest, length = _HEADER.unpack_from(data)
-    if magic != _MAGIC or kind not in (_KIND_FRAME, _KIND_COMMIT, _KIND_PLACE):
+    magic, kind, unused, plane, layer0, layer1, block0, block1, index, digest, length = _HEADER.unpack_from(data)
+    if kind == _KIND_COMMIT:  # its header has no use for a spec
+        unused |= plane | layer0 | layer1 | block0 | block1
+    if magic != _MAGIC or kind not in (_KIND_FRAME, _KIND_COMMIT, _KIND_PLACE) or unused:
         raise FrameCorrupt("message has an unknown header")
     body = memoryview(data)[HEADER_BYTES:]
     if len(body) != length:
@@ -158,16 +160,17 @@ def decode(data: bytes) -> Frame | Place | Commit:
     return Place(index, spec, struct.unpack(f"<{len(spec.blocks)}I", body), digest)
 
 
-def decode_places(data: bytes) -> list[Place | Commit]:
+def decode_places(data: Buffer) -> list[Place | Commit]:
     """Of one message with several, one after the other. Raises FrameCorrupt."""
     found: list[Place | Commit] = []
-    while data:
-        length = _HEADER.unpack_from(data)[-1] if len(data) >= HEADER_BYTES else 0
-        message = decode(data[: HEADER_BYTES + length])
+    rest = memoryview(data)
+    while rest:
+        length = _HEADER.unpack_from(rest)[-1] if len(rest) >= HEADER_BYTES else 0
+        message = decode(rest[: HEADER_BYTES + length])
         if isinstance(message, Frame):
             raise FrameCorrupt(f"frame {message.index} came where its place was wanted")
         found.append(message)
-        data = data[HEADER_BYTES + length :]
+        rest = rest[HEADER_BYTES + length :]
     return found
 
 

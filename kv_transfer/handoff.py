@@ -57,10 +57,12 @@ class HandOff:
             version, parts = msgpack.unpackb(data)
             if version != HANDOFF_VERSION:
                 raise TransferFailed(f"hand-off version {version} is unknown, {HANDOFF_VERSION} is spoken here")
-            return _from_parts(_known_parts(parts))
+            handoff = _from_parts(_known_parts(parts))
+            handoff.encode()  # numbers that nobody can send on are refused here
+            return handoff
         except TransferFailed:
             raise
-        except (ValueError, TypeError, LookupError, AttributeError, msgpack.UnpackException) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError, msgpack.UnpackException) as error:
             raise TransferFailed(f"malformed hand-off record: {error}") from error
 
 

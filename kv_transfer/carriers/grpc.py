@@ -194,9 +194,15 @@ def _unpack(data: bytes) -> tuple[list[Lease], int]:
     """Raises InvalidRequest for anything else than what _pack makes."""
     try:
         rows, first_frame = msgpack.unpackb(data)
-        leases = [Lease(Key(str(row[0]), int(row[1])), *map(str, row[2:7])) for row in rows]
-        if not leases or int(first_frame) < 0:
-            raise ValueError("no lease, or a negative frame")
-        return leases, int(first_frame)
-    except (ValueError, TypeError, LookupError, OverflowError, msgpack.UnpackException) as error:
+        leases = [_unpack_lease(*row) for row in rows]
+        if not leases or not isinstance(first_frame, int) or first_frame < 0:
+            raise ValueError("no lease, or no frame of that number")
+        return leases, first_frame
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise InvalidRequest(f"malformed lease record: {error}", param="lease") from None
+
+
+def _unpack_lease(request_id: object, epoch: object, *names: object) -> Lease:
+    if not isinstance(epoch, int) or not all(isinstance(one, str) for one in (request_id, *names)):
+        raise TypeError("a lease has an epoch that is a number and names that are text")
+    return Lease(Key(cast(str, request_id), epoch), *cast(tuple[str, ...], names))
