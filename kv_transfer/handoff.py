@@ -62,10 +62,11 @@ class HandOff:
             return handoff
         except TransferFailed:
             raise
-        except (ValueError, TypeError, LookupError, AttributeError, OverflowError, msgpack.UnpackException) as error:
+        except (*_MALFORMED, msgpack.UnpackException) as error:
             raise TransferFailed(f"malformed hand-off record: {error}") from error
 
 
+_MALFORMED = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 _PARTS = {
     "request_id", "epoch", "prompt_ids", "generated_ids", "sampling", "namespace", "timeout_s", "computed", "usage",
     "gateway_id", "stages", "siblings",

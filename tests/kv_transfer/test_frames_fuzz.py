@@ -51,6 +51,13 @@ def test_a_hand_off_with_a_number_that_nobody_can_send_on_is_refused() -> None:
         HandOff.decode(msgpack.packb([version, changed]) or b"")
 
 
+def test_a_hand_off_whose_version_is_too_deep_to_be_told_is_refused() -> None:
+    depths = range(100, 1000, 20)
+    for depth in depths:
+        with pytest.raises(TransferFailed):
+            HandOff.decode(b"\x92" + b"\x91" * depth + b"\x00\x90")
+
+
 @pytest.mark.parametrize("changes", [{0: b"r"}, {1: "3"}, {1: 1.5}, {6: 7}], ids=str)
 def test_a_lease_record_with_a_value_of_another_type_is_refused(changes: dict[int, object]) -> None:
     row = ["r", 3, "p0", "i1", "a:1", "cohort", "secret"]
