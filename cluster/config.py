@@ -46,6 +46,27 @@ class RaySection(StrictModel):
     include_dashboard: bool = Field(default=False, description="for a local Ray")
 
 
+class TlsSection(StrictModel):
+    """Files of mutual TLS, in PEM, on every node by the same path; without them calls travel in plain text."""
+
+    ca_file: str | None = Field(default=None, min_length=1, description="certificate of the authority that is believed")
+    cert_file: str | None = Field(default=None, min_length=1, description="this node's, of the name steelyard")
+    key_file: str | None = Field(default=None, min_length=1, description="its private key, without a password")
+
+    @model_validator(mode="after")
+    def _all_or_none(self) -> TlsSection:
+        absent = [name for name in type(self).model_fields if getattr(self, name) is None]
+        if absent and len(absent) < len(type(self).model_fields):
+            raise ValueError(f"give all of ca_file, cert_file and key_file, or none; missing: {', '.join(absent)}")
+        return self
+
+
+class RpcSection(StrictModel):
+    """Calls between gateways and workers."""
+
+    tls: TlsSection = TlsSection()
+
+
 class PoolConfig(StrictModel):
     """One pool of workers, and what each rank of a worker takes of its node."""
 
@@ -68,6 +89,7 @@ class ClusterConfig(StrictModel):
 
     cluster: ClusterSection = ClusterSection()
     ray: RaySection = RaySection()
+    rpc: RpcSection = RpcSection()
     model: ModelSource = ModelSource()
     engine: EngineConfig = EngineConfig()
     kv_transfer: TransferConfig = TransferConfig()

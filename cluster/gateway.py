@@ -27,6 +27,7 @@ from cluster.connection import Connection
 from cluster.end_limits import ANSWER_ENDS_S, SERVER_S
 from cluster.rpc.channels import Channels
 from cluster.rpc.client import GrpcConnector
+from cluster.rpc.tls import load_tls
 from engine.config import ModelSource
 from engine.errors import ConfigError
 from engine.models.detokenizer import IncrementalDetokenizer
@@ -66,14 +67,16 @@ class Server(uvicorn.Server):
 class Gateway:
     def __init__(self, config: ClusterConfig, secret: bytes, gateway_id: str) -> None:
         self._config = config
-        self._channels = Channels(secret)
+        self._secret = secret
         self._gateway_id = gateway_id
         self._server: uvicorn.Server | None = None
         self._serving: asyncio.Task[None] | None = None
 
     async def start(self) -> str:
-        """Begin to listen; returns the base URL. Raises ConfigError if the port is taken, ModelError."""
+        """Begin to listen; returns the base URL. Raises ConfigError if the port is taken or TLS cannot
+        be had, ModelError."""
         router = self._config.router
+        self._channels = Channels(self._secret, await asyncio.to_thread(load_tls, self._config.rpc.tls))
         model = await asyncio.to_thread(load_text_model, self._config.model)
         listener = listen(router.host, router.port)
         self._dispatcher = Dispatcher(router, self._gateway_id, GrpcConnector(self._channels), SystemNames())

@@ -17,6 +17,7 @@ from cluster.rpc.auth import call_token, prefix_hash_key
 from cluster.rpc.channels import Channels
 from cluster.rpc.client import GrpcPeers
 from cluster.rpc.server import WorkerServer
+from cluster.rpc.tls import load_tls
 from cluster.sides import Cache, Links, WorkerSides
 from cluster.spec import WorkerSpec
 from engine.pool import BlockBytes, SharedPool
@@ -46,17 +47,18 @@ class Worker:
     # --- life ----------------------------------------------------------------------------------------------
 
     async def start(self) -> Member:
-        """Load the model and begin to serve. Raises ModelError or WorkerLost."""
+        """Load the model and begin to serve. Raises ConfigError, ModelError or WorkerLost."""
         self._failure = asyncio.get_running_loop().create_future()
+        tls = await asyncio.to_thread(load_tls, self._config.rpc.tls)
         key = prefix_hash_key(self._secret)
         model, engine, num_ranks = self._config.model, self._config.engine, self._spec.num_ranks
         setup = await asyncio.to_thread(plan_engine, model, engine, key, num_ranks)
         self._runner, self._pool = await self._start_engine(setup)
-        self._channels = Channels(self._secret)
+        self._channels = Channels(self._secret, tls)
         spec = self._spec
         token = call_token(self._secret)
         self._carriers = ChosenCarriers(self._channels, setup.layout, token, self._config.kv_transfer)
-        self._server = WorkerServer(self._secret, spec.incarnation)
+        self._server = WorkerServer(self._secret, spec.incarnation, tls)
         me = Endpoint(spec.worker_id, spec.incarnation, self._server.bind(spec.host), setup.cohort)
         self._sides = WorkerSides(
             me,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import grpc
 
 from cluster.rpc.auth import call_token
+from cluster.rpc.tls import CHANNEL_OPTIONS, Tls
 from kv_transfer.carriers.status import INCARNATION_METADATA, SECRET_METADATA
 
 MAX_MESSAGE_BYTES = 4 * 2**20
@@ -52,19 +53,24 @@ def _with(details: grpc.aio.ClientCallDetails, metadata: _Metadata) -> grpc.aio.
 class Channels:
     """Opens channels on demand; whoever learns that a worker's life has ended lets its channel be closed."""
 
-    def __init__(self, secret: bytes) -> None:
+    def __init__(self, secret: bytes, tls: Tls | None = None) -> None:
         self._token = call_token(secret)
+        self._credentials = tls.for_channel() if tls is not None else None
         self._open: dict[tuple[str, str], grpc.aio.Channel] = {}
 
     def __call__(self, address: str, incarnation: str) -> grpc.aio.Channel:
         channel = self._open.get((address, incarnation))
         if channel is None:
             metadata = ((SECRET_METADATA, self._token), (INCARNATION_METADATA, incarnation))
-            channel = grpc.aio.insecure_channel(
-                address, options=OPTIONS, interceptors=[_AddUnary(metadata), _AddStream(metadata)]
-            )
+            channel = self._new(address, [_AddUnary(metadata), _AddStream(metadata)])
             self._open[(address, incarnation)] = channel
         return channel
+
+    def _new(self, address: str, interceptors: list[grpc.aio.ClientInterceptor]) -> grpc.aio.Channel:
+        if self._credentials is None:
+            return grpc.aio.insecure_channel(address, options=OPTIONS, interceptors=interceptors)
+        options = OPTIONS + CHANNEL_OPTIONS
+        return grpc.aio.secure_channel(address, self._credentials, options=options, interceptors=interceptors)
 
     async def forget(self, address: str, incarnation: str) -> None:
         """Close the channel to a worker's life that has ended."""

@@ -11,6 +11,7 @@ import grpc
 from cluster.rpc import control_pb2, control_pb2_grpc, convert, request_pb2, request_pb2_grpc, token_pb2, token_pb2_grpc
 from cluster.rpc.auth import Gatekeeper
 from cluster.rpc.channels import OPTIONS
+from cluster.rpc.tls import Tls
 from cluster.sides import WorkerStatus
 from engine.errors import SteelyardError
 from engine.streams import StreamBatch
@@ -84,12 +85,16 @@ class _Control(control_pb2_grpc.ControlServicer):
 class WorkerServer:
     """One worker's gRPC server, on a port that the system chooses."""
 
-    def __init__(self, secret: bytes, incarnation: str) -> None:
+    def __init__(self, secret: bytes, incarnation: str, tls: Tls | None = None) -> None:
+        self._credentials = tls.for_server() if tls is not None else None
         self._server = grpc.aio.server(interceptors=[Gatekeeper(secret, incarnation)], options=OPTIONS)
 
     def bind(self, host: str) -> str:
         """Take a port; returns host:port."""
-        port = self._server.add_insecure_port(f"{host}:0")
+        if self._credentials is None:
+            port = self._server.add_insecure_port(f"{host}:0")
+        else:
+            port = self._server.add_secure_port(f"{host}:0", self._credentials)
         return f"{host}:{port}"
 
     async def start(self, worker: WorkerCalls, producer: Producer, sample: Sample) -> None:
