@@ -1,8 +1,9 @@
 """The intake of the decode side: reserve, pull, adopt, release.
 
 An offer's way:
-1. `reserve` asks the engine for blocks, for the prompt and the growth expected; no room is a refusal at once;
-2. a task pulls the blocks under the lease, while the producer still computes later ones;
+1. `reserve` asks the engine for blocks, for the prompt and the growth expected; no room is a refusal at once.
+   Blocks that the engine has already under the prompt's names are among them;
+2. a task pulls the others under the lease, while the producer still computes later ones;
 3. a verified COMMIT: the engine adopts the sequence, the producer may release;
 4. a failure: the reservation is given back and the gateway told. Of a lost lease its producer knows more, so we wait a
    moment before we tell: the gateway has then heard of it already, unless the producer is cut off or gone.
@@ -21,6 +22,7 @@ from decode_worker.config import DecodeConfig
 from engine.errors import LeaseLost, Overloaded, SteelyardError, TransferFailed
 from engine.planes import CacheLayout, cohort_difference
 from engine.pool import BlockBytes
+from engine.runs import Runs
 from engine.streams import TokenStreams
 from engine.types import (
     Abort,
@@ -71,6 +73,7 @@ class TransferTotals:
     num_resumes: int = 0
     size_bytes: int = 0
     duration_s: float = 0.0
+    saved_bytes: int = 0  # of blocks that were here already
     carriers: tuple[CarrierTotals, ...] = ()
 
     def with_pull(self, pulled: Pulled, duration_s: float) -> TransferTotals:
@@ -79,12 +82,12 @@ class TransferTotals:
         one = by_name.get(pulled.carrier, CarrierTotals(pulled.carrier))
         by_name[pulled.carrier] = replace(
             one, num_pulls=one.num_pulls + 1, size_bytes=one.size_bytes + pulled.size_bytes,
-            duration_s=one.duration_s + duration_s,
+            duration_s=one.duration_s + duration_s, saved_bytes=one.saved_bytes + pulled.saved_bytes,
         )  # fmt: skip
         return replace(
             self, num_pulls=self.num_pulls + 1, num_resumes=self.num_resumes + pulled.num_resumes,
             size_bytes=self.size_bytes + pulled.size_bytes, duration_s=self.duration_s + duration_s,
-            carriers=tuple(by_name.values()),
+            saved_bytes=self.saved_bytes + pulled.saved_bytes, carriers=tuple(by_name.values()),
         )  # fmt: skip
 
 
@@ -134,7 +137,7 @@ class Intake:
             raise
         for one in arrival.keys:
             self._streams.register(one, offer.gateway_id)
-        arrival.task = asyncio.get_running_loop().create_task(self._pull(arrival, reserved.block_ids))
+        arrival.task = asyncio.get_running_loop().create_task(self._pull(arrival, reserved.block_ids, reserved.present))
 
     async def abort(self, key: Key) -> None:
         """End a request wherever it is; nothing writes to its blocks once they are given back."""
@@ -181,7 +184,7 @@ class Intake:
     async def _ask_engine(self, offer: Offer) -> Reserved:
         key = offer.lease.key
         answer = self._answers[key] = asyncio.get_running_loop().create_future()
-        self._send(Reserve(key, offer.num_tokens, offer.num_growth, len(offer.keys)))
+        self._send(Reserve(key, offer.num_tokens, offer.num_growth, len(offer.keys), offer.names))
         try:
             async with asyncio.timeout(RESERVE_TIMEOUT_S):
                 return await answer
@@ -197,12 +200,12 @@ class Intake:
         except (SteelyardError, TimeoutError):
             return  # the next beat tries again; a producer that is gone ends the pull by itself
 
-    async def _pull(self, arrival: _Arrival, block_ids: tuple[int, ...]) -> None:
+    async def _pull(self, arrival: _Arrival, block_ids: tuple[int, ...], present: Runs) -> None:
         lease = arrival.offer.lease
         try:
             carrier = self._carriers.carrier(lease)
             digests, siblings = self._transfer.digests, arrival.offer.siblings
-            puller = Puller(self._layout, self._pool, block_ids, carrier, lease, digests, siblings)
+            puller = Puller(self._layout, self._pool, block_ids, carrier, lease, digests, siblings, present)
             pulled = await puller.run(self._transfer.pull_timeout_s)
         except asyncio.CancelledError:
             self._give_back(lease.key)

@@ -12,12 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence as TokenIds
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Protocol
 
 from engine.block_manager import BlockManager, Holder, HolderKind
 from engine.block_table import BlockTable, first_needed, num_blocks_for, transfer_entries
 from engine.host_tier import HostTier, TierStats
 from engine.planes import Group
+from engine.prefix import group_name
+from engine.reservation import names_here, num_taken, take
+from engine.runs import Runs, runs_of
 from engine.scheduler import Batch, Scheduled, Scheduler, SchedulerLimits
 from engine.sequence import Sequence
 from engine.sequence_blocks import COPY, holder_of
@@ -64,10 +68,12 @@ class EngineSpec:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Blocks of a hand-off, or of a reservation for `num_tokens` positions and the token after them."""
+    """Blocks of a hand-off, or of a reservation for `num_tokens` positions and the token after them. Those of a
+    reservation in `present` were here before it, and may have other holders."""
 
     block_ids: tuple[int, ...]
     num_tokens: int
+    present: Runs = ()
 
 
 class Engine:
@@ -109,7 +115,7 @@ class Engine:
         for item in batch.scheduled if batch else ():
             if item.sequence.handoff and not item.sequence.announced:
                 item.sequence.announced = True
-                self._report_progress(item.sequence)
+                self._report_progress(item.sequence, names=tuple(item.sequence.hashes))
         return batch
 
     def finish(self, batch: Batch, sampled: TokenIds[Sampled]) -> None:
@@ -171,25 +177,31 @@ class Engine:
 
     def _reserve(self, command: Reserve) -> None:
         holder = Holder(HolderKind.RESERVATION, command.key)
-        needed = len(self._reserve_entries(command.num_tokens))
+        refusal = None if holder in self._held else self._take_reserved(holder, command)
+        if refusal:
+            self._reserved.append(Reserved(command.key, None, refusal))
+            return
+        held = self._held[holder]
+        self._reserved.append(Reserved(command.key, held.block_ids, present=held.present))
+
+    def _take_reserved(self, holder: Holder, command: Reserve) -> str | None:
+        """Hold these blocks; or why not. What waits here must not be overtaken for ever."""
+        entries = self._reserve_entries(command.num_tokens)
+        hashes = command.names[: command.num_tokens // self.spec.limits.block_size]
+        names = names_here(self.blocks, entries, hashes)
+        needed = num_taken(self.blocks, len(entries), names)
         growth = self._num_growth_blocks(command.num_growth)
         if command.num_answers > 1:  # many answers may take turns: half of the pool is enough to begin with
             growth = max(growth, min(growth * command.num_answers, self.blocks.num_blocks // 2))
-        growth = min(growth, self.blocks.num_blocks - needed)  # an empty pool has room for whatever may come here
+        growth = min(growth, self.blocks.num_blocks - len(entries))  # an empty pool has room for whatever may come here
         free = self.blocks.num_available - self.scheduler.num_blocks_wanted
-        if holder in self._held:
-            block_ids: TokenIds[int] | None = self._held[holder].block_ids
-        elif self.scheduler.lacks_seats or needed + growth > free:  # what waits here must not be overtaken for ever
-            block_ids = None
-        else:
-            block_ids = self.blocks.allocate(holder, needed)
+        if self.scheduler.lacks_seats:
+            return "sequences wait for a seat"
+        block_ids = take(self.blocks, holder, len(entries), names) if needed + growth <= free else None
         if block_ids is None:
-            blocks = f"{needed}+{growth} blocks wanted, {max(free, 0)} available"
-            reason = "sequences wait for a seat" if self.scheduler.lacks_seats else blocks
-            self._reserved.append(Reserved(command.key, None, reason))
-            return
-        self._held[holder] = Held(tuple(block_ids), command.num_tokens)
-        self._reserved.append(Reserved(command.key, tuple(block_ids)))
+            return f"{needed}+{growth} blocks wanted, {max(free, 0)} available"
+        self._held[holder] = Held(tuple(block_ids), command.num_tokens, runs_of(names))
+        return None
 
     def _reserve_entries(self, num_tokens: int) -> list[tuple[int, int]]:
         """(group, index) of what is transferred of these positions, then of what the next token needs beside it."""
@@ -216,13 +228,14 @@ class Engine:
         if held is None:
             self._fail(requests, ErrorInfo("transfer_failed", "no blocks are reserved for this request"))
             return
+        sequence = Sequence.from_request(request)
         problem = next(filter(None, map(self._problem_with, requests)), None)
         problem = problem or self._problem_with_blocks(command, held)
+        problem = problem or self._problem_with_present(sequence, command.computed, held)
         if problem:
             self.blocks.free(holder, held.block_ids)
             self._fail(requests, problem)
             return
-        sequence = Sequence.from_request(request)
         sequence.tables = self._tables_of(held)
         sequence.computed = command.computed
         self.blocks.pass_on(holder, holder_of(sequence), held.block_ids)
@@ -312,13 +325,13 @@ class Engine:
         self.blocks.pass_on(holder_of(sequence), holder, sequence.block_ids)
         self._held[holder] = Held(tuple(sequence.block_ids), sequence.computed)
 
-    def _report_progress(self, sequence: Sequence, done: bool = False) -> None:
+    def _report_progress(self, sequence: Sequence, done: bool = False, names: tuple[bytes, ...] = ()) -> None:
         """Tell which of the blocks to be transferred are complete: all with the first token, the full ones before."""
         size, num_tokens = self.spec.limits.block_size, sequence.request.num_tokens
         num_ready = self._num_blocks_for(num_tokens) if done else sequence.computed // size
         entries = transfer_entries(self._groups, num_tokens, size)
         ready = tuple(sequence.tables[group][index] for group, index in entries if index < num_ready)
-        self._progress.append(Progress(sequence.key, sequence.computed, ready, done))
+        self._progress.append(Progress(sequence.key, sequence.computed, ready, done, names))
 
     def _emit(
         self, sequence: Sequence, token_ids: tuple[int, ...], finish: FinishReason | None,
@@ -361,6 +374,19 @@ class Engine:
             return ErrorInfo("transfer_failed", f"{computed} of {num_tokens} tokens cannot be computed already")
         if computed < held.num_tokens and any(group.window is not None for group in self._groups):
             return ErrorInfo("transfer_failed", f"the window before token {computed} was not reserved")
+        return None
+
+    def _problem_with_present(self, sequence: Sequence, computed: int, held: Held) -> ErrorInfo | None:
+        """Why the blocks that were here before cannot be this sequence's, or None: its own tokens name them, and it
+        never writes to them."""
+        self.scheduler.holdings.update_hashes(sequence)
+        entries, num_full = self._reserve_entries(held.num_tokens), computed // self.spec.limits.block_size
+        for number in chain.from_iterable(held.present):
+            group, index = entries[number]
+            if index >= num_full:
+                return ErrorInfo("transfer_failed", f"block {index} is shared, and would be written to")
+            if self.blocks.find(group_name(sequence.hashes[index], group)) != held.block_ids[number]:
+                return ErrorInfo("transfer_failed", f"block {index} was named for other tokens than came")
         return None
 
     def _num_blocks_for(self, num_tokens: int) -> int:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 # Raised by hand when bytes on the wire or in a block change (tests/kv_transfer guards it with golden bytes).
-WIRE_VERSION = 3
+WIRE_VERSION = 4
 # Raised by hand when tokens may change for equal weights (tests/oracle guards it with golden tokens).
 NUMERICS_VERSION = 2
 

@@ -46,9 +46,16 @@ class SequenceBlocks:
         """Blocks that a sequence of so many tokens needs to start, cached ones included."""
         return len(self._groups) * self._num_blocks_for(num_tokens)
 
+    def update_hashes(self, sequence: Sequence) -> None:
+        """Name the full blocks of all its known tokens."""
+        if self._prefix_cache:
+            namespace = sequence.request.namespace
+            root = self._roots.get(namespace) or self._roots.setdefault(namespace, root_hash(self._hash_key, namespace))
+            extend_hashes(self._hash_key, sequence.hashes, root, sequence.tokens, self._block_size)
+
     def admit(self, sequence: Sequence) -> bool:
         """Find cached blocks and allocate the rest for all known tokens; False (nothing held) if they do not fit."""
-        self._update_hashes(sequence)
+        self.update_hashes(sequence)
         num_cached = self._num_cached(sequence)
         sequence.computed = min(num_cached * self._block_size, len(sequence.tokens) - 1)
         names = self._cached_names(sequence, num_cached)
@@ -103,7 +110,7 @@ class SequenceBlocks:
         """So that the prefix cache finds the blocks that the step has filled."""
         if not self._prefix_cache:
             return
-        self._update_hashes(sequence)
+        self.update_hashes(sequence)
         num_full = sequence.computed // self._block_size
         for group, table in enumerate(sequence.tables):
             for index in range(max(sequence.num_named, table.first), num_full):
@@ -238,12 +245,6 @@ class SequenceBlocks:
         forgotten = [copy for copy in self.copies if copy[1] in targets]
         self.copies = [copy for copy in self.copies if copy not in forgotten]
         self._blocks.free(COPY, [source for source, _ in forgotten])
-
-    def _update_hashes(self, sequence: Sequence) -> None:
-        if self._prefix_cache:
-            namespace = sequence.request.namespace
-            root = self._roots.get(namespace) or self._roots.setdefault(namespace, root_hash(self._hash_key, namespace))
-            extend_hashes(self._hash_key, sequence.hashes, root, sequence.tokens, self._block_size)
 
     def _num_blocks_for(self, num_tokens: int) -> int:
         return num_blocks_for(num_tokens, self._block_size)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NamedTuple
 
+from engine.runs import Runs
 from engine.step_shape import StepRecord
 
 
@@ -189,12 +190,15 @@ class Add:
 @dataclass(frozen=True, slots=True)
 class Reserve:
     """Take blocks for `num_tokens` positions, to be written from outside, and for the token that comes with them, if
-    `num_growth` more of each of `num_answers` are likely to fit."""
+    `num_growth` more of each of `num_answers` are likely to fit.
+
+    `names` are the prefix hashes of the full blocks: what is here under them is shared and need not be written."""
 
     key: Key
     num_tokens: int
     num_growth: int = 0
     num_answers: int = 1
+    names: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,23 +240,27 @@ class Progress:
     """`block_ids` of a hand-off are stored and will not change: the first ones of those to be transferred, in the
     order of engine.block_table.transfer_entries.
 
-    The first event of a key says that its first chunk was scheduled (it may name no block). `done` comes with the
-    first token: now all are there. `computed` counts positions."""
+    The first event of a key says that its first chunk was scheduled (it may name no block), and brings `names`, the
+    prefix hashes of its full blocks (none without a prefix cache). `done` comes with the first token: now all are
+    there. `computed` counts positions."""
 
     key: Key
     computed: int
     block_ids: tuple[int, ...]
     done: bool = False
+    names: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Reserved:
     """Answer to Reserve: the blocks, in the order of engine.block_table.transfer_entries and with what the next token
-    needs after them; or None with the reason of the refusal."""
+    needs after them; or None with the reason of the refusal. Those in `present` hold their bytes already, and are never
+    written to."""
 
     key: Key
     block_ids: tuple[int, ...] | None
     reason: str = ""
+    present: Runs = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,6 +295,7 @@ class CarrierTotals:
     size_bytes: int = 0
     duration_s: float = 0.0
     num_fallbacks: int = 0
+    saved_bytes: int = 0  # that were there already, and did not move
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Protocol
 
 from engine.errors import LeaseLost, SteelyardError, TransferFailed
+from engine.runs import Runs
 from engine.types import KvPath
 from kv_transfer.frames import Commit, Frame, Message, Place
 from kv_transfer.lease import Lease
@@ -14,11 +15,12 @@ from kv_transfer.lease import Lease
 class Producer(Protocol):
     """The prefill side as the carrier's server sees it (prefill_worker/outbox.py)."""
 
-    def messages(self, lease: Lease, first_frame: int) -> AsyncGenerator[Frame | Commit]:
-        """Frames from `first_frame` on as they are computed, then the COMMIT. Raises LeaseLost."""
+    def messages(self, lease: Lease, first_frame: int, present: Runs = ()) -> AsyncGenerator[Frame | Commit]:
+        """Frames from `first_frame` on as they are computed, then the COMMIT. Blocks in `present` are in no frame; a
+        lease's first pull fixes which these are. Raises LeaseLost, InvalidRequest."""
         ...
 
-    def places(self, lease: Lease, first_frame: int) -> AsyncGenerator[tuple[Place, ...] | Commit]:
+    def places(self, lease: Lease, first_frame: int, present: Runs = ()) -> AsyncGenerator[tuple[Place, ...] | Commit]:
         """The same for a reader of the pool itself: where the frames lie, and their digests."""
         ...
 
@@ -37,7 +39,7 @@ class Carrier(Protocol):
     @property
     def name(self) -> str: ...
 
-    def pull(self, lease: Lease, first_frame: int) -> AsyncGenerator[Message]:
+    def pull(self, lease: Lease, first_frame: int, present: Runs = ()) -> AsyncGenerator[Message]:
         """The producer's `messages`. A broken link raises TransferFailed."""
         ...
 

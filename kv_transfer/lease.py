@@ -35,7 +35,8 @@ class Offer:
     """What prefill asks of decode: reserve for this request, then pull under the lease.
 
     `num_growth`: tokens it is expected to generate; `gateway_id`: to whom its tokens go; `siblings`: other answers to
-    its prompt, that each will grow as much from the same blocks."""
+    its prompt, that each will grow as much from the same blocks; `names`: prefix hashes of the full blocks, so that
+    what the owner has of them need not move."""
 
     lease: Lease
     num_tokens: int
@@ -43,6 +44,7 @@ class Offer:
     gateway_id: str
     timeout_s: float
     siblings: tuple[Key, ...] = ()
+    names: tuple[bytes, ...] = ()
 
     @property
     def keys(self) -> tuple[Key, ...]:

@@ -1,10 +1,11 @@
 """The consumer's half of a transfer: pull frames, verify, write them into reserved blocks, take the COMMIT.
 
-1. open the stream at the first frame that is missing;
-2. each frame: right index, known plane, inside the reservation, right length, right digest; only then written. One
-   that is copied from the producer's pool is checked where it has arrived;
+1. open the stream at the first frame that is missing, and say which blocks are here already;
+2. each frame: right index, known plane, inside the reservation and of no block that is here already, right length,
+   right digest; only then written. One that is copied from the producer's pool is checked where it has arrived;
 3. a broken link or a bad frame reopens the stream there, at most MAX_RESUMES times in all;
-4. the COMMIT must count all frames, match the digest over theirs, and cover every byte; then the HandOff is returned.
+4. the COMMIT must count all frames, match the digest over theirs, and cover every byte that was missing; then the
+   HandOff is returned.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from engine.block_table import transfer_entries
 from engine.errors import FrameCorrupt, LeaseLost, TransferFailed
 from engine.planes import CacheLayout
 from engine.pool import BlockBytes
+from engine.runs import Runs
 from engine.types import Key
 from kv_transfer.carrier import Carrier
 from kv_transfer.copying import copy_frame
@@ -41,6 +43,7 @@ class Pulled:
     num_frames: int
     num_resumes: int
     carrier: str  # which brought the last of it
+    saved_bytes: int = 0  # of blocks that were here already
 
 
 class Puller:
@@ -48,9 +51,10 @@ class Puller:
 
     def __init__(
         self, layout: CacheLayout, pool: BlockBytes, block_ids: Sequence[int], carrier: Carrier, lease: Lease,
-        verify_digests: bool = True, siblings: Sequence[Key] = (),
+        verify_digests: bool = True, siblings: Sequence[Key] = (), present: Runs = (),
     ) -> None:  # fmt: skip
-        """`siblings`: whom the hand-off may be for, beside the one that names the lease."""
+        """`siblings`: whom the hand-off may be for, beside the one that names the lease. `present`: which of the blocks
+        are here already; they are read by others and never written to."""
         self._layout = layout
         self._pool = pool
         self._block_ids = block_ids
@@ -60,8 +64,12 @@ class Puller:
         self._verify_digests = verify_digests
         self._digests: list[int] = []
         self._size_bytes = 0
-        # Of each plane, which records have come: [num_layers, num_blocks]
-        self._came = [np.zeros((plane.num_slots, len(block_ids)), dtype=bool) for plane in layout.planes]
+        self._present = present
+        self._is_present = np.zeros(len(block_ids), dtype=bool)
+        for run in present:
+            self._is_present[run.start : run.stop] = True
+        # Of each plane, which records are here: [num_layers, num_blocks]
+        self._came = [np.tile(self._is_present, (plane.num_slots, 1)) for plane in layout.planes]
 
     async def run(self, timeout_s: float) -> Pulled:
         """Raises TransferFailed (or its kinds) when the blocks could not be had, whole and verified. A stream on
@@ -69,7 +77,9 @@ class Puller:
         for num_resumes in range(MAX_RESUMES + 1):
             try:
                 handoff = await self._pull_once(timeout_s)
-                return Pulled(handoff, self._size_bytes, len(self._digests), num_resumes, self._carrier.name)
+                saved_bytes = int(self._is_present.sum()) * self._layout.bytes_per_block
+                num_frames, carrier = len(self._digests), self._carrier.name
+                return Pulled(handoff, self._size_bytes, num_frames, num_resumes, carrier, saved_bytes)
             except LeaseLost:
                 raise
             except TransferFailed:
@@ -83,7 +93,7 @@ class Puller:
         try:
             async with (
                 asyncio.timeout(timeout_s) as patience,
-                aclosing(self._carrier.pull(self._lease, len(self._digests))) as stream,
+                aclosing(self._carrier.pull(self._lease, len(self._digests), self._present)) as stream,
             ):
                 async for message in stream:
                     patience.reschedule(loop.time() + timeout_s)
@@ -137,6 +147,8 @@ class Puller:
         inside = 0 <= spec.layers.start < spec.layers.stop <= num_layers
         if not (inside and 0 <= spec.blocks.start < spec.blocks.stop <= len(self._block_ids)):
             raise FrameCorrupt(f"frame {index} does not fit the reservation: {spec}")
+        if self._is_present[spec.blocks.start : spec.blocks.stop].any():
+            raise FrameCorrupt(f"frame {index} is of blocks that are here already: {spec}")
 
     def _check_commit(self, commit: Commit) -> HandOff:
         if commit.num_frames != len(self._digests) or commit.digest != commit_digest(self._digests, commit.handoff):
@@ -145,9 +157,12 @@ class Puller:
             )
         handoff = HandOff.decode(commit.handoff)
         covered = len(transfer_entries(self._layout.groups, handoff.computed, self._layout.block_size))
+        missing = covered - int(self._is_present[:covered].sum())
         whole = covered <= len(self._block_ids) and all(came[:, :covered].all() for came in self._came)
-        if not whole or self._size_bytes != covered * self._layout.bytes_per_block:
-            raise FrameCorrupt(f"the {self._size_bytes} bytes that came do not make {covered} blocks")
+        if not whole or self._size_bytes != missing * self._layout.bytes_per_block:
+            raise FrameCorrupt(
+                f"the {self._size_bytes} bytes that came do not make {missing} blocks, missing of {covered}"
+            )
         for request in (handoff.request, *handoff.siblings):
             if request.key not in self._keys:
                 raise FrameCorrupt(f"COMMIT is for {request.key}, the offer for {', '.join(map(str, self._keys))}")

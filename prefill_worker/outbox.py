@@ -2,9 +2,10 @@
 
 An entry's life:
 1. `grant` makes the lease; nothing can be read yet;
-2. `progress` cuts frames for the blocks that are complete by now; readers wake;
-3. `commit` cuts the rest and adds the HandOff: readers get the COMMIT;
-4. `release` by the owner, `close` by the producer, or `expire` after `ttl_s` without a heartbeat: the entry is gone and
+2. the first pull says which blocks its owner has already: they are in no frame. Whoever comes back must say the same;
+3. `progress` tells which blocks are complete by now: frames are cut of those that are missing there; readers wake;
+4. `commit` tells the rest and adds the HandOff: readers get the COMMIT;
+5. `release` by the owner, `close` by the producer, or `expire` after `ttl_s` without a heartbeat: the entry is gone and
    readers get LeaseLost. `on_end` is told once, unless it was the producer itself.
 """
 
@@ -15,9 +16,10 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from engine.errors import FrameCorrupt, LeaseLost
+from engine.errors import FrameCorrupt, InvalidRequest, LeaseLost
 from engine.planes import CacheLayout
 from engine.pool import BlockBytes, records_in_place
+from engine.runs import Runs, gaps
 from engine.types import Endpoint, Key
 from kv_transfer.frames import (
     Commit,
@@ -38,7 +40,9 @@ PLACES_AT_ONCE = 8  # in one message: each costs far more to send than to make
 class _Entry:
     lease: Lease
     expires_at: float
-    block_ids: tuple[int, ...] = ()  # which frames cover
+    present: Runs | None = None  # what its owner has already, once it has said so
+    block_ids: tuple[int, ...] = ()  # that are complete
+    num_cut: int = 0  # of these, how many are in frames or with the owner
     frames: list[FrameSpec] = field(default_factory=list)
     digests: list[int] = field(default_factory=list)  # of the frames read so far
     handoff: bytes | None = None
@@ -82,14 +86,14 @@ class Outbox:
         """These blocks are complete and become readable; the ones told before come first."""
         entry = self._entries.get(key)
         if entry is not None:
-            self._cut(entry, block_ids)
+            self._complete(entry, block_ids)
 
     def commit(self, key: Key, block_ids: tuple[int, ...], handoff: bytes) -> None:
         """All is computed: with the rest of the blocks readers get the COMMIT."""
         entry = self._entries.get(key)
         if entry is not None:
             entry.handoff = handoff
-            self._cut(entry, block_ids)
+            self._complete(entry, block_ids)
 
     def close(self, key: Key) -> None:
         """The producer takes the entry back (the request has ended). Closing an unknown key is no error."""
@@ -108,24 +112,36 @@ class Outbox:
 
     # --- the owner's side ----------------------------------------------------------------------------------
 
-    async def messages(self, lease: Lease, first_frame: int) -> AsyncGenerator[Frame | Commit]:
-        entry = self._find(lease)
-        async with aclosing(self._complete(entry, first_frame, at_once=1)) as complete:
-            async for indexes in complete:
+    async def messages(self, lease: Lease, first_frame: int, present: Runs = ()) -> AsyncGenerator[Frame | Commit]:
+        entry = self._begin(lease, first_frame, present)
+        async with aclosing(self._readable(entry, first_frame, at_once=1)) as readable:
+            async for indexes in readable:
                 yield self._frame(entry, indexes.start)
         yield self._commit_message(entry)
 
-    async def places(self, lease: Lease, first_frame: int) -> AsyncGenerator[tuple[Place, ...] | Commit]:
-        entry = self._find(lease)
-        async with aclosing(self._complete(entry, first_frame, PLACES_AT_ONCE)) as complete:
-            async for indexes in complete:
+    async def places(
+        self, lease: Lease, first_frame: int, present: Runs = ()
+    ) -> AsyncGenerator[tuple[Place, ...] | Commit]:
+        entry = self._begin(lease, first_frame, present)
+        async with aclosing(self._readable(entry, first_frame, PLACES_AT_ONCE)) as readable:
+            async for indexes in readable:
                 yield tuple([self._place(entry, index) for index in indexes])
         yield self._commit_message(entry)
 
-    async def _complete(self, entry: _Entry, first_frame: int, at_once: int) -> AsyncGenerator[range]:
-        """The numbers of frames that can be read, as they become so, until all of them have."""
+    def _begin(self, lease: Lease, first_frame: int, present: Runs) -> _Entry:
+        """The entry, with its frames cut for who has these blocks already."""
+        entry = self._find(lease)
+        if entry.present is None:
+            entry.present = present
+            self._cut(entry)
+        elif entry.present != present:
+            raise InvalidRequest("another pull under this lease said that other blocks are there", param="present")
         if first_frame > len(entry.digests):
             raise FrameCorrupt(f"frame {first_frame} is wanted, and only {len(entry.digests)} were ever sent")
+        return entry
+
+    async def _readable(self, entry: _Entry, first_frame: int, at_once: int) -> AsyncGenerator[range]:
+        """The numbers of frames that can be read, as they become so, until all of them have."""
         index = first_frame
         while True:
             news = entry.news
@@ -159,12 +175,18 @@ class Outbox:
             raise LeaseLost(f"no such lease on {lease.key}")
         return entry
 
-    def _cut(self, entry: _Entry, block_ids: tuple[int, ...]) -> None:
-        num_cut = len(entry.block_ids)
+    def _complete(self, entry: _Entry, block_ids: tuple[int, ...]) -> None:
         entry.block_ids = block_ids
-        if len(block_ids) > num_cut:
-            entry.frames += cut_frames(self._layout, range(num_cut, len(block_ids)), self._frame_bytes)
+        self._cut(entry)
         entry.wake()
+
+    def _cut(self, entry: _Entry) -> None:
+        """Once it is known what is missing there. A frame that was cut keeps its number."""
+        if entry.present is None:
+            return
+        for missing in gaps(entry.present, range(entry.num_cut, len(entry.block_ids))):
+            entry.frames += cut_frames(self._layout, missing, self._frame_bytes)
+        entry.num_cut = max(entry.num_cut, len(entry.block_ids))
 
     def _frame(self, entry: _Entry, index: int) -> Frame:
         spec, block_ids = self._records(entry, index)

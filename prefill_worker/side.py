@@ -158,20 +158,20 @@ class PrefillSide:
             return
         if live.offer is None:
             live.started = self._now()
-            self._start_offer(live)
+            self._start_offer(live, progress.names)
         if progress.done:
             self._commit(live, progress)
         else:
             self._outbox.progress(progress.key, progress.block_ids)
 
-    def _start_offer(self, live: _Live) -> None:
+    def _start_offer(self, live: _Live, names: tuple[bytes, ...]) -> None:
         request, target = live.submission.request, live.submission.decode
         assert target is not None
         lease = self._outbox.grant(request.key, self._me)
         growth = request.sampling.max_tokens - len(request.generated_ids)
         timeout_s = request.timeout_s - (self._now() - live.arrived)
         siblings = tuple(key for key in live.wanted if key != request.key)
-        offer = Offer(lease, request.num_tokens, growth, live.submission.gateway_id, timeout_s, siblings)
+        offer = Offer(lease, request.num_tokens, growth, live.submission.gateway_id, timeout_s, siblings, names)
         live.offer = asyncio.get_running_loop().create_task(self._offer(target, offer))
 
     async def _offer(self, target: Endpoint, offer: Offer) -> None:

@@ -129,6 +129,7 @@ _CACHES: tuple[tuple[str, str, Callable[[WorkerView], float]], ...] = (
 _TRANSFERS: tuple[tuple[str, str, Callable[[CarrierTotals], float]], ...] = (
     ("steelyard_kv_transfers", "Transfers of KV that a carrier has completed", lambda one: one.num_pulls),
     ("steelyard_kv_transfer_bytes", "KV bytes that it has brought", lambda one: one.size_bytes),
+    ("steelyard_kv_transfer_bytes_saved", "KV bytes that were there already, in these", lambda one: one.saved_bytes),
     ("steelyard_kv_transfer_seconds", "From reservation to the last byte, summed", lambda one: one.duration_s),
     ("steelyard_kv_carrier_fallbacks", "How often another one had to go on for it", lambda one: one.num_fallbacks),
 )

@@ -92,7 +92,7 @@ def offer_to(offer: Offer) -> request_pb2.OfferRequest:
     return request_pb2.OfferRequest(
         lease=request_pb2.Lease(key=key_to(lease.key), producer=producer, secret=lease.secret),
         num_tokens=offer.num_tokens, num_growth=offer.num_growth, gateway_id=offer.gateway_id,
-        timeout_s=offer.timeout_s, siblings=map(key_to, offer.siblings),
+        timeout_s=offer.timeout_s, siblings=map(key_to, offer.siblings), names=offer.names,
     )  # fmt: skip
 
 
@@ -103,7 +103,10 @@ def offer_from(message: request_pb2.OfferRequest) -> Offer:
         message.lease.secret,
     )  # fmt: skip
     siblings = tuple(map(key_from, message.siblings))
-    return Offer(lease, message.num_tokens, message.num_growth, message.gateway_id, message.timeout_s, siblings)
+    return Offer(
+        lease, message.num_tokens, message.num_growth, message.gateway_id, message.timeout_s, siblings,
+        tuple(message.names),
+    )  # fmt: skip
 
 
 def stats_to(stats: EngineStats) -> token_pb2.Stats:
@@ -142,12 +145,14 @@ def batch_from(message: token_pb2.TokenBatch) -> StreamBatch:
 def _carrier_to(totals: CarrierTotals) -> token_pb2.CarrierTotals:
     return token_pb2.CarrierTotals(
         carrier=totals.carrier, pulls=totals.num_pulls, bytes=totals.size_bytes, seconds=totals.duration_s,
-        fallbacks=totals.num_fallbacks,
+        fallbacks=totals.num_fallbacks, saved_bytes=totals.saved_bytes,
     )  # fmt: skip
 
 
 def _carrier_from(message: token_pb2.CarrierTotals) -> CarrierTotals:
-    return CarrierTotals(message.carrier, message.pulls, message.bytes, message.seconds, message.fallbacks)
+    return CarrierTotals(
+        message.carrier, message.pulls, message.bytes, message.seconds, message.fallbacks, message.saved_bytes
+    )
 
 
 def _path_to(path: KvPath) -> token_pb2.KvPath:

@@ -135,20 +135,22 @@ class Lease(_message.Message):
     def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., producer: _Optional[_Union[Endpoint, _Mapping]] = ..., secret: _Optional[str] = ...) -> None: ...
 
 class OfferRequest(_message.Message):
-    __slots__ = ("lease", "num_tokens", "num_growth", "gateway_id", "timeout_s", "siblings")
+    __slots__ = ("lease", "num_tokens", "num_growth", "gateway_id", "timeout_s", "siblings", "names")
     LEASE_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_GROWTH_FIELD_NUMBER: _ClassVar[int]
     GATEWAY_ID_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     SIBLINGS_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
     lease: Lease
     num_tokens: int
     num_growth: int
     gateway_id: str
     timeout_s: float
     siblings: _containers.RepeatedCompositeFieldContainer[Key]
-    def __init__(self, lease: _Optional[_Union[Lease, _Mapping]] = ..., num_tokens: _Optional[int] = ..., num_growth: _Optional[int] = ..., gateway_id: _Optional[str] = ..., timeout_s: _Optional[float] = ..., siblings: _Optional[_Iterable[_Union[Key, _Mapping]]] = ...) -> None: ...
+    names: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, lease: _Optional[_Union[Lease, _Mapping]] = ..., num_tokens: _Optional[int] = ..., num_growth: _Optional[int] = ..., gateway_id: _Optional[str] = ..., timeout_s: _Optional[float] = ..., siblings: _Optional[_Iterable[_Union[Key, _Mapping]]] = ..., names: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Done(_message.Message):
     __slots__ = ()

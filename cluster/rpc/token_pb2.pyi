@@ -122,18 +122,20 @@ class Step(_message.Message):
     def __init__(self, chunks: _Optional[_Iterable[_Union[Chunk, _Mapping]]] = ..., num_decoding: _Optional[int] = ..., num_context: _Optional[int] = ..., step_seconds: _Optional[float] = ...) -> None: ...
 
 class CarrierTotals(_message.Message):
-    __slots__ = ("carrier", "pulls", "bytes", "seconds", "fallbacks")
+    __slots__ = ("carrier", "pulls", "bytes", "seconds", "fallbacks", "saved_bytes")
     CARRIER_FIELD_NUMBER: _ClassVar[int]
     PULLS_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     FALLBACKS_FIELD_NUMBER: _ClassVar[int]
+    SAVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     carrier: str
     pulls: int
     bytes: int
     seconds: float
     fallbacks: int
-    def __init__(self, carrier: _Optional[str] = ..., pulls: _Optional[int] = ..., bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., fallbacks: _Optional[int] = ...) -> None: ...
+    saved_bytes: int
+    def __init__(self, carrier: _Optional[str] = ..., pulls: _Optional[int] = ..., bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., fallbacks: _Optional[int] = ..., saved_bytes: _Optional[int] = ...) -> None: ...
 
 class KvPath(_message.Message):
     __slots__ = ("peer", "carrier", "bytes_per_second")

@@ -16,6 +16,7 @@ from cluster.simulator.burst import TimedOutput
 from cluster.simulator.clock import virtual_loop
 from cluster.simulator.network import CALL_BYTES, Network, Port
 from engine.errors import SteelyardError
+from engine.runs import Runs
 from engine.streams import StreamBatch
 from engine.types import Endpoint, EngineStats, Key, KvPath, Submission, TokenOutput
 from kv_transfer.carrier import as_transfer_error
@@ -148,10 +149,10 @@ class SimulatedCarrier:
         self._bytes_scale = bytes_scale
         self._to = to
 
-    async def pull(self, lease: Lease, first_frame: int) -> AsyncGenerator[Message]:
+    async def pull(self, lease: Lease, first_frame: int, present: Runs = ()) -> AsyncGenerator[Message]:
         messages = self._network.stream(
             self._worker, self._to.address, self._to.incarnation, "pull",
-            lambda sides: sides.outbox.messages(lease, first_frame), self._message_bytes,
+            lambda sides: sides.outbox.messages(lease, first_frame, present), self._message_bytes,
         )  # fmt: skip
         try:
             async for message in messages:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from engine.errors import LeaseLost, TransferFailed
 from engine.planes import CacheLayout
+from engine.runs import Runs
 from engine.types import KvPath
 from kv_transfer.carriers.door import OpenPool, open_pool
 from kv_transfer.carriers.grpc import Channels, GrpcCarrier, probe
@@ -167,12 +168,12 @@ class ChosenCarrier:
         self._num_tries = 0  # of it
         self._failure = "what came was not what was sent"  # unless it is known better
 
-    async def pull(self, lease: Lease, first_frame: int) -> AsyncGenerator[Message]:
+    async def pull(self, lease: Lease, first_frame: int, present: Runs = ()) -> AsyncGenerator[Message]:
         pair = await self._carriers.pair(lease)
         carrier = self._next(pair)
         pair.num_pulls += 1
         try:
-            async with aclosing(carrier.pull(lease, first_frame)) as messages:
+            async with aclosing(carrier.pull(lease, first_frame, present)) as messages:
                 async for message in messages:
                     yield message
         except TransferFailed as error:

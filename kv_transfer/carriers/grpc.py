@@ -10,6 +10,7 @@ import struct
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from itertools import pairwise
 from typing import cast
 
 import grpc
@@ -17,6 +18,7 @@ import msgpack
 import xxhash
 
 from engine.errors import FrameCorrupt, InvalidRequest, SteelyardError, TransferFailed
+from engine.runs import Runs
 from engine.types import Key, KvPath
 from kv_transfer.carrier import Producer, as_transfer_error
 from kv_transfer.carriers.sample import Sample
@@ -28,6 +30,7 @@ SERVICE = "steelyard.KV"
 CALL_TIMEOUT_S = 2.0
 PROBE_TIMEOUT_S = 5.0
 PROBE_BYTES = 2**20  # in one message
+MAX_RUNS = 2**18  # of blocks that a puller has already: more than any context has, and within gRPC's 4 MiB
 _DIGEST = struct.Struct("<Q")
 
 Channels = Callable[[str, str], grpc.aio.Channel]  # (address, incarnation) -> a channel that authenticates
@@ -81,13 +84,13 @@ def kv_handler(producer: Producer, sample: Sample | None = None) -> grpc.Generic
 
 
 async def _sent(
-    source: Callable[[Lease, int], AsyncGenerator[Frame | tuple[Place, ...] | Commit]],
+    source: Callable[[Lease, int, Runs], AsyncGenerator[Frame | tuple[Place, ...] | Commit]],
     data: bytes,
     context: grpc.aio.ServicerContext,
 ) -> AsyncGenerator[bytes]:
     try:
-        leases, first_frame = _unpack(data)
-        async with aclosing(source(leases[0], first_frame)) as messages:
+        leases, first_frame, present = _unpack(data)
+        async with aclosing(source(leases[0], first_frame, present)) as messages:
             async for message in messages:
                 yield b"".join(map(encode, message)) if isinstance(message, tuple) else encode(message)
     except SteelyardError as error:
@@ -105,27 +108,27 @@ class GrpcCarrier:
         self._release = channel.unary_unary(f"/{SERVICE}/Release")
         self._renew = channel.unary_unary(f"/{SERVICE}/Renew")
 
-    async def pull(self, lease: Lease, first_frame: int) -> AsyncGenerator[Message]:
-        async with aclosing(self._received(self._pull, lease, first_frame)) as received:
+    async def pull(self, lease: Lease, first_frame: int, present: Runs = ()) -> AsyncGenerator[Message]:
+        async with aclosing(self._received(self._pull, lease, first_frame, present)) as received:
             async for data in received:
                 message = decode(data)
                 if isinstance(message, Place):
                     raise FrameCorrupt(f"frame {message.index} came without its bytes")
                 yield message
 
-    async def places(self, lease: Lease, first_frame: int) -> AsyncGenerator[Place | Commit]:
+    async def places(self, lease: Lease, first_frame: int, present: Runs = ()) -> AsyncGenerator[Place | Commit]:
         """Where the frames lie, for who reads the producer's pool itself."""
-        async with aclosing(self._received(self._places, lease, first_frame)) as received:
+        async with aclosing(self._received(self._places, lease, first_frame, present)) as received:
             async for data in received:
                 for message in decode_places(data):
                     yield message
 
     async def _received(
-        self, method: grpc.aio.UnaryStreamMultiCallable, lease: Lease, first_frame: int
+        self, method: grpc.aio.UnaryStreamMultiCallable, lease: Lease, first_frame: int, present: Runs
     ) -> AsyncGenerator[bytes]:
         try:
             with typed_errors():
-                call = method(_pack((lease,), first_frame))
+                call = method(_pack((lease,), first_frame, present))
                 try:
                     async for data in call:
                         yield data
@@ -143,7 +146,7 @@ class GrpcCarrier:
     async def _small_call(self, method: grpc.aio.UnaryUnaryMultiCallable, leases: Sequence[Lease]) -> None:
         try:
             with typed_errors():
-                await method(_pack(leases, 0), timeout=CALL_TIMEOUT_S)
+                await method(_pack(leases), timeout=CALL_TIMEOUT_S)
         except SteelyardError as error:
             raise as_transfer_error(error) from None
 
@@ -183,26 +186,39 @@ class GrpcCarriers:
         return ()
 
 
-def _pack(leases: Sequence[Lease], first_frame: int) -> bytes:
+def _pack(leases: Sequence[Lease], first_frame: int = 0, present: Runs = ()) -> bytes:
+    """[leases, first frame, [start, stop, start, stop, ...] of the runs]."""
     rows = [
         [*lease.key, lease.worker_id, lease.incarnation, lease.address, lease.cohort, lease.secret] for lease in leases
     ]
-    return cast(bytes, msgpack.packb([rows, first_frame]))
+    bounds = [bound for run in present for bound in (run.start, run.stop)]
+    return cast(bytes, msgpack.packb([rows, first_frame, bounds]))
 
 
-def _unpack(data: bytes) -> tuple[list[Lease], int]:
+def _unpack(data: bytes) -> tuple[list[Lease], int, Runs]:
     """Raises InvalidRequest for anything else than what _pack makes."""
     try:
-        rows, first_frame = msgpack.unpackb(data)
+        rows, first_frame, bounds = msgpack.unpackb(data)
         leases = [_unpack_lease(*row) for row in rows]
         if not leases or not isinstance(first_frame, int) or first_frame < 0:
             raise ValueError("no lease, or no frame of that number")
-        return leases, first_frame
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise InvalidRequest(f"malformed lease record: {error}", param="lease") from None
+    return leases, first_frame, _runs(bounds)
 
 
 def _unpack_lease(request_id: object, epoch: object, *names: object) -> Lease:
     if not isinstance(epoch, int) or not all(isinstance(one, str) for one in (request_id, *names)):
         raise TypeError("a lease has an epoch that is a number and names that are text")
     return Lease(Key(cast(str, request_id), epoch), *cast(tuple[str, ...], names))
+
+
+def _runs(bounds: object) -> Runs:
+    """Raises InvalidRequest for anything but ascending starts and stops."""
+    if not isinstance(bounds, list) or len(bounds) > 2 * MAX_RUNS or len(bounds) % 2:
+        raise InvalidRequest(f"present is no list of up to {MAX_RUNS} starts and stops", param="present")
+    if not all(type(bound) is int for bound in bounds):
+        raise InvalidRequest("present has a bound that is no whole number", param="present")
+    if bounds and (bounds[0] < 0 or any(after <= before for before, after in pairwise(bounds))):
+        raise InvalidRequest("present has runs that do not ascend", param="present")
+    return tuple([range(start, stop) for start, stop in zip(bounds[::2], bounds[1::2], strict=True)])

@@ -17,6 +17,7 @@ import xxhash
 from engine.errors import FrameCorrupt
 from engine.pool import PIECE_BYTES, SharedPool
 from engine.rank_pools import RankPools
+from engine.runs import Runs
 from kv_transfer.carriers.door import OpenPool
 from kv_transfer.carriers.grpc import GrpcCarrier
 from kv_transfer.frames import Message, Place, PlacedFrame
@@ -32,8 +33,8 @@ class ShmCarrier(GrpcCarrier):
         super().__init__(channel)
         self._source = source
 
-    async def pull(self, lease: Lease, first_frame: int) -> AsyncGenerator[Message]:
-        async with aclosing(self.places(lease, first_frame)) as places:
+    async def pull(self, lease: Lease, first_frame: int, present: Runs = ()) -> AsyncGenerator[Message]:
+        async with aclosing(self.places(lease, first_frame, present)) as places:
             async for message in places:
                 yield PlacedFrame(message, self._source) if isinstance(message, Place) else message
 

@@ -10,6 +10,7 @@ import pytest
 from decode_worker.config import DecodeConfig
 from decode_worker.intake import LOST_LEASE_GRACE_S, RESERVE_TIMEOUT_S, Intake
 from engine.errors import FrameCorrupt, LeaseLost, Overloaded, TransferFailed
+from engine.runs import Runs
 from engine.streams import TokenStreams
 from engine.types import (
     Abort,
@@ -75,7 +76,7 @@ class Deaf:
     num_asked: int = 0
     name: str = "deaf"
 
-    async def pull(self, lease: Lease, first_frame: int) -> AsyncGenerator[Message]:
+    async def pull(self, lease: Lease, first_frame: int, present: Runs = ()) -> AsyncGenerator[Message]:
         self.num_asked += 1
         await asyncio.Event().wait()
         yield b""  # type: ignore[misc]

@@ -9,6 +9,7 @@ import pytest
 
 from engine.block_manager import Holder, HolderKind
 from engine.engine import LEAK_CHECK_STEPS, Engine, EngineSpec
+from engine.prefix import extend_hashes, root_hash
 from engine.scheduler import Batch, SchedulerLimits
 from engine.types import (
     Abort,
@@ -409,9 +410,11 @@ def test_a_hand_off_is_announced_before_its_first_chunk_is_computed_and_done_wit
     turns = [turn(engine, Script(11)) for _ in range(3)]
     block_ids = turns[2][1].progress[0].block_ids if turns[2] else ()
     assert len(block_ids) == 6
+    names: list[bytes] = []
+    extend_hashes(b"key", names, root_hash(b"key", ""), leaving.prompt_ids, BLOCK)
     news = [(*before.progress, *after.progress) for before, after in filter(None, turns)]
     assert news == [
-        (Progress(leaving.key, 0, ()), Progress(leaving.key, 8, block_ids[:2])),
+        (Progress(leaving.key, 0, (), names=tuple(names)), Progress(leaving.key, 8, block_ids[:2])),
         (Progress(leaving.key, 16, block_ids[:4]),),
         (Progress(leaving.key, 21, block_ids, done=True),),
     ]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from engine.errors import TransferFailed
 from engine.planes import CacheLayout, attention_layout
 from engine.pool import SharedPool
+from engine.runs import Runs
 from engine.types import Endpoint, Key, KvPath, Request, SamplingParams
 from kv_transfer.frames import HEADER_BYTES, Message, Place, decode, encode
 from kv_transfer.handoff import HandOff
@@ -100,9 +101,9 @@ class Link:
     released: list[Lease] = field(default_factory=list)
     renewed: list[tuple[Lease, ...]] = field(default_factory=list)
 
-    async def pull(self, lease: Lease, first_frame: int) -> AsyncGenerator[Message]:
+    async def pull(self, lease: Lease, first_frame: int, present: Runs = ()) -> AsyncGenerator[Message]:
         self.pulls.append(first_frame)
-        async with aclosing(self.outbox.messages(lease, first_frame)) as messages:
+        async with aclosing(self.outbox.messages(lease, first_frame, present)) as messages:
             async for message in messages:
                 await asyncio.sleep(0)
                 number, self.num_messages = self.num_messages, self.num_messages + 1
@@ -150,11 +151,12 @@ class Transfer:
         data = (handoff or handoff_of(self.num_tokens)).encode()
         self.outbox.commit(self.lease.key, self.source_ids, data)
 
-    def puller(self, verify_digests: bool = True) -> Puller:
-        return Puller(self.target.layout, self.target, self.target_ids, self.link, self.lease, verify_digests)
+    def puller(self, verify_digests: bool = True, present: Runs = ()) -> Puller:
+        target, lease = self.target, self.lease
+        return Puller(target.layout, target, self.target_ids, self.link, lease, verify_digests, present=present)
 
-    async def run(self, timeout_s: float = 1.0, verify_digests: bool = True) -> Pulled:
-        return await self.puller(verify_digests).run(timeout_s)
+    async def run(self, timeout_s: float = 1.0, verify_digests: bool = True, present: Runs = ()) -> Pulled:
+        return await self.puller(verify_digests, present).run(timeout_s)
 
     def arrived(self) -> list[bool]:
         """Of each block of the request: does the target hold the source's bytes?"""

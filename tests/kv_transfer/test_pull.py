@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import FrameCorrupt, LeaseLost, TransferFailed
+from engine.runs import Runs
 from engine.types import Key
 from kv_transfer.frames import (
     HEADER_BYTES,
@@ -275,7 +276,7 @@ class Script:
     messages: Sequence[Message]
     name: str = "script"
 
-    async def pull(self, lease: Lease, first_frame: int) -> AsyncGenerator[Message]:
+    async def pull(self, lease: Lease, first_frame: int, present: Runs = ()) -> AsyncGenerator[Message]:
         for message in self.messages[first_frame:]:
             await asyncio.sleep(0)
             yield message

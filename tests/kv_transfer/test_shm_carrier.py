@@ -20,6 +20,7 @@ from cluster.rpc.auth import Gatekeeper, call_token
 from cluster.rpc.channels import OPTIONS, Channels
 from engine.errors import LeaseLost, TransferFailed
 from engine.pool import SharedPool
+from engine.runs import Runs
 from kv_transfer.carriers import choice, door
 from kv_transfer.carriers.choice import ChosenCarriers
 from kv_transfer.carriers.door import PoolDoor, open_pool
@@ -243,8 +244,10 @@ class Misplaced(Outbox):
     def _wrong(self, block_id: int) -> int:
         return (block_id + 1) % NUM_BLOCKS
 
-    async def places(self, lease: Lease, first_frame: int) -> AsyncGenerator[tuple[Place, ...] | Commit]:
-        async for message in super().places(lease, first_frame):
+    async def places(
+        self, lease: Lease, first_frame: int, present: Runs = ()
+    ) -> AsyncGenerator[tuple[Place, ...] | Commit]:
+        async for message in super().places(lease, first_frame, present):
             if isinstance(message, Commit):
                 yield message
             else:
@@ -274,8 +277,8 @@ async def test_wrong_bytes_are_found_out_and_the_other_carrier_goes_on(
 
 async def test_a_frame_where_a_place_was_wanted_is_refused(case: Transfer) -> None:
     class Confused(Outbox):
-        async def places(self, lease: Lease, first_frame: int) -> AsyncGenerator[Any]:
-            async for message in self.messages(lease, first_frame):
+        async def places(self, lease: Lease, first_frame: int, present: Runs = ()) -> AsyncGenerator[Any]:
+            async for message in self.messages(lease, first_frame, present):
                 yield message
 
     outbox = committed(case).outbox

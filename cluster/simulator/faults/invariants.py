@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 from cluster.simulator.world import SimulatedWorker
 from engine.block_manager import BlockManager, Holder, HolderKind
@@ -66,7 +67,8 @@ def _name_faults(blocks: BlockManager) -> Iterator[str]:
 
 
 def sharing_faults(engine: Engine) -> Iterator[str]:
-    """Several hold a block only where it is full and stores the same tokens for each; who writes a block is alone."""
+    """Several hold a block only where it is full and stores the same tokens for each; who writes a block is alone. To a
+    reservation's blocks somebody writes, but to those that were there before it."""
     size = engine.spec.limits.block_size
     sequences = [one for one in (*engine.scheduler.running, *engine.scheduler.waiting) if one.tables]
     stores: dict[int, tuple[int, list[int]]] = {}  # block: (where it ends, the tokens up to there)
@@ -81,8 +83,11 @@ def sharing_faults(engine: Engine) -> Iterator[str]:
         yield from _next_write_faults(engine, sequence, sequence.computed // size)
     for holder, held in engine._held.items():
         if holder.kind is HolderKind.RESERVATION:
-            for block_id in held.block_ids:
-                if not engine.blocks.is_writable(block_id):
+            present = [*chain.from_iterable(held.present)]
+            for number, block_id in enumerate(held.block_ids):
+                if number in present and engine.blocks._hash_of[block_id] is None:
+                    yield f"block {block_id} was there for {holder.key} and has no name"
+                if number not in present and not engine.blocks.is_writable(block_id):
                     yield f"block {block_id} is reserved for {holder.key} and not its alone"
 
 
