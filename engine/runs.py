@@ -23,11 +23,7 @@ def runs_of(numbers: Iterable[int]) -> Runs:
 
 def gaps(runs: Runs, within: range) -> Runs:
     """What of a range is in none of the runs."""
-    found, start = [], within.start
-    for run in runs:
-        if run.start > start:
-            found.append(range(start, min(run.start, within.stop)))
-        start = max(start, run.stop)
-        if start >= within.stop:
-            return tuple(found)
-    return (*found, range(start, within.stop)) if start < within.stop else tuple(found)
+    starts = (within.start, *(run.stop for run in runs))
+    stops = (*(run.start for run in runs), within.stop)
+    between = [range(max(a, within.start), min(b, within.stop)) for a, b in zip(starts, stops, strict=True)]
+    return tuple([gap for gap in between if gap])

@@ -418,7 +418,9 @@ def test_a_hand_off_is_announced_before_its_first_chunk_is_computed_and_done_wit
         (Progress(leaving.key, 16, block_ids[:4]),),
         (Progress(leaving.key, 21, block_ids, done=True),),
     ]
-    assert turns[0] and turns[0][0].progress == (Progress(leaving.key, 0, ()),), "the announcement goes ahead"
+    assert turns[0] and turns[0][0].progress == (Progress(leaving.key, 0, (), names=tuple(names)),), (
+        "the announcement goes ahead"
+    )
     assert [after.tokens for _, after in filter(None, turns)][:2] == [(), ()]
     assert turns[2] and turns[2][1].tokens == (TokenOutput(leaving.key, 0, (11,)),)
 

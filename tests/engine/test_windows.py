@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from engine.block_table import first_needed, num_blocks_for, transfer_entries
 from engine.engine import Engine, EngineSpec
 from engine.planes import MAX_GROUPS_OF_A_WINDOW, Group, attention_layout
+from engine.runs import gaps
 from engine.scheduler import Batch, Scheduled, SchedulerLimits
 from engine.types import (
     Add,
@@ -93,6 +95,8 @@ class Bench:
     max_tokens: int = 32
     tokens: dict[Key, list[int]] = field(default_factory=dict)
     progress: dict[Key, Progress] = field(default_factory=dict)
+    names: dict[Key, tuple[bytes, ...]] = field(default_factory=lambda: defaultdict(tuple))
+    num_moved: int = 0  # blocks that came from another engine
 
     def __post_init__(self) -> None:
         limits = SchedulerLimits(BLOCK, self.max_tokens, 8, self.chunk, groups=self.groups)
@@ -122,6 +126,7 @@ class Bench:
             assert output.finish is not FinishReason.ERROR, output.error
             self.tokens.setdefault(output.key, []).extend(output.token_ids)
         self.progress |= {progress.key: progress for progress in outputs.progress}
+        self.names |= {progress.key: progress.names for progress in outputs.progress if progress.names}
 
     def assert_empty(self) -> None:
         stats = self.engine.stats()
@@ -252,10 +257,13 @@ def hand_over(source: Bench, target: Bench, asked: Request) -> list[int]:
         pass
     sent = source.progress[asked.key]
     assert sent.done and sent.computed == len(asked.prompt_ids)
-    target.engine.handle(Reserve(asked.key, len(asked.prompt_ids), 8))
+    target.engine.handle(Reserve(asked.key, len(asked.prompt_ids), 8, names=source.names[asked.key]))
     (reserved,) = target.engine.take_outputs().reserved
     assert reserved.block_ids is not None
-    for there, here in zip(sent.block_ids, reserved.block_ids, strict=False):
+    pairs = [*zip(sent.block_ids, reserved.block_ids, strict=False)]
+    missing = [number for run in gaps(reserved.present, range(len(pairs))) for number in run]
+    target.num_moved += len(missing)
+    for there, here in [pairs[number] for number in missing]:
         for offset in range(BLOCK):
             target.runner.slots.pop((here, offset), None)
             if (there, offset) in source.runner.slots:
@@ -286,6 +294,38 @@ def test_a_hand_off_after_a_prefix_hit_has_all_its_blocks() -> None:
     source.run(request("warm", prompt[:20], 3))
     assert hand_over(source, target, request("a", prompt, 12)) == expected(prompt, 12)
     source.assert_empty()
+
+
+@pytest.mark.parametrize("groups", [GROUPS, (WINDOW,), (FULL,)], ids=["mixed", "windows only", "full only"])
+@pytest.mark.parametrize("length", [3, 8, 20, 37])
+def test_a_second_turn_moves_only_what_the_target_has_not_kept(groups: tuple[Group, ...], length: int) -> None:
+    source, target = Bench(groups), Bench(groups)
+    prompt = prompt_of(length)
+    answer = hand_over(source, target, request("first", prompt, 20))
+    num_first = target.num_moved
+    assert num_first == len(transfer_entries(groups, length, BLOCK))
+    turn = (*prompt, *answer, *prompt_of(9, 7))
+    assert hand_over(source, target, request("second", turn, 12)) == expected(turn, 12)
+    num_kept = (length + 19) // BLOCK  # full blocks: the last token's KV was never stored
+    entries = transfer_entries(groups, len(turn), BLOCK)
+    num_missing = sum(index >= num_kept for _, index in entries)
+    assert target.num_moved - num_first == num_missing
+    assert num_missing < len(entries) or FULL not in groups, "a window may have gone on past all that was kept"
+    source.assert_empty()
+    target.assert_empty()
+
+
+@given(st.data())
+def test_any_turns_on_a_pool_under_pressure_give_the_tokens_of_one_engine(data: st.DataObject) -> None:
+    source, target = Bench(num_blocks=120), Bench(num_blocks=data.draw(st.integers(45, 70)))
+    base = prompt_of(40, 3)
+    for number in range(data.draw(st.integers(2, 6))):
+        kept, own = data.draw(st.integers(0, 40)), prompt_of(data.draw(st.integers(1, 9)), 50 + number)
+        asked = request(str(number), (*base[:kept], *own), data.draw(st.integers(2, 16)))
+        found = hand_over(source, target, asked)
+        assert found == expected(asked.prompt_ids, asked.sampling.max_tokens)
+        base = (*asked.prompt_ids, *found, *base)[:40]
+        target.assert_empty()
 
 
 def test_blocks_are_told_as_ready_only_when_they_are_full_and_stay_in_order() -> None:

@@ -15,7 +15,7 @@ from cluster.rpc.auth import Gatekeeper
 from cluster.rpc.channels import OPTIONS, Channels
 from engine.errors import LeaseLost, TransferFailed
 from engine.planes import attention_layout
-from kv_transfer.carriers.grpc import SERVICE, GrpcCarriers, kv_handler
+from kv_transfer.carriers.grpc import MAX_RUNS, SERVICE, GrpcCarriers, kv_handler
 from kv_transfer.carriers.status import CODE_METADATA
 from kv_transfer.config import MAX_FRAME_BYTES
 from kv_transfer.lease import Lease
@@ -152,11 +152,16 @@ def row(**changes: object) -> list[object]:
 @pytest.mark.parametrize(
     "record",
     [
-        b"", b"\xff" * 40, b"\x92", None, 5, [], [[]], [[row()]], [[], 0], [[row()], -1], [[row()], "x"], [[5], 0],
-        [[row()[:4]], 0], [[row(epoch="x")], 0], [[row(epoch=float("inf"))], 0], [[row()], float("inf")],
-        [[row()], float("nan")], [[{"r": 1}], 0], [{"r": 1}, 0], [[row(epoch=None)], 0], [[row()], 0, 0],
+        b"", b"\xff" * 40, b"\x93", None, 5, [], [[]], [[row()]], [[row()], 0], [[], 0, []], [[row()], -1, []],
+        [[row()], "x", []], [[5], 0, []], [[row()[:4]], 0, []], [[row(epoch="x")], 0, []],
+        [[row(epoch=float("inf"))], 0, []], [[row()], float("inf"), []], [[row()], float("nan"), []],
+        [[{"r": 1}], 0, []], [{"r": 1}, 0, []], [[row(epoch=None)], 0, []], [[row()], 0, [], 0],
+        [[row()], 0, 0], [[row()], 0, None], [[row()], 0, "01"], [[row()], 0, [0]], [[row()], 0, [0, "1"]],
+        [[row()], 0, [0, True]], [[row()], 0, [-1, 2]], [[row()], 0, [2, 1]], [[row()], 0, [1, 1]],
+        [[row()], 0, [0, 2, 1, 3]], [[row()], 0, [0, 2, 2, 3]], [[row()], 0, [0.0, 1.0]], [[row()], 0, {0: 1, 2: 3}],
+        [[row()], 0, list(range(2 * MAX_RUNS + 2))],
     ],
-    ids=str,
+    ids=lambda record: str(record)[:90],
 )  # fmt: skip
 async def test_a_malformed_record_is_a_typed_refusal_and_the_server_lives_on(case: Transfer, record: object) -> None:
     data = record if isinstance(record, bytes) else msgpack.packb(record)
