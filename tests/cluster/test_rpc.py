@@ -59,7 +59,7 @@ SUBMISSIONS = st.builds(
 )  # fmt: skip
 OFFERS = st.builds(
     Offer, st.builds(Lease, KEYS, TEXT, TEXT, TEXT, TEXT, TEXT), U32, U32, TEXT, FLOATS,
-    st.lists(KEYS, max_size=3).map(tuple),
+    st.lists(KEYS, max_size=3).map(tuple), st.lists(st.binary(max_size=16), max_size=4).map(tuple),
 )  # fmt: skip
 STATS = st.builds(EngineStats, **{each.name: U32 for each in fields(EngineStats)})
 OUTPUTS = st.builds(
@@ -176,7 +176,7 @@ class Served:
         return Endpoint(self.member.worker_id, self.member.incarnation, self.member.address, self.member.cohort)
 
 
-TRANSFERS = TransferReport((CarrierTotals("shm", 3, 2**40, 0.5, 1),), (KvPath("p0", "shm", 1e10),))
+TRANSFERS = TransferReport((CarrierTotals("shm", 3, 2**40, 0.5, 1, 2**41),), (KvPath("p0", "shm", 1e10),))
 
 
 @asynccontextmanager

@@ -144,6 +144,26 @@ def test_the_time_of_a_transfer_is_that_of_the_modelled_model() -> None:
     play(spec, scenario)
 
 
+def test_a_second_turn_moves_only_what_decode_has_not_kept() -> None:
+    """The tokens are computed from the bytes in the pool, so that a block that should have come shows in them."""
+    spec = WorldSpec(seed=1, config=config(block_size=16))
+
+    async def scenario(world: World) -> None:
+        first = request("a", num_prompt=100, max_tokens=30)
+        said = await world.tokens_of(first)
+        before = world.workers["decode-0"].sides.status().transfers
+        second = Request("b", (*first.prompt_ids, *said, *range(20)), first.sampling)
+        assert await world.tokens_of(second) == spec.weights.continuation(second)
+        after = world.workers["decode-0"].sides.status().transfers
+        num_blocks, num_kept = -(-150 // 16), 129 // 16
+        assert before.saved_bytes == 0 and before.size_bytes % 7 == 0, "seven blocks"
+        block_bytes = before.size_bytes // 7
+        assert after.saved_bytes == num_kept * block_bytes
+        assert after.size_bytes - before.size_bytes == (num_blocks - num_kept) * block_bytes
+
+    play(spec, scenario)
+
+
 def test_a_prompt_seen_before_is_not_computed_again() -> None:
     spec = WorldSpec(seed=1, config=config())
 

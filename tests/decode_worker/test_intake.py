@@ -524,6 +524,24 @@ async def test_totals_count_what_was_pulled() -> None:
         assert totals.duration_s == pytest.approx(2.0 + FIRST_PAUSE_S, abs=0.06)
 
 
+@in_virtual_time
+async def test_what_the_engine_has_under_the_offers_names_does_not_move_and_is_counted() -> None:
+    with house() as h:
+        reserve = asyncio.ensure_future(h.intake.reserve(replace(h.offer(), names=(b"first", b"second"))))
+        await settle()
+        assert h.sent == [Reserve(KEY, NUM_TOKENS, 8, names=(b"first", b"second"))]
+        h.turn(reserved=[Reserved(KEY, h.case.target_ids, present=(range(2),))])
+        await reserve
+        h.case.commit()
+        await settle(200)
+        assert isinstance(h.sent[-1], Adopt)
+        size, num_blocks = LAYOUT.bytes_per_block, len(h.case.target_ids)
+        totals, (carrier,) = h.intake.totals, h.streams.transfers.totals
+        assert (totals.size_bytes, totals.saved_bytes) == ((num_blocks - 2) * size, 2 * size)
+        assert (carrier.size_bytes, carrier.saved_bytes) == ((num_blocks - 2) * size, 2 * size)
+        assert h.case.arrived() == [False] * 2 + [True] * (num_blocks - 2)
+
+
 def test_the_errors_that_a_pull_may_end_with_are_kinds_of_transfer_failed() -> None:
     assert issubclass(LeaseLost, TransferFailed) and issubclass(FrameCorrupt, TransferFailed)
 

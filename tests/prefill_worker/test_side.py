@@ -153,10 +153,11 @@ async def test_a_request_is_added_offered_published_committed_and_released_in_th
         h.submit()
         assert h.sent == [Add(Request("r", tuple(range(10)), SamplingParams(max_tokens=8)), handoff=True)]
         assert h.outbox.num_leases == 0
-        h.turn(Progress(KEY, 0, BLOCKS))
+        h.turn(Progress(KEY, 0, BLOCKS, names=(b"first", b"second")))
         await settle()
         (offer,) = h.peers.offers
         assert (offer.num_tokens, offer.num_growth, offer.gateway_id) == (10, 8, GATEWAY)
+        assert offer.names == (b"first", b"second")
         h.peers.accept()
         h.turn(Progress(KEY, 8, BLOCKS))
         stream = h.outbox.messages(offer.lease, 0)
