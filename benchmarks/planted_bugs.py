@@ -126,7 +126,9 @@ def leaked_reservation() -> Iterator[None]:
             raise
         for one in arrival.keys:
             intake._streams.register(one, offer.gateway_id)
-        arrival.task = asyncio.get_running_loop().create_task(intake._pull(arrival, reserved.block_ids))
+        arrival.task = asyncio.get_running_loop().create_task(
+            intake._pull(arrival, reserved.block_ids, reserved.present)
+        )
 
     def on_outputs(intake: Intake, outputs: StepOutputs) -> tuple[TokenOutput, ...]:
         for reserved in outputs.reserved:

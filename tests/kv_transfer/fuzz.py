@@ -58,7 +58,11 @@ HANDOFFS = [
     handoff_of(40).encode(),
     replace(handoff_of(5), siblings=(SIBLING,), stages=(("prefill", 0.5),)).encode(),
 ]
-REQUESTS = [_pack((_lease("r"),), 0), _pack((_lease("r"), _lease("ü")), 2**32 - 1)]
+REQUESTS = [
+    _pack((_lease("r"),), 0),
+    _pack((_lease("r"),), 5, (range(0, 2), range(7, 9))),
+    _pack((_lease("r"), _lease("ü")), 2**32 - 1),
+]
 
 
 def _read_frame(data: bytes) -> tuple[bytes, bytes]:

@@ -61,8 +61,8 @@ def test_a_hand_off_whose_version_is_too_deep_to_be_told_is_refused() -> None:
 @pytest.mark.parametrize("changes", [{0: b"r"}, {1: "3"}, {1: 1.5}, {6: 7}], ids=str)
 def test_a_lease_record_with_a_value_of_another_type_is_refused(changes: dict[int, object]) -> None:
     row = ["r", 3, "p0", "i1", "a:1", "cohort", "secret"]
-    assert _unpack(msgpack.packb([[row], 0]) or b"")[0][0].secret == "secret"
+    assert _unpack(msgpack.packb([[row], 0, []]) or b"")[0][0].secret == "secret"
     for at, value in changes.items():
         row[at] = value
     with pytest.raises(InvalidRequest):
-        _unpack(msgpack.packb([[row], 0]) or b"")
+        _unpack(msgpack.packb([[row], 0, []]) or b"")

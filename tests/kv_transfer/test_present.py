@@ -178,7 +178,7 @@ async def test_frames_for_another_list_are_refused_and_what_was_there_is_never_w
         before = [block_bytes(case.target, block_id) for block_id in case.target_ids]
         case.commit()
         carrier = Producing(case, sent_for)
-        puller = Puller(LAYOUT, case.target, case.target_ids, carrier, case.lease, present=has)  # type: ignore[arg-type]
+        puller = Puller(LAYOUT, case.target, case.target_ids, carrier, case.lease, present=has)
         with pytest.raises(FrameCorrupt):
             await puller.run(1.0)
         for number in chain.from_iterable(has):
