@@ -9,26 +9,30 @@ from pathlib import Path
 
 import pytest
 
-from tests.architecture import OURS, PACKAGES, RULES, check, is_simulated, read_sources, torch_modules
+from tests.architecture import OURS, PACKAGES, RULES, Sources, check, is_simulated, read_sources, torch_modules
 
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.fixture(scope="module")
+def sources() -> Sources:
+    """Of the tree; parsed once, for it takes seconds."""
+    return read_sources(ROOT)
+
+
 @pytest.mark.parametrize("rule", RULES)
-def test_the_tree_keeps_the_rule(rule: str) -> None:
-    faults = sorted(set(RULES[rule](read_sources(ROOT))))
+def test_the_tree_keeps_the_rule(rule: str, sources: Sources) -> None:
+    faults = sorted(set(RULES[rule](sources)))
     assert not faults, "\n" + "\n".join(map(str, faults))
 
 
-def test_every_package_is_under_the_rules() -> None:
-    sources = read_sources(ROOT)
+def test_every_package_is_under_the_rules(sources: Sources) -> None:
     assert {source.package for source in sources.values()} >= set(PACKAGES)
     assert {path.parent.name for path in ROOT.glob("*/__init__.py")} <= set(OURS)
 
 
-def test_modules_said_to_be_torch_free_load_without_torch() -> None:
+def test_modules_said_to_be_torch_free_load_without_torch(sources: Sources) -> None:
     """Python itself is asked: in a process where torch and triton cannot be imported."""
-    sources = read_sources(ROOT)
     heavy = torch_modules(sources)
     asked = [name for name in sources if name.split(".")[0] in ("engine", "router") and name not in heavy]
     asked += [name for name, source in sources.items() if is_simulated(source.path) and name not in (*asked, *heavy)]
