@@ -37,7 +37,8 @@ class WorkerView:
 
 @dataclass(frozen=True, slots=True)
 class HealthView:
-    """Healthy means: a canary went through prefill, wire and decode within the last `canary_s`."""
+    """Healthy means: a canary went through prefill, wire and decode within the last `canary_s`. `retries`: how often
+    requests were placed again, by the code of the error that ended the placement before."""
 
     healthy: bool
     reason: str
@@ -45,6 +46,7 @@ class HealthView:
     membership_version: int
     workers: tuple[WorkerView, ...]
     num_live_requests: int
+    retries: tuple[tuple[str, int], ...] = ()
 
 
 class Generator(Protocol):

@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Protocol
 
@@ -58,8 +58,13 @@ class Names(Protocol):
 class Dispatcher:
     """Implements router.api.Generator."""
 
-    def __init__(self, config: RouterConfig, gateway_id: str, connector: Connector, names: Names) -> None:
+    def __init__(
+        self, config: RouterConfig, gateway_id: str, connector: Connector, names: Names,
+        on_retry: Callable[[Key, SteelyardError], None] = lambda _key, _error: None,
+    ) -> None:  # fmt: skip
+        """`on_retry` hears which placement is given up for another one, and why."""
         self._config = config
+        self._on_retry = on_retry
         self._gateway_id = gateway_id
         self._connector = connector
         self._names = names
@@ -68,6 +73,7 @@ class Dispatcher:
         self._live: dict[str, LiveRequest] = {}
         self._background: list[asyncio.Task[None]] = []
         self._num_placed = 0
+        self._num_retries: Counter[str] = Counter()  # by the code of what ended the placement before
         self._strays: dict[tuple[str, Key], None] = {}  # placements being aborted because their tokens still come
         self._closed = asyncio.Event()
         self._news = asyncio.Event()  # a worker has reported, or the membership has changed
@@ -231,6 +237,8 @@ class Dispatcher:
         if live.num_failures >= self._config.max_attempts:
             raise error
         log.info("request %s is placed again after: %s", live.request.request_id, error.message)
+        self._num_retries[error.code] += 1
+        self._on_retry(live.key, error)
         for one in live.placed_together:
             self._abandon(one)
             one.void()
@@ -318,7 +326,12 @@ class Dispatcher:
     def health(self) -> HealthView:
         healthy, reason, age_s = self.canary.verdict()
         workers = tuple(_view(link) for link in self._links.values())
-        return HealthView(healthy, reason, age_s, self._membership.version, workers, len(self._live))
+        return HealthView(healthy, reason, age_s, self._membership.version, workers, len(self._live), self.retries)
+
+    @property
+    def retries(self) -> tuple[tuple[str, int], ...]:
+        """See router.api.HealthView."""
+        return tuple(sorted(self._num_retries.items()))
 
     def _in_background(self, work: Coroutine[None, None, None]) -> None:
         self._background = [task for task in self._background if not task.done()]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
@@ -145,7 +145,7 @@ class _HealthCollector(Collector):
     def describe(self) -> list[GaugeMetricFamily]:
         return []  # the registry need not collect to know the names
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
         view = self._health()
         yield self._per_worker("vllm:num_requests_running", "Requests in the batch", view, lambda one: one.num_running)
         yield self._per_worker("vllm:num_requests_waiting", "Requests that wait", view, lambda one: one.num_waiting)
@@ -168,6 +168,7 @@ class _HealthCollector(Collector):
             "steelyard_membership_version", "Version of the list of workers", view.membership_version
         )
         yield GaugeMetricFamily("steelyard_live_requests", "Requests that this gateway owns", view.num_live_requests)
+        yield _retries(view)
         if view.canary_age_s is not None:
             yield GaugeMetricFamily(
                 "steelyard_canary_age_seconds", "Since a canary last went through", view.canary_age_s
@@ -198,6 +199,14 @@ def _transfers(model_name: str, view: HealthView) -> Iterator[GaugeMetricFamily]
         for path in worker.transfers.paths:
             speed.add_metric([model_name, worker.worker_id, path.peer, path.carrier], path.bytes_per_s / 1e9)
     yield speed
+
+
+def _retries(view: HealthView) -> CounterMetricFamily:
+    words = "Placements that were given up for another one, by the error that ended them"
+    counter = CounterMetricFamily("steelyard_request_retries", words, labels=["reason"])
+    for reason, count in view.retries:
+        counter.add_metric([reason], count)
+    return counter
 
 
 def _kv_usage(worker: WorkerView) -> float:

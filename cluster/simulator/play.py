@@ -32,10 +32,12 @@ OBJECTS_BETWEEN_COLLECTIONS = 50_000
 def simulate(
     spec: WorldSpec, workload: Workload, log: EventLog, sample_s: float = SAMPLE_S,
     on_progress: Callable[[int, float], None] = lambda _num_ended, _now_s: None,
+    on_start: Callable[[World], None] = lambda _world: None,
 ) -> SimulationResult:  # fmt: skip
-    """Raises LostErrors and what failed in a worker. `on_progress` hears how many requests have ended, and the time."""
+    """Raises LostErrors and what failed in a worker. `on_progress` hears how many requests have ended, and the time;
+    `on_start` gets the cluster before the first request, to change it under way or to look at it in the end."""
     with _rare_collections():
-        return run_virtual(_play(spec, workload, log, sample_s, on_progress))
+        return run_virtual(_play(spec, workload, log, sample_s, on_progress, on_start))
 
 
 @contextmanager
@@ -50,10 +52,12 @@ def _rare_collections() -> Iterator[None]:
 
 
 async def _play(
-    spec: WorldSpec, workload: Workload, log: EventLog, sample_s: float, on_progress: Callable[[int, float], None]
-) -> SimulationResult:
+    spec: WorldSpec, workload: Workload, log: EventLog, sample_s: float, on_progress: Callable[[int, float], None],
+    on_start: Callable[[World], None],
+) -> SimulationResult:  # fmt: skip
     world = World(spec, log)
     await world.start()
+    on_start(world)
     loop = asyncio.get_running_loop()
     begun = loop.time()
     results: dict[int, RequestResult] = {}
@@ -84,7 +88,7 @@ async def _play(
     return SimulationResult(
         tuple(results[number] for number in range(len(workload.arrivals))), tuple(samples), tuple(world.happenings),
         span_s, sum(num for num, _ in steps), sum(num for _, num in steps), log.digest(), gaps,
-        world.num_events,
+        world.num_events, world.recomputation.num_first, world.recomputation.by_cause,
     )  # fmt: skip
 
 

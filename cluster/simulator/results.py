@@ -56,7 +56,9 @@ class Happening:
 @dataclass(frozen=True, slots=True)
 class SimulationResult:
     """`num_extrapolated` of `num_steps` steps were beyond what the service times were measured for. `digest`: of the
-    event log. `gaps`: between the tokens of all requests, as they came. `num_events`: callbacks that it took."""
+    event log. `gaps`: between the tokens of all requests, as they came. `num_events`: callbacks that it took.
+    `num_computed`: positions of prompts, or of what was computed like one, that were computed for the first time;
+    `recomputed`: how many were computed again, by why what was there had been lost (recomputation.py)."""
 
     requests: tuple[RequestResult, ...]
     samples: tuple[WorkerSample, ...]
@@ -67,3 +69,5 @@ class SimulationResult:
     digest: str
     gaps: Gaps = field(default_factory=Gaps, compare=False)
     num_events: int = field(default=0, compare=False)
+    num_computed: int = 0
+    recomputed: tuple[tuple[str, int], ...] = ()

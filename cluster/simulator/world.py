@@ -33,16 +33,17 @@ from cluster.simulator.log import EventLog
 from cluster.simulator.network import Network
 from cluster.simulator.plain import PlainPool, PlainTokens, plain_layout
 from cluster.simulator.pool import StatePool, state_layout
+from cluster.simulator.recomputation import CountedRunner, Recomputation
 from cluster.simulator.results import Happening
 from cluster.simulator.service_times.model import ServiceTimes
 from cluster.simulator.spec import WorldSpec
 from cluster.simulator.step_runner import Model, ModelledStepRunner
 from cluster.simulator.steps import ModelledRunner
-from engine.engine import Engine, EngineSpec
+from engine.engine import Engine, EngineSpec, ModelRunner
 from engine.errors import SteelyardError
 from engine.planes import layout_hash
 from engine.sequence import Sequence
-from engine.types import Endpoint, Request, Role, TokenOutput
+from engine.types import Endpoint, Key, Request, Role, TokenOutput
 from router.dispatch import Dispatcher
 from router.membership import Member, Membership
 
@@ -85,6 +86,7 @@ class World:
         self.workers: dict[str, SimulatedWorker] = {}  # those that live, by worker id
         self.network: WorkerNetwork = network or Network(spec.links, log)
         self.happenings: list[Happening] = []
+        self.recomputation = Recomputation()
         self._dead: list[SimulatedWorker] = []
         self._host = Host(spec.slowdown) if spec.slowdown else None
         self._chance = Chance(spec.seed)
@@ -99,7 +101,7 @@ class World:
         self.gateway_port = self.network.attach(GATEWAY, GATEWAY, "1", None)
         names = SeededNames(self._chance.fork("names"))
         connector = SimulatedConnector(self.network, self.gateway_port, self._port_and_steps)
-        self.dispatcher = Dispatcher(spec.config.router, GATEWAY, connector, names)
+        self.dispatcher = Dispatcher(spec.config.router, GATEWAY, connector, names, self._retried)
 
     # --- life ----------------------------------------------------------------------------------------------
 
@@ -148,6 +150,7 @@ class World:
         finally:
             for one in ids:
                 self._deadlines.pop(one, None)
+                self.recomputation.forget(one)
             self.log.add(GATEWAY, "end", id=name)
 
     async def tokens_of(self, request: Request) -> tuple[int, ...]:
@@ -158,6 +161,10 @@ class World:
                 assert output.first_index == len(tokens), f"token {output.first_index} came where {len(tokens)} was due"
                 tokens.extend(output.token_ids)
         return tuple(tokens)
+
+    def _retried(self, key: Key, error: SteelyardError) -> None:
+        self.log.add(GATEWAY, "retry", id=key.request_id, epoch=key.epoch, code=error.code)
+        self.recomputation.retried(key, error.code)
 
     def _log_tokens(self, output: TokenOutput) -> None:
         key, now = output.key, self._loop.time()
@@ -226,10 +233,10 @@ class World:
         if spec.plain:
             pool: StatePool | PlainPool = PlainPool(config.engine.block_size)
             tokens = PlainTokens(spec.vocab_size)
-            model = Model(tokens, steps, tokens if spec.bursts else None, self._host)
+            model = Model(self._counted(tokens), steps, tokens if spec.bursts else None, self._host)
         else:
             pool = StatePool(config.engine.block_size, modelled.num_blocks)
-            model = Model(ModelledRunner(spec.weights, pool), steps, host=self._host)
+            model = Model(self._counted(ModelledRunner(spec.weights, pool)), steps, host=self._host)
         runner = ModelledStepRunner(worker_id, engine, model, self.log, self._patience)
         me = Endpoint(worker_id, incarnation, f"{worker_id}:1", self._cohort)
         port: WorkerPort = self.network.attach(me.address, worker_id, incarnation, None)
@@ -240,6 +247,9 @@ class World:
         port.served = sides
         serving = asyncio.get_running_loop().create_task(sides.serve(runner.outputs), name=f"sides of {incarnation}")
         return SimulatedWorker(sides, engine, pool, runner, port, serving)
+
+    def _counted(self, runner: ModelRunner) -> CountedRunner:
+        return CountedRunner(runner, self.recomputation)
 
     def _make_engine(self, _worker_id: str, spec: EngineSpec) -> Engine:
         return Engine(spec)

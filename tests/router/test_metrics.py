@@ -94,3 +94,11 @@ async def test_two_gateways_in_one_process_share_no_numbers() -> None:
     first, second = await asyncio.gather(scrape(FakeGenerator(), completion()), scrape(FakeGenerator()))
     assert value(first, "vllm:prompt_tokens_total") == 6
     assert value(second, "vllm:prompt_tokens_total") == 0
+
+
+async def test_placements_that_were_given_up_are_counted_by_what_ended_them() -> None:
+    generator = FakeGenerator()
+    generator.view = replace(healthy(), retries=(("lease_lost", 2), ("overloaded", 5)))
+    samples = await scrape(generator)
+    assert value(samples, "steelyard_request_retries_total", reason="lease_lost") == 2
+    assert value(samples, "steelyard_request_retries_total", reason="overloaded") == 5
