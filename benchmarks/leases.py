@@ -3,9 +3,9 @@ machine play no part, and a seed always gives the same table.
 
     python -m benchmarks.leases [--quick] [--json FILE]
 
-Two prefill and two decode workers, in three kinds of world: where prefill is what runs out, or decode's blocks, or the
-links. Of each: its capacity, the highest rate at which all requests are answered and 99 % keep the targets (first token
-within 2 s, then 50 ms per token); then 1, 2 and 3 times that rate, of requests that share nothing. Prompt positions that
+Two prefill and two decode workers, in three kinds of world: where prefill is what runs out, or decode's blocks, or
+the links. Of each: its capacity, the highest rate at which all requests are answered and 99 % keep the targets (first
+token within 2 s, then 50 ms per token); then 1, 2 and 3 times that rate, of requests that share nothing. Positions that
 are computed again are counted by what lost them (cluster/simulator/recomputation.py), as part of those that were
 computed once: the end of a lease, a refusal for lack of room, preemption, anything else. The last row is a control, and
 no part of the target: one owner of leases is cut off, and the count must rise.
@@ -71,8 +71,10 @@ class Kind:
 
 KINDS = (
     Kind("prefill", "prompt=lognormal:1500:0.8,output=lognormal:150:0.6,max_prompt=6000,max_output=600", 10),
-    Kind("decode's blocks", "prompt=lognormal:400:0.8,output=lognormal:400:0.6,max_prompt=2000,max_output=1500", 15, 2048),
-    Kind("links", "prompt=lognormal:1500:0.8,output=lognormal:150:0.6,max_prompt=6000,max_output=600", 6, gb_per_s=1.0),
+    Kind("decode's blocks", "prompt=lognormal:400:0.8,output=lognormal:400:0.6,max_prompt=2000,max_output=1500", 15,
+         num_blocks=2048),
+    Kind("links", "prompt=lognormal:1500:0.8,output=lognormal:150:0.6,max_prompt=6000,max_output=600", 6,
+         gb_per_s=1.0),
 )  # fmt: skip
 
 
