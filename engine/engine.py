@@ -18,6 +18,7 @@ from typing import Protocol
 from engine.block_manager import BlockManager, Holder, HolderKind
 from engine.block_table import BlockTable, first_needed, num_blocks_for, transfer_entries
 from engine.host_tier import HostTier, TierStats
+from engine.loans import keep, lend
 from engine.planes import Group
 from engine.prefix import group_name
 from engine.reservation import names_here, num_taken, take
@@ -33,12 +34,18 @@ from engine.types import (
     EngineStats,
     ErrorInfo,
     FinishReason,
+    Freeze,
+    Frozen,
+    Keep,
     Key,
+    Lend,
+    Lent,
     Progress,
     Release,
     Request,
     Reserve,
     Reserved,
+    Resume,
     Sampled,
     StepOutputs,
     TokenLogprob,
@@ -84,10 +91,13 @@ class Engine:
         self.blocks = BlockManager(spec.num_blocks, tier)
         self._tier = tier
         self.scheduler = Scheduler(spec.limits, self.blocks, spec.hash_key)
-        self._held: dict[Holder, Held] = {}  # hand-offs and reservations
+        self._held: dict[Holder, Held] = {}  # hand-offs, loans and reservations
+        self._frozen: dict[Key, Sequence] = {}  # they hold their blocks, and nobody schedules them
         self._tokens: list[TokenOutput] = []
         self._progress: list[Progress] = []
         self._reserved: list[Reserved] = []
+        self._lent: list[Lent] = []
+        self._froze: list[Frozen] = []
         self.num_steps = 0
         self._num_leaked = 0
         self._told_leaked = 0  # in the last outputs
@@ -106,6 +116,14 @@ class Engine:
                 self._release(key)
             case Abort(key):
                 self._abort(key)
+            case Lend():
+                self._lend(command)
+            case Keep():
+                self._keep(command)
+            case Freeze(key):
+                self._froze.append(self._freeze(key))
+            case Resume(key):
+                self._resume(key)
 
     def begin(self) -> Batch | None:
         """The next batch, or None when there is nothing to compute."""
@@ -127,14 +145,18 @@ class Engine:
 
     def take_outputs(self) -> StepOutputs:
         """What has happened since the last call."""
-        outputs = StepOutputs(tuple(self._tokens), tuple(self._progress), tuple(self._reserved), self.stats())
-        self._tokens, self._progress, self._reserved = [], [], []
+        outputs = StepOutputs(
+            tuple(self._tokens), tuple(self._progress), tuple(self._reserved), tuple(self._lent), tuple(self._froze),
+            self.stats(),
+        )  # fmt: skip
+        self._tokens, self._progress, self._reserved, self._lent, self._froze = [], [], [], [], []
         self._told_leaked = self._num_leaked
         return outputs
 
     @property
     def has_outputs(self) -> bool:
-        return bool(self._tokens or self._progress or self._reserved) or self._num_leaked != self._told_leaked
+        news = self._tokens or self._progress or self._reserved or self._lent or self._froze
+        return bool(news) or self._num_leaked != self._told_leaked
 
     @property
     def has_work(self) -> bool:
@@ -146,11 +168,11 @@ class Engine:
         return EngineStats(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
-            num_held=len(self._held),
+            num_held=len(self._held) + len(self._frozen),
             num_blocks=self.blocks.num_blocks,
             num_free_blocks=self.blocks.num_available,
             num_cached_blocks=self.blocks.num_cached,
-            num_held_blocks=sum(len(held.block_ids) for held in self._held.values()),
+            num_held_blocks=sum(len(one.block_ids) for one in (*self._held.values(), *self._frozen.values())),
             num_leaked_blocks=self._num_leaked,
             num_waiting_tokens=sum(
                 seq.num_pending for seq in (*scheduler.waiting, *scheduler.running) if not seq.is_decoding
@@ -253,13 +275,68 @@ class Engine:
             tables[group].ids.append(block_id)
         return tables
 
+    def _lend(self, command: Lend) -> None:
+        holder, names = Holder(HolderKind.HANDOFF, command.key), command.names
+        sequence = self._find(command.of) if command.of is not None else None
+        if sequence is not None:
+            self.scheduler.holdings.update_hashes(sequence)
+            names = tuple(sequence.hashes[: sequence.computed // self.spec.limits.block_size])
+        limits = self.spec.limits
+        count, block_ids = 0, []
+        if names and holder not in self._held:
+            count, block_ids = lend(self.blocks, limits.groups, limits.block_size, holder, names)
+        if count:
+            self._held[holder] = Held(tuple(block_ids), count * limits.block_size)
+        self._lent.append(Lent(command.key, names[:count], tuple(block_ids)))
+
+    def _keep(self, command: Keep) -> None:
+        holder = Holder(HolderKind.RESERVATION, command.key)
+        held = self._held.pop(holder, None)
+        if held is not None:
+            keep(self.blocks, self._reserve_entries(held.num_tokens), held.block_ids, command.names)
+            self.blocks.free(holder, held.block_ids)
+
+    def _freeze(self, key: Key) -> Frozen:
+        sequence = self.scheduler.find(key)
+        if sequence is None or sequence.is_joint or sequence.handoff or not sequence.is_decoding:
+            return Frozen(key, None, "it does not decode here")
+        if not sequence.tables or not self.scheduler.holdings.is_stored(sequence):
+            return Frozen(key, None, "its blocks are not there at the moment")
+        self.scheduler.remove(sequence)
+        self._frozen[key] = sequence
+        size = self.spec.limits.block_size
+        entries = transfer_entries(self._groups, sequence.computed, size)
+        block_ids = tuple(sequence.tables[group][index] for group, index in entries)
+        request = replace(sequence.request, generated_ids=tuple(sequence.tokens[sequence.num_prompt :]))
+        names = tuple(sequence.hashes[: sequence.computed // size])
+        return Frozen(key, request, "", sequence.computed, sequence.cached_tokens, block_ids, names)
+
+    def _resume(self, key: Key) -> None:
+        sequence = self._frozen.pop(key, None)
+        if sequence is not None:
+            self.scheduler.adopt(sequence)
+
+    def _thaw(self, key: Key) -> Sequence | None:
+        """Let go of a frozen sequence: its full blocks stay cached."""
+        sequence = self._frozen.pop(key, None)
+        if sequence is not None:
+            self.scheduler.holdings.free(sequence)
+        return sequence
+
+    def _find(self, key: Key) -> Sequence | None:
+        return self._frozen.get(key) or self.scheduler.find(key)
+
     def _release(self, key: Key) -> None:
+        self._thaw(key)
         for kind in (HolderKind.HANDOFF, HolderKind.RESERVATION):
             holder = Holder(kind, key)
             held = self._held.pop(holder, None)
             self.blocks.free(holder, held.block_ids if held else ())
 
     def _abort(self, key: Key) -> None:
+        frozen = self._thaw(key)
+        if frozen is not None:
+            self._tokens.append(TokenOutput(key, frozen.num_generated, (), FinishReason.ABORT))
         sequence = self.scheduler.find(key)
         if sequence is not None:
             sequence.answers = [answer for answer in sequence.answers if answer.key != key]
@@ -401,5 +478,6 @@ class Engine:
         live: dict[Holder, TokenIds[int]] = {holder: held.block_ids for holder, held in self._held.items()}
         for sequence in (*self.scheduler.running, *self.scheduler.waiting):
             live[holder_of(sequence)] = sequence.block_ids
+        live |= {holder_of(sequence): sequence.block_ids for sequence in self._frozen.values()}
         live[COPY] = self.scheduler.holdings.copy_sources
         return live

@@ -18,6 +18,7 @@ from contextlib import nullcontext
 
 from engine.block_manager import BlockManager, Holder, HolderKind
 from engine.block_table import BlockTable, first_needed, num_blocks_for
+from engine.cached_prefix import longest_prefix
 from engine.planes import Group
 from engine.prefix import extend_hashes, group_name, root_hash
 from engine.sequence import Sequence
@@ -136,6 +137,11 @@ class SequenceBlocks:
                 table.first = first
                 self._blocks.free(holder_of(sequence), gone)
 
+    def is_stored(self, sequence: Sequence) -> bool:
+        """Are its computed positions in its blocks? Not while a copy to one of them is still to be made."""
+        targets = [target for _, target in self.copies]
+        return not any(block_id in targets for block_id in sequence.block_ids)
+
     def free(self, sequence: Sequence) -> None:
         """Give back all blocks of a sequence."""
         self._forget_copies(sequence.block_ids)
@@ -207,29 +213,8 @@ class SequenceBlocks:
         wants_prompt = sequence.request.sampling.prompt_logprobs >= 0 and sequence.num_generated == 0
         if not self._prefix_cache or wants_prompt:  # cached positions give no logprobs
             return 0
-        longest = len(sequence.hashes)
-        runs: list[list[int]] = []  # of each windowed group: how many blocks up to each are cached without a gap
-        for index, group in enumerate(self._groups):
-            names = [group_name(block_hash, index) for block_hash in sequence.hashes]
-            if group.window is None:
-                known = (index for index, name in enumerate(names[:longest]) if not self._blocks.is_known(name))
-                longest = next(known, longest)
-            else:
-                runs.append(self._runs(names))
-        windowed = [group for group in self._groups if group.window is not None]
-        for count in range(longest, 0, -1):
-            computed = min(count * self._block_size, len(sequence.tokens) - 1)
-            needed = [count - first_needed(group, computed, self._block_size) for group in windowed]
-            if all(run[count - 1] >= num for run, num in zip(runs, needed, strict=True)):
-                return count
-        return 0
-
-    def _runs(self, names: TokenIds[bytes]) -> list[int]:
-        runs, run = [], 0
-        for name in names:
-            run = run + 1 if self._blocks.is_known(name) else 0
-            runs.append(run)
-        return runs
+        known = self._blocks.is_known
+        return longest_prefix(self._groups, self._block_size, sequence.hashes, len(sequence.tokens), known)
 
     def _count_prefix(self, sequence: Sequence) -> None:
         if sequence.num_generated == 0:

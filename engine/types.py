@@ -229,7 +229,39 @@ class Abort:
     key: Key
 
 
-Command = Add | Reserve | Adopt | Release | Abort
+@dataclass(frozen=True, slots=True)
+class Lend:
+    """Hold, under this key until its Release, the blocks of the longest prefix that is here: of these names, or of the
+    sequence that runs under the key `of`."""
+
+    key: Key
+    names: tuple[bytes, ...] = ()
+    of: Key | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """The blocks reserved under this key now hold what these prefix hashes name: they become the prefix cache's."""
+
+    key: Key
+    names: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Freeze:
+    """Let a sequence that decodes stand still with all that it holds, until Resume, Release or Abort."""
+
+    key: Key
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Let a frozen sequence go on. Of one that is not frozen it is no error."""
+
+    key: Key
+
+
+Command = Add | Reserve | Adopt | Release | Abort | Lend | Keep | Freeze | Resume
 
 
 # --- events: what an engine tells ----------------------------------------------------------------------------
@@ -264,16 +296,41 @@ class Reserved:
 
 
 @dataclass(frozen=True, slots=True)
+class Lent:
+    """Answer to Lend: the prefix hashes of what is held, and its blocks, in the order of transfer_entries of as many
+    full blocks. Both are empty if nothing of it is here."""
+
+    key: Key
+    names: tuple[bytes, ...] = ()
+    block_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """Answer to Freeze: the request with all that has been generated, of which `computed` positions are stored in these
+    blocks, in the order of transfer_entries; or None with the reason why it cannot stand still. `names` are those of
+    its full blocks."""
+
+    key: Key
+    request: Request | None
+    reason: str = ""
+    computed: int = 0
+    cached_tokens: int = 0
+    block_ids: tuple[int, ...] = ()
+    names: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """Load of one engine after a step; all derived from live tables."""
 
     num_running: int = 0
     num_waiting: int = 0
-    num_held: int = 0  # hand-offs and reservations
+    num_held: int = 0  # hand-offs, loans, reservations and frozen sequences
     num_blocks: int = 0
     num_free_blocks: int = 0  # free or cached: available at once
     num_cached_blocks: int = 0
-    num_held_blocks: int = 0  # in hand-offs and reservations
+    num_held_blocks: int = 0  # in these
     num_leaked_blocks: int = 0
     num_waiting_tokens: int = 0  # positions still to be prefilled
     num_steps: int = 0
@@ -325,5 +382,7 @@ class StepOutputs:
     tokens: tuple[TokenOutput, ...] = ()
     progress: tuple[Progress, ...] = ()
     reserved: tuple[Reserved, ...] = ()
+    lent: tuple[Lent, ...] = ()
+    frozen: tuple[Frozen, ...] = ()
     stats: EngineStats = field(default_factory=EngineStats)
     steps: tuple[StepRecord, ...] = ()  # that were computed, measured by the runner

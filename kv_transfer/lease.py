@@ -36,7 +36,8 @@ class Offer:
 
     `num_growth`: tokens it is expected to generate; `gateway_id`: to whom its tokens go; `siblings`: other answers to
     its prompt, that each will grow as much from the same blocks; `names`: prefix hashes of the full blocks, so that
-    what the owner has of them need not move."""
+    what the owner has of them need not move. `moving`: it is a sequence that stands still meanwhile, and goes on where
+    it was unless the answer is that it has been adopted."""
 
     lease: Lease
     num_tokens: int
@@ -45,7 +46,17 @@ class Offer:
     timeout_s: float
     siblings: tuple[Key, ...] = ()
     names: tuple[bytes, ...] = ()
+    moving: bool = False
 
     @property
     def keys(self) -> tuple[Key, ...]:
         return (self.lease.key, *self.siblings)
+
+
+@dataclass(frozen=True, slots=True)
+class Loan:
+    """Full blocks of a prefix, that another worker may copy into its cache under the lease. `names`: their prefix
+    hashes, in order; which blocks these are in every group both ends know (engine/loans.py)."""
+
+    lease: Lease
+    names: tuple[bytes, ...]

@@ -36,9 +36,9 @@ FIRST_PAUSE_S = 0.05  # before a resume, doubled at each
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """A finished transfer."""
+    """A finished transfer. A loan comes without a hand-off."""
 
-    handoff: HandOff
+    handoff: HandOff | None
     size_bytes: int
     num_frames: int
     num_resumes: int
@@ -51,10 +51,10 @@ class Puller:
 
     def __init__(
         self, layout: CacheLayout, pool: BlockBytes, block_ids: Sequence[int], carrier: Carrier, lease: Lease,
-        verify_digests: bool = True, siblings: Sequence[Key] = (), present: Runs = (),
+        verify_digests: bool = True, siblings: Sequence[Key] = (), present: Runs = (), num_lent: int | None = None,
     ) -> None:  # fmt: skip
         """`siblings`: whom the hand-off may be for, beside the one that names the lease. `present`: which of the blocks
-        are here already; they are read by others and never written to."""
+        are here already; they are read by others and never written to. `num_lent`: of a loan, how many blocks it has."""
         self._layout = layout
         self._pool = pool
         self._block_ids = block_ids
@@ -62,6 +62,7 @@ class Puller:
         self._lease = lease
         self._keys = (lease.key, *siblings)
         self._verify_digests = verify_digests
+        self._num_lent = num_lent
         self._digests: list[int] = []
         self._size_bytes = 0
         self._present = present
@@ -88,7 +89,7 @@ class Puller:
             await asyncio.sleep(FIRST_PAUSE_S * 2**num_resumes)  # a peer that has just been cut off may come back
         raise AssertionError("the last try returns or raises")
 
-    async def _pull_once(self, timeout_s: float) -> HandOff:
+    async def _pull_once(self, timeout_s: float) -> HandOff | None:
         loop = asyncio.get_running_loop()
         try:
             async with (
@@ -150,20 +151,26 @@ class Puller:
         if self._is_present[spec.blocks.start : spec.blocks.stop].any():
             raise FrameCorrupt(f"frame {index} is of blocks that are here already: {spec}")
 
-    def _check_commit(self, commit: Commit) -> HandOff:
+    def _check_commit(self, commit: Commit) -> HandOff | None:
         if commit.num_frames != len(self._digests) or commit.digest != commit_digest(self._digests, commit.handoff):
             raise FrameCorrupt(
                 f"COMMIT of {commit.num_frames} frames does not match the {len(self._digests)} that came"
             )
+        if self._num_lent is not None:
+            self._check_covered(self._num_lent)
+            return None
         handoff = HandOff.decode(commit.handoff)
-        covered = len(transfer_entries(self._layout.groups, handoff.computed, self._layout.block_size))
-        missing = covered - int(self._is_present[:covered].sum())
-        whole = covered <= len(self._block_ids) and all(came[:, :covered].all() for came in self._came)
-        if not whole or self._size_bytes != missing * self._layout.bytes_per_block:
-            raise FrameCorrupt(
-                f"the {self._size_bytes} bytes that came do not make {missing} blocks, missing of {covered}"
-            )
+        self._check_covered(len(transfer_entries(self._layout.groups, handoff.computed, self._layout.block_size)))
         for request in (handoff.request, *handoff.siblings):
             if request.key not in self._keys:
                 raise FrameCorrupt(f"COMMIT is for {request.key}, the offer for {', '.join(map(str, self._keys))}")
         return handoff
+
+    def _check_covered(self, num_blocks: int) -> None:
+        """Are as many of the first blocks here, and is nothing else?"""
+        missing = num_blocks - int(self._is_present[:num_blocks].sum())
+        whole = num_blocks <= len(self._block_ids) and all(came[:, :num_blocks].all() for came in self._came)
+        if not whole or self._size_bytes != missing * self._layout.bytes_per_block:
+            raise FrameCorrupt(
+                f"the {self._size_bytes} bytes that came do not make {missing} blocks, missing of {num_blocks}"
+            )
