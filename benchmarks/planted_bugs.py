@@ -132,7 +132,7 @@ def leaked_reservation() -> Iterator[None]:
 
     def on_outputs(intake: Intake, outputs: StepOutputs) -> tuple[TokenOutput, ...]:
         for reserved in outputs.reserved:
-            answer = intake._answers.pop(reserved.key, None)
+            answer = intake.questions._reserving.get(reserved.key)
             if answer is not None and not answer.done():
                 answer.set_result(reserved)
         return tuple(intake._on_token(output) for output in outputs.tokens)

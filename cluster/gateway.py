@@ -86,6 +86,7 @@ class Gateway:
         self._server = Server(server_config(app, router))
         self._serving = asyncio.create_task(self._serve(self._server, listener))
         self._dispatcher.canary.start()
+        self._dispatcher.rebalancer.start()
         host, port = listener.getsockname()[:2]
         return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
 

@@ -1,6 +1,6 @@
 """The sides of a worker: prefill, decode, and the token streams of both, over one engine.
 
-1. calls: `submit`, `take_offer`, `abort`, `subscribe`; those who pull from here read `outbox`;
+1. calls: `submit`, `take_offer`, `abort`, `move`, `copy`, `borrow`, `subscribe`; those who pull read `outbox`;
 2. `serve` gives each turn of the engine to both sides and then its tokens to the gateways, and sends heartbeats;
 3. it returns when the engine is gone: this life of the worker is then over.
 
@@ -13,16 +13,19 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from cluster.config import ClusterConfig
 from decode_worker.intake import Intake, TransferTotals
+from decode_worker.lender import Lender
+from decode_worker.mover import MovePeers, Mover
 from engine.errors import StaleEpoch, WorkerLost
 from engine.planes import CacheLayout
 from engine.pool import BlockBytes
 from engine.streams import StreamBatch, TokenStreams
-from engine.types import Command, Endpoint, EngineStats, Key, Role, StepOutputs, Submission
+from engine.types import Command, Endpoint, EngineStats, Key, Move, Role, StepOutputs, Submission
 from kv_transfer.carrier import CarrierPool
-from kv_transfer.lease import Offer
+from kv_transfer.lease import Loan, Offer
 from prefill_worker.outbox import Outbox
 from prefill_worker.queue import PrefillQueue
 from prefill_worker.side import DecodePeers, PrefillSide
@@ -31,11 +34,15 @@ from router.membership import Member
 log = logging.getLogger(__name__)
 
 
+class Peers(DecodePeers, MovePeers, Protocol):
+    """Reaches other workers, for both sides."""
+
+
 @dataclass(frozen=True, slots=True)
 class Links:
     """How a worker reaches others."""
 
-    peers: DecodePeers
+    peers: Peers
     carriers: CarrierPool
 
 
@@ -85,6 +92,8 @@ class WorkerSides:
         queue = PrefillQueue(config.prefill.max_queue, config.prefill.outbox_fraction)
         self._prefill = PrefillSide(me, queue, self.outbox, self.streams, links.peers, send)
         self._intake = Intake(me, cache.layout, cache.pool, links.carriers, self.streams, send, config.decode, transfer)
+        self._lender = Lender(me, self.outbox, self._intake.questions, send)
+        self._mover = Mover(me, self._lender, self.outbox, self._intake.questions, self.streams, links.peers, send)
 
     @property
     def member(self) -> Member:
@@ -101,11 +110,25 @@ class WorkerSides:
         self._prefill.submit(submission)
 
     async def abort(self, key: Key) -> None:
+        self._mover.abort(key)
         if not self._prefill.abort(key):
             await self._intake.abort(key)
 
     async def take_offer(self, offer: Offer) -> None:
         await self._intake.reserve(offer)
+
+    async def move(self, move: Move) -> None:
+        """Returns when it is done. Raises TransferFailed or Overloaded when it is not, and nothing has changed."""
+        if move.to is None:
+            await self._mover.back_up(move.key, move.target, move.timeout_s)
+        else:
+            await self._mover.move(move.key, move.target, move.to, move.timeout_s)
+
+    async def copy(self, loan: Loan) -> None:
+        await self._intake.take_loan(loan)
+
+    async def borrow(self, names: tuple[bytes, ...]) -> Loan | None:
+        return await self._lender.lend(names)
 
     def subscribe(self, gateway_id: str) -> AsyncGenerator[StreamBatch]:
         return self.streams.subscribe(gateway_id)

@@ -19,6 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from decode_worker.config import DecodeConfig
+from decode_worker.copies import RELEASE_TIMEOUT_S, Copies
+from decode_worker.questions import Questions
 from engine.errors import LeaseLost, Overloaded, SteelyardError, TransferFailed
 from engine.planes import CacheLayout, cohort_difference
 from engine.pool import BlockBytes
@@ -43,11 +45,9 @@ from engine.types import (
 from kv_transfer.carrier import CarrierPool
 from kv_transfer.config import TransferConfig
 from kv_transfer.handoff import HandOff
-from kv_transfer.lease import Lease, Offer
+from kv_transfer.lease import Lease, Loan, Offer
 from kv_transfer.pull import Pulled, Puller
 
-RESERVE_TIMEOUT_S = 4.0  # less than the producer's patience with us, so that it hears why
-RELEASE_TIMEOUT_S = 2.0
 LOST_LEASE_GRACE_S = 1.0
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,8 @@ class Intake:
         self._send = send
         self._config = config
         self._transfer = transfer
-        self._answers: dict[Key, asyncio.Future[Reserved]] = {}
+        self.questions = Questions(send)
+        self.copies = Copies(me.cohort, layout, pool, carriers, self.questions, send, transfer)
         self._arrivals: dict[Key, _Arrival] = {}
         self._stats = EngineStats()
         self.totals = TransferTotals()
@@ -114,8 +115,9 @@ class Intake:
         return sum(arrival.committed is None for arrival in self._arrivals.values())
 
     async def reserve(self, offer: Offer) -> None:
-        """Take an offer: returns when blocks are reserved and the pull has begun. Raises Overloaded if there is no
-        room now, TransferFailed if the producer is of another cohort or offers the same again."""
+        """Take an offer: returns when blocks are reserved and the pull has begun; of a moving sequence, when it has
+        been adopted. Raises Overloaded if there is no room now, TransferFailed if the producer is of another cohort or
+        offers the same again, or if the moving sequence could not be had."""
         if offer.lease.cohort != self._me.cohort:
             difference = cohort_difference(offer.lease.cohort, self._me.cohort)
             raise TransferFailed(f"{offer.lease.worker_id} is of another cohort: they differ in {difference}")
@@ -137,7 +139,17 @@ class Intake:
             raise
         for one in arrival.keys:
             self._streams.register(one, offer.gateway_id)
-        arrival.task = asyncio.get_running_loop().create_task(self._pull(arrival, reserved.block_ids, reserved.present))
+        pull = self._pull_moving if offer.moving else self._pull
+        arrival.task = asyncio.get_running_loop().create_task(pull(arrival, reserved.block_ids, reserved.present))
+        if offer.moving:
+            await self._ended(arrival.task)
+
+    async def take_loan(self, loan: Loan) -> None:
+        """Copy what another worker lends into the cache here. See Copies.take."""
+        begun = self._now()
+        pulled = await self.copies.take(loan)
+        self.totals = self.totals.with_pull(pulled, self._now() - begun)
+        self._report()
 
     async def abort(self, key: Key) -> None:
         """End a request wherever it is; nothing writes to its blocks once they are given back."""
@@ -162,12 +174,7 @@ class Intake:
     def on_outputs(self, outputs: StepOutputs) -> tuple[TokenOutput, ...]:
         """Take a turn's news; returns the token outputs, with our stages on the first ones."""
         self._stats = outputs.stats
-        for reserved in outputs.reserved:
-            answer = self._answers.pop(reserved.key, None)
-            if answer is not None and not answer.done():
-                answer.set_result(reserved)
-            elif reserved.block_ids is not None:
-                self._send(Release(reserved.key))  # nobody waits any more
+        self.questions.on_outputs(outputs)
         return tuple(self._on_token(output) for output in outputs.tokens)
 
     async def beat(self) -> None:
@@ -177,21 +184,15 @@ class Intake:
             lease = arrival.offer.lease
             if arrival.committed is None:
                 by_producer.setdefault((lease.address, lease.incarnation), []).append(lease)
+        for lease in self.copies.leases:
+            by_producer.setdefault((lease.address, lease.incarnation), []).append(lease)
         await asyncio.gather(*map(self._renew, by_producer.values()))  # one that is silent delays no other
 
     # --- parts ---------------------------------------------------------------------------------------------
 
     async def _ask_engine(self, offer: Offer) -> Reserved:
-        key = offer.lease.key
-        answer = self._answers[key] = asyncio.get_running_loop().create_future()
-        self._send(Reserve(key, offer.num_tokens, offer.num_growth, len(offer.keys), offer.names))
-        try:
-            async with asyncio.timeout(RESERVE_TIMEOUT_S):
-                return await answer
-        except TimeoutError:
-            raise Overloaded("the engine did not answer in time", retry_after_s=1) from None
-        finally:
-            self._answers.pop(key, None)
+        command = Reserve(offer.lease.key, offer.num_tokens, offer.num_growth, len(offer.keys), offer.names)
+        return await self.questions.reserve(command)
 
     async def _renew(self, leases: list[Lease]) -> None:
         try:
@@ -203,32 +204,56 @@ class Intake:
     async def _pull(self, arrival: _Arrival, block_ids: tuple[int, ...], present: Runs) -> None:
         lease = arrival.offer.lease
         try:
+            await self._pull_and_adopt(arrival, block_ids, present)
+        except LeaseLost as error:
+            await asyncio.sleep(LOST_LEASE_GRACE_S)
+            self._tell_gateway(arrival, error)
+        except TransferFailed as error:
+            self._tell_gateway(arrival, error)
+        except Exception as error:  # whatever it was, the request hears of it
+            log.exception("the pull of %s failed", lease.key)
+            self._tell_gateway(arrival, TransferFailed(f"the pull failed: {error!r}"))
+        await self._release(lease)
+
+    async def _pull_moving(self, arrival: _Arrival, block_ids: tuple[int, ...], present: Runs) -> None:
+        """Of a sequence that goes on where it was if this fails."""
+        try:
+            await self._pull_and_adopt(arrival, block_ids, present)
+        except BaseException:
+            for key in arrival.keys:
+                self._streams.forget(key)
+            raise
+
+    async def _pull_and_adopt(self, arrival: _Arrival, block_ids: tuple[int, ...], present: Runs) -> None:
+        """When it fails, the blocks go back."""
+        lease = arrival.offer.lease
+        try:
             carrier = self._carriers.carrier(lease)
             digests, siblings = self._transfer.digests, arrival.offer.siblings
             puller = Puller(self._layout, self._pool, block_ids, carrier, lease, digests, siblings, present)
             pulled = await puller.run(self._transfer.pull_timeout_s)
-        except asyncio.CancelledError:
+        except BaseException:
             self._give_back(lease.key)
             raise
-        except LeaseLost as error:
-            self._give_back(lease.key)
-            await asyncio.sleep(LOST_LEASE_GRACE_S)
-            self._tell_gateway(arrival, error)
-        except TransferFailed as error:
-            self._give_back(lease.key)
-            self._tell_gateway(arrival, error)
-        except Exception as error:  # whatever it was, the blocks go back and the request hears of it
-            log.exception("the pull of %s failed", lease.key)
-            self._give_back(lease.key)
-            self._tell_gateway(arrival, TransferFailed(f"the pull failed: {error!r}"))
-        else:
-            self._adopt(arrival, pulled)
-        await self._release(lease)
+        self._adopt(arrival, pulled)
+
+    async def _ended(self, task: asyncio.Task[None]) -> None:
+        """Raises what it raised, as its producer is to hear it."""
+        try:
+            await task
+        except SteelyardError:
+            raise
+        except asyncio.CancelledError:
+            me = asyncio.current_task()
+            if me is not None and me.cancelling():  # it is the caller who does not want it any more
+                raise
+            raise TransferFailed("aborted meanwhile") from None
 
     def _adopt(self, arrival: _Arrival, pulled: Pulled) -> None:
         arrival.committed = self._now()
         self.totals = self.totals.with_pull(pulled, arrival.committed - arrival.begun)
         self._report()
+        assert pulled.handoff is not None, "only loans come without"
         self._settle(arrival, pulled.handoff)
 
     def _report(self) -> None:

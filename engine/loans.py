@@ -29,7 +29,9 @@ def lend(
     return (count, block_ids) if block_ids else (0, [])
 
 
-def keep(blocks: BlockManager, entries: Sequence[tuple[int, int]], block_ids: Sequence[int], names: Sequence[bytes]) -> None:
+def keep(
+    blocks: BlockManager, entries: Sequence[tuple[int, int]], block_ids: Sequence[int], names: Sequence[bytes]
+) -> None:
     """Name those blocks of a reservation that store a full block of this prefix."""
     for (group, index), block_id in zip(entries, block_ids, strict=True):
         if index < len(names):

@@ -63,6 +63,10 @@ class TokenStreams:
     def forget(self, key: Key) -> None:
         self._owners.pop(key, None)
 
+    def owner(self, key: Key) -> str | None:
+        """The gateway of a key that has not ended."""
+        return self._owners.get(key)
+
     @property
     def num_keys(self) -> int:
         return len(self._owners)

@@ -174,6 +174,17 @@ class Submission:
         return (self.request, *self.siblings)
 
 
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A gateway's wish: the sequence that runs under `key` goes on at `target` under the key `to`. Without `to` it only
+    gets a copy of its full blocks there, so that it could move soon. `timeout_s`: until the request's deadline."""
+
+    key: Key
+    target: Endpoint
+    to: Key | None
+    timeout_s: float
+
+
 # --- commands: what an engine is told, over a queue -----------------------------------------------------------
 
 

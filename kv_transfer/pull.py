@@ -54,7 +54,7 @@ class Puller:
         verify_digests: bool = True, siblings: Sequence[Key] = (), present: Runs = (), num_lent: int | None = None,
     ) -> None:  # fmt: skip
         """`siblings`: whom the hand-off may be for, beside the one that names the lease. `present`: which of the blocks
-        are here already; they are read by others and never written to. `num_lent`: of a loan, how many blocks it has."""
+        are here already; they are read by others and never written to. `num_lent`: how many blocks a loan has."""
         self._layout = layout
         self._pool = pool
         self._block_ids = block_ids

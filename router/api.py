@@ -38,7 +38,8 @@ class WorkerView:
 @dataclass(frozen=True, slots=True)
 class HealthView:
     """Healthy means: a canary went through prefill, wire and decode within the last `canary_s`. `retries`: how often
-    requests were placed again, by the code of the error that ended the placement before."""
+    requests were placed again, by the code of the error that ended the placement before; `migrations`: how often one
+    was to move to another worker while it generated, by what came of it ("moved", an error's code, "in doubt")."""
 
     healthy: bool
     reason: str
@@ -47,6 +48,7 @@ class HealthView:
     workers: tuple[WorkerView, ...]
     num_live_requests: int
     retries: tuple[tuple[str, int], ...] = ()
+    migrations: tuple[tuple[str, int], ...] = ()
 
 
 class Generator(Protocol):

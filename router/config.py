@@ -30,3 +30,12 @@ class RouterConfig(StrictModel):
         default="least_work", description="least_work, or round_robin as a yardstick for comparisons"
     )
     max_attempts: int = Field(default=3, ge=1, description="placements of one request before it fails")
+    migrate_below: float = Field(
+        default=0.05,
+        ge=0,
+        le=0.5,
+        description="a decode worker with less of its KV blocks free gives requests away; 0: off",
+    )
+    back_up_below: float = Field(
+        default=0.0, ge=0, le=0.5, description="with less free, requests are copied elsewhere before they move; 0: off"
+    )

@@ -19,6 +19,7 @@ import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Protocol
 
 from engine.errors import (
@@ -31,18 +32,20 @@ from engine.errors import (
     WorkerLost,
 )
 from engine.streams import StreamBatch
-from engine.types import Endpoint, Key, Request, Submission, TokenOutput
+from engine.types import Endpoint, Key, Move, Request, Submission, TokenOutput
 from router.api import HealthView, WorkerView
 from router.canary import Canary
 from router.config import RouterConfig
 from router.live import LiveRequest, Name
 from router.membership import Member, Membership
 from router.policy import WorkerLoad, choose
+from router.rebalance import Rebalancer, Running
 from router.step_history import StepHistory
 from router.workers import Connector, WorkerLink
 
 REFUSED_PAUSE_S = 0.05  # doubled at each refusal, up to
 LONGEST_PAUSE_S = 1.0
+MOVE_TIMEOUT_S = 30.0  # copying included; the stream stands still for a small part of it
 
 log = logging.getLogger(__name__)
 
@@ -74,10 +77,12 @@ class Dispatcher:
         self._background: list[asyncio.Task[None]] = []
         self._num_placed = 0
         self._num_retries: Counter[str] = Counter()  # by the code of what ended the placement before
+        self._num_migrations: Counter[str] = Counter()  # by outcome
         self._strays: dict[tuple[str, Key], None] = {}  # placements being aborted because their tokens still come
         self._closed = asyncio.Event()
         self._news = asyncio.Event()  # a worker has reported, or the membership has changed
         self.canary = Canary(self, config.canary_s)
+        self.rebalancer = Rebalancer(self, config.migrate_below, config.back_up_below)
         self.step_history = StepHistory()
 
     def new_request_id(self) -> str:
@@ -111,6 +116,7 @@ class Dispatcher:
         self._closed.set()
         self._news.set()
         await self.canary.stop()
+        await self.rebalancer.stop()
         for live in self._live.values():
             live.fail(Unavailable("the gateway is shutting down"))
             self._abandon(live)
@@ -263,18 +269,59 @@ class Dispatcher:
 
     def _abandon(self, live: LiveRequest) -> None:
         """Abort a placement on its workers, without waiting."""
-        if live.placement is None:
-            return
-        for member in (live.placement.first, live.placement.decode):
-            link = self._links.get((member.worker_id, member.incarnation)) if member else None
+        for member, key in live.ends:
+            link = self._links.get((member.worker_id, member.incarnation))
             if link is not None:
-                self._in_background(self._abort(link, live.key))
+                self._in_background(self._abort(link, key))
 
     async def _abort(self, link: WorkerLink, key: Key) -> None:
         try:
             await link.client.abort(key, self._config.rpc_timeout_s)
         except SteelyardError as error:
             log.warning("abort of %s on %s failed: %s", key, link.member.worker_id, error.message)
+
+    # --- migration -----------------------------------------------------------------------------------------
+
+    async def migrate(self, request_id: str, target: Member) -> None:
+        """Move a request that generates to another worker, while its stream goes on. Returns when it runs there. Raises
+        TransferFailed or Overloaded when it runs on where it was, InvalidRequest when it cannot move now."""
+        live = self._live.get(request_id)
+        source = live.decoder if live is not None else None
+        link = self._links.get((source.worker_id, source.incarnation)) if source is not None else None
+        if live is None or link is None or live.migration is not None or source == target:
+            raise InvalidRequest(f"request {request_id} does not generate on a worker that it could leave")
+        migration = live.begin_migration(target)
+        live.last_token_at = self._now()
+        move = Move(migration.before, _endpoint(target), migration.after, live.deadline - self._now())
+        moved, outcome = None, "in doubt"
+        try:
+            await link.client.move(move, min(MOVE_TIMEOUT_S, move.timeout_s))
+            moved, outcome = True, "moved"
+        except (TransferFailed, Overloaded) as error:
+            moved, outcome = False, error.code
+            raise
+        finally:
+            self._num_migrations[outcome] += 1
+            live.end_migration(migration, moved)
+
+    async def back_up(self, request_id: str, target: Member) -> None:
+        """Copy what a request that generates has stored to another worker, so that it could soon move there. Raises as
+        `migrate` does."""
+        live = self._live.get(request_id)
+        source = live.decoder if live is not None else None
+        link = self._links.get((source.worker_id, source.incarnation)) if source is not None else None
+        if live is None or link is None or source == target:
+            raise InvalidRequest(f"request {request_id} does not generate on a worker that it could leave")
+        move = Move(live.key, _endpoint(target), None, live.deadline - self._now())
+        await link.client.move(move, min(MOVE_TIMEOUT_S, move.timeout_s))
+
+    def generating(self) -> list[Running]:
+        """The requests that generate and do not move, as rebalancing sees them."""
+        return [
+            Running(name, live.decoder, len(live.request.prompt_ids) + len(live.tokens))
+            for name, live in self._live.items()
+            if live.decoder is not None and live.migration is None
+        ]
 
     # --- what workers say ----------------------------------------------------------------------------------
 
@@ -284,10 +331,20 @@ class Dispatcher:
             self.step_history.add(member, batch.steps)
         for output in batch.outputs:
             live = self._live.get(output.key.request_id)
-            if live is None or output.key.epoch < live.epoch:
+            if live is None or live.is_stray(output):
                 self._abort_stray(member, output)
-            elif live.take(output, member.worker_id) and live.handed_off:
+            elif live.take(self._with_pause(live, output), member.worker_id) and live.handed_off:
                 self.canary.prove()
+
+    def _with_pause(self, live: LiveRequest, output: TokenOutput) -> TokenOutput:
+        """The first token after a migration tells how long the stream stood still."""
+        moving = live.migration
+        if moving is None or not live.follows(output):
+            return output
+        before, live.last_token_at = live.last_token_at, self._now()
+        if output.key != moving.after:
+            return output
+        return replace(output, stages=(*output.stages, ("migration_pause", live.last_token_at - before)))
 
     def _abort_stray(self, member: Member, output: TokenOutput) -> None:
         """Tokens that nobody wants: an abort came before what it was to end, or was lost. Once at a time."""
@@ -326,12 +383,19 @@ class Dispatcher:
     def health(self) -> HealthView:
         healthy, reason, age_s = self.canary.verdict()
         workers = tuple(_view(link) for link in self._links.values())
-        return HealthView(healthy, reason, age_s, self._membership.version, workers, len(self._live), self.retries)
+        return HealthView(
+            healthy, reason, age_s, self._membership.version, workers, len(self._live), self.retries, self.migrations
+        )
 
     @property
     def retries(self) -> tuple[tuple[str, int], ...]:
         """See router.api.HealthView."""
         return tuple(sorted(self._num_retries.items()))
+
+    @property
+    def migrations(self) -> tuple[tuple[str, int], ...]:
+        """See router.api.HealthView."""
+        return tuple(sorted(self._num_migrations.items()))
 
     def _in_background(self, work: Coroutine[None, None, None]) -> None:
         self._background = [task for task in self._background if not task.done()]

@@ -3,6 +3,9 @@
 Outputs are taken only in order: of the present epoch, at index = next. What follows one gap is held back, because the
 second token and more may overtake the first (it comes from another worker). Whatever is older or doubled is dropped.
 
+A migration moves it from one decode worker to another under a new epoch. Meanwhile tokens of both epochs are taken,
+each index once: they are the same.
+
 Several answers to one prompt are live requests of their own. Until its first token each follows the first of them: it
 is placed with it, and when that placement fails, placed again with it.
 """
@@ -13,10 +16,21 @@ from dataclasses import dataclass, field, replace
 
 from engine.errors import SteelyardError, WorkerLost, error_from_code
 from engine.types import FinishReason, Key, Request, TokenOutput
+from router.membership import Member
 from router.merge import Backlog
 from router.policy import Placement
 
 Name = tuple[str, str]  # one life of a worker: its id and its incarnation
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    """From one worker to another: the request's key there and here."""
+
+    before: Key
+    after: Key
+    source: Member
+    target: Member
 
 
 @dataclass(slots=True, eq=False)
@@ -33,6 +47,11 @@ class LiveRequest:
     shuns_wire: bool = False  # the last placement failed in its transfer: the next one makes none
     leader: LiveRequest | None = None  # that it follows
     followers: list[LiveRequest] = field(default_factory=list)
+    migration: Migration | None = None  # the last one of this placement, until tokens have come of its end alone
+    last_token_at: float = 0.0  # while it moves
+    _in_doubt: bool = False  # may it have moved?
+    _last_epoch: int = 0  # that was ever given
+    first_epoch: int = 0  # of this placement
     _first_index: int = 0  # of the first token of this placement
     _next_index: int = 0  # of the next token to be queued for the client
     _held: list[TokenOutput] = field(default_factory=list)  # what follows a gap, itself without one
@@ -45,18 +64,87 @@ class LiveRequest:
     def place(self, placement: Placement) -> None:
         """Begin a new placement: everything of earlier ones is void."""
         if self.placement is not None:
-            self.epoch += 1
+            self._raise_epoch()
         self.placement = placement
         self.handed_off = False
+        self.migration = None
+        self.first_epoch = self.epoch
         self._held = []
         self._first_index = self._next_index = len(self.tokens)
         self._events.clear()
 
     def void(self) -> None:
         """The placement is given up, and there is no other yet: what came of it, and still comes, is stale."""
-        self.placement = None
-        self.epoch += 1
+        self.placement = self.migration = None
+        self._raise_epoch()
         self._events.clear()
+
+    def _raise_epoch(self) -> None:
+        self.epoch = self._last_epoch = self._last_epoch + 1
+
+    # --- migration -----------------------------------------------------------------------------------------
+
+    @property
+    def decoder(self) -> Member | None:
+        """The worker on which it generates, once tokens have come from there."""
+        if self.placement is None or self.is_prefilling:
+            return None
+        if self.placement.decode is None:
+            return self.placement.first
+        return self.placement.decode if self.handed_off else None
+
+    def begin_migration(self, target: Member) -> Migration:
+        """From now on tokens may come under either key, each index once."""
+        source = self.decoder
+        assert source is not None and self.migration is None, "it generates, and does not move yet"
+        self._last_epoch += 1
+        self._in_doubt = False
+        self.migration = Migration(self.key, Key(self.key.request_id, self._last_epoch), source, target)
+        return self.migration
+
+    def end_migration(self, migration: Migration, moved: bool | None) -> None:
+        """What the source said, or None if it said nothing. When it did not move, what still comes of the other end is
+        stale."""
+        if self.migration is not migration:
+            return
+        if moved is None:
+            self._in_doubt = True
+        elif moved:
+            self._arrive(migration)
+        elif self.key == migration.before:
+            self.migration = None
+
+    def _arrive(self, migration: Migration) -> None:
+        """It runs at the target now. The last tokens of the source may still be under way."""
+        assert self.placement is not None
+        self.epoch = migration.after.epoch
+        self.placement = replace(self.placement, decode=migration.target)
+        self.handed_off = True
+
+    @property
+    def ends(self) -> tuple[tuple[Member, Key], ...]:
+        """Where it may run, and under which keys."""
+        placement, moving = self.placement, self.migration
+        members = (placement.first, placement.decode) if placement is not None else ()
+        ends = [(member, self.key) for member in members if member is not None]
+        if moving is not None:
+            ends += [(moving.source, moving.before), (moving.target, moving.after)]
+        return tuple(dict.fromkeys(ends))
+
+    def follows(self, output: TokenOutput) -> bool:
+        """Are its tokens the next ones?"""
+        return self.awaits(output.key) and output.first_index == self._next_index
+
+    def is_stray(self, output: TokenOutput) -> bool:
+        """Is it of a placement that is given up, or of the end of a migration that has fallen behind?"""
+        return not self.awaits(output.key) or (output.key != self.key and output.first_index < self._next_index)
+
+    def awaits(self, key: Key) -> bool:
+        """May tokens still come under this key?"""
+        moving = self.migration
+        return key == self.key or (moving is not None and key in (moving.before, moving.after))
+
+    # --- tokens --------------------------------------------------------------------------------------------
 
     def follow(self, leader: LiveRequest) -> None:
         self.leader = leader
@@ -89,10 +177,13 @@ class LiveRequest:
     @property
     def workers(self) -> tuple[Name, ...]:
         """Those whose death would stop the request."""
-        first = self.first_worker
         decode = self.placement.decode if self.placement is not None else None
-        second = (decode.worker_id, decode.incarnation) if decode is not None else None
-        return tuple([name for name in (first, second if second != first else None) if name is not None])
+        leaving = self.migration.source if self.migration is not None else None
+        coming = self.migration.target if self.migration is not None and self._in_doubt else None
+        members = [member for member in (decode, leaving, coming) if member is not None]
+        names = [(member.worker_id, member.incarnation) for member in members]
+        first = self.first_worker
+        return tuple(dict.fromkeys([first, *names] if first is not None else names))
 
     @property
     def is_prefilling(self) -> bool:
@@ -101,8 +192,10 @@ class LiveRequest:
 
     def take(self, output: TokenOutput, worker_id: str) -> bool:
         """An output from a worker's stream. Did it move the request on?"""
-        if output.key != self.key:
+        if not self.awaits(output.key):
             return False
+        if output.key.epoch < self.epoch and (output.error is not None or output.finish is FinishReason.ABORT):
+            return False  # of where it moved away from
         if output.error is not None:
             self.fail(error_from_code(output.error.code, output.error.message))
         elif output.finish is FinishReason.ABORT:
@@ -121,8 +214,8 @@ class LiveRequest:
 
     def cancel(self) -> None:
         """Nobody wants more of it: its last output says so, and what still comes is stale."""
-        self.placement = None
-        self.epoch += 1
+        self.placement = self.migration = None
+        self._raise_epoch()
         self._events.put_nowait(TokenOutput(self.key, self._next_index, (), FinishReason.ABORT))
 
     async def next_event(self) -> TokenOutput | SteelyardError:
@@ -134,6 +227,9 @@ class LiveRequest:
 
     def _deliver(self, output: TokenOutput, worker_id: str) -> None:
         self.leave()
+        if self.migration is not None and output.key == self.migration.after:
+            self._arrive(self.migration)
+            self.migration = None  # all that came before is here
         if self.cached_tokens is None:
             self.cached_tokens = output.cached_tokens
         decode = self.placement.decode if self.placement else None

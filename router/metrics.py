@@ -168,7 +168,10 @@ class _HealthCollector(Collector):
             "steelyard_membership_version", "Version of the list of workers", view.membership_version
         )
         yield GaugeMetricFamily("steelyard_live_requests", "Requests that this gateway owns", view.num_live_requests)
-        yield _retries(view)
+        words = "Placements that were given up for another one, by the error that ended them"
+        yield _counts("steelyard_request_retries", words, "reason", view.retries)
+        words = "Running requests that were to move to another worker, by what came of it"
+        yield _counts("steelyard_migrations", words, "outcome", view.migrations)
         if view.canary_age_s is not None:
             yield GaugeMetricFamily(
                 "steelyard_canary_age_seconds", "Since a canary last went through", view.canary_age_s
@@ -201,11 +204,10 @@ def _transfers(model_name: str, view: HealthView) -> Iterator[GaugeMetricFamily]
     yield speed
 
 
-def _retries(view: HealthView) -> CounterMetricFamily:
-    words = "Placements that were given up for another one, by the error that ended them"
-    counter = CounterMetricFamily("steelyard_request_retries", words, labels=["reason"])
-    for reason, count in view.retries:
-        counter.add_metric([reason], count)
+def _counts(name: str, words: str, label: str, counts: tuple[tuple[str, int], ...]) -> CounterMetricFamily:
+    counter = CounterMetricFamily(name, words, labels=[label])
+    for value, count in counts:
+        counter.add_metric([value], count)
     return counter
 
 

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from engine.errors import SteelyardError
 from engine.streams import StreamBatch
-from engine.types import NO_TRANSFERS, EngineStats, Key, Submission
+from engine.types import NO_TRANSFERS, EngineStats, Key, Move, Submission
 from router.membership import Member
 
 SILENCE_S = 5.0
@@ -31,6 +31,10 @@ class WorkerClient(Protocol):
     async def submit(self, submission: Submission, role_epoch: int, timeout_s: float) -> None: ...
 
     async def abort(self, key: Key, timeout_s: float) -> None: ...
+
+    async def move(self, move: Move, timeout_s: float) -> None:
+        """Returns when it is done; after TransferFailed or Overloaded nothing has changed."""
+        ...
 
     def tokens(self, gateway_id: str) -> AsyncGenerator[StreamBatch]: ...
 

@@ -9,9 +9,9 @@ import grpc
 from cluster.rpc import control_pb2, control_pb2_grpc, convert, request_pb2, request_pb2_grpc, token_pb2, token_pb2_grpc
 from cluster.rpc.channels import Channels
 from engine.streams import StreamBatch
-from engine.types import Endpoint, EngineStats, Key, Submission
+from engine.types import Endpoint, EngineStats, Key, Move, Submission
 from kv_transfer.carriers.status import typed_errors
-from kv_transfer.lease import Offer
+from kv_transfer.lease import Loan, Offer
 from router.membership import Member
 
 
@@ -29,6 +29,10 @@ class GrpcWorkerClient:
     async def abort(self, key: Key, timeout_s: float) -> None:
         with typed_errors():
             await self._requests().Abort(request_pb2.AbortRequest(key=convert.key_to(key)), timeout=timeout_s)
+
+    async def move(self, move: Move, timeout_s: float) -> None:
+        with typed_errors():
+            await self._requests().Move(convert.move_to(move), timeout=timeout_s)
 
     async def tokens(self, gateway_id: str) -> AsyncGenerator[StreamBatch]:
         with typed_errors():
@@ -64,15 +68,26 @@ class GrpcConnector:
 
 
 class GrpcPeers:
-    """Implements prefill_worker.side.DecodePeers."""
+    """Implements prefill_worker.side.DecodePeers and decode_worker.mover.MovePeers."""
 
     def __init__(self, channels: Channels) -> None:
         self._channels = channels
 
     async def offer(self, target: Endpoint, offer: Offer, timeout_s: float) -> None:
-        stub = request_pb2_grpc.RequestsStub(self._channels(target.address, target.incarnation))
         with typed_errors():
-            await stub.Offer(convert.offer_to(offer), timeout=timeout_s)
+            await self._requests(target).Offer(convert.offer_to(offer), timeout=timeout_s)
+
+    async def copy(self, target: Endpoint, loan: Loan, timeout_s: float) -> None:
+        with typed_errors():
+            await self._requests(target).Copy(convert.loan_to(loan), timeout=timeout_s)
+
+    async def borrow(self, source: Endpoint, names: tuple[bytes, ...], timeout_s: float) -> Loan | None:
+        with typed_errors():
+            reply = await self._requests(source).Borrow(request_pb2.BorrowRequest(names=names), timeout=timeout_s)
+        return convert.loan_from(reply.loan) if reply.HasField("loan") else None
+
+    def _requests(self, worker: Endpoint) -> request_pb2_grpc.RequestsStub:
+        return request_pb2_grpc.RequestsStub(self._channels(worker.address, worker.incarnation))
 
 
 async def worker_status(

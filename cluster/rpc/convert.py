@@ -16,6 +16,7 @@ from engine.types import (
     FinishReason,
     Key,
     KvPath,
+    Move,
     Request,
     SamplingParams,
     Submission,
@@ -23,7 +24,7 @@ from engine.types import (
     TokenOutput,
     TransferReport,
 )
-from kv_transfer.lease import Lease, Offer
+from kv_transfer.lease import Lease, Loan, Offer
 
 
 def key_to(key: Key) -> request_pb2.Key:
@@ -85,28 +86,54 @@ def _sampling_from(message: request_pb2.SamplingParams) -> SamplingParams:
 
 
 def offer_to(offer: Offer) -> request_pb2.OfferRequest:
-    lease = offer.lease
-    producer = request_pb2.Endpoint(
-        worker_id=lease.worker_id, incarnation=lease.incarnation, address=lease.address, cohort=lease.cohort
-    )
     return request_pb2.OfferRequest(
-        lease=request_pb2.Lease(key=key_to(lease.key), producer=producer, secret=lease.secret),
-        num_tokens=offer.num_tokens, num_growth=offer.num_growth, gateway_id=offer.gateway_id,
-        timeout_s=offer.timeout_s, siblings=map(key_to, offer.siblings), names=offer.names,
+        lease=_lease_to(offer.lease), num_tokens=offer.num_tokens, num_growth=offer.num_growth,
+        gateway_id=offer.gateway_id, timeout_s=offer.timeout_s, siblings=map(key_to, offer.siblings),
+        names=offer.names, moving=offer.moving,
     )  # fmt: skip
 
 
 def offer_from(message: request_pb2.OfferRequest) -> Offer:
-    producer = message.lease.producer
-    lease = Lease(
-        key_from(message.lease.key), producer.worker_id, producer.incarnation, producer.address, producer.cohort,
-        message.lease.secret,
-    )  # fmt: skip
     siblings = tuple(map(key_from, message.siblings))
     return Offer(
-        lease, message.num_tokens, message.num_growth, message.gateway_id, message.timeout_s, siblings,
-        tuple(message.names),
+        _lease_from(message.lease), message.num_tokens, message.num_growth, message.gateway_id, message.timeout_s,
+        siblings, tuple(message.names), message.moving,
     )  # fmt: skip
+
+
+def loan_to(loan: Loan) -> request_pb2.Loan:
+    return request_pb2.Loan(lease=_lease_to(loan.lease), names=loan.names)
+
+
+def loan_from(message: request_pb2.Loan) -> Loan:
+    return Loan(_lease_from(message.lease), tuple(message.names))
+
+
+def _lease_to(lease: Lease) -> request_pb2.Lease:
+    producer = request_pb2.Endpoint(
+        worker_id=lease.worker_id, incarnation=lease.incarnation, address=lease.address, cohort=lease.cohort
+    )
+    return request_pb2.Lease(key=key_to(lease.key), producer=producer, secret=lease.secret)
+
+
+def _lease_from(message: request_pb2.Lease) -> Lease:
+    producer = message.producer
+    return Lease(
+        key_from(message.key), producer.worker_id, producer.incarnation, producer.address, producer.cohort,
+        message.secret,
+    )  # fmt: skip
+
+
+def move_to(move: Move) -> request_pb2.MoveRequest:
+    to = None if move.to is None else key_to(move.to)
+    return request_pb2.MoveRequest(
+        key=key_to(move.key), target=endpoint_to(move.target), to=to, timeout_s=move.timeout_s
+    )
+
+
+def move_from(message: request_pb2.MoveRequest) -> Move:
+    to = key_from(message.to) if message.HasField("to") else None
+    return Move(key_from(message.key), endpoint_from(message.target), to, message.timeout_s)
 
 
 def stats_to(stats: EngineStats) -> token_pb2.Stats:

@@ -135,7 +135,7 @@ class Lease(_message.Message):
     def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., producer: _Optional[_Union[Endpoint, _Mapping]] = ..., secret: _Optional[str] = ...) -> None: ...
 
 class OfferRequest(_message.Message):
-    __slots__ = ("lease", "num_tokens", "num_growth", "gateway_id", "timeout_s", "siblings", "names")
+    __slots__ = ("lease", "num_tokens", "num_growth", "gateway_id", "timeout_s", "siblings", "names", "moving")
     LEASE_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_GROWTH_FIELD_NUMBER: _ClassVar[int]
@@ -143,6 +143,7 @@ class OfferRequest(_message.Message):
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     SIBLINGS_FIELD_NUMBER: _ClassVar[int]
     NAMES_FIELD_NUMBER: _ClassVar[int]
+    MOVING_FIELD_NUMBER: _ClassVar[int]
     lease: Lease
     num_tokens: int
     num_growth: int
@@ -150,7 +151,40 @@ class OfferRequest(_message.Message):
     timeout_s: float
     siblings: _containers.RepeatedCompositeFieldContainer[Key]
     names: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, lease: _Optional[_Union[Lease, _Mapping]] = ..., num_tokens: _Optional[int] = ..., num_growth: _Optional[int] = ..., gateway_id: _Optional[str] = ..., timeout_s: _Optional[float] = ..., siblings: _Optional[_Iterable[_Union[Key, _Mapping]]] = ..., names: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    moving: bool
+    def __init__(self, lease: _Optional[_Union[Lease, _Mapping]] = ..., num_tokens: _Optional[int] = ..., num_growth: _Optional[int] = ..., gateway_id: _Optional[str] = ..., timeout_s: _Optional[float] = ..., siblings: _Optional[_Iterable[_Union[Key, _Mapping]]] = ..., names: _Optional[_Iterable[bytes]] = ..., moving: _Optional[bool] = ...) -> None: ...
+
+class MoveRequest(_message.Message):
+    __slots__ = ("key", "target", "to", "timeout_s")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    TO_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    key: Key
+    target: Endpoint
+    to: Key
+    timeout_s: float
+    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., target: _Optional[_Union[Endpoint, _Mapping]] = ..., to: _Optional[_Union[Key, _Mapping]] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+
+class BorrowRequest(_message.Message):
+    __slots__ = ("names",)
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    names: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, names: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class Loan(_message.Message):
+    __slots__ = ("lease", "names")
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    lease: Lease
+    names: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, lease: _Optional[_Union[Lease, _Mapping]] = ..., names: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class BorrowReply(_message.Message):
+    __slots__ = ("loan",)
+    LOAN_FIELD_NUMBER: _ClassVar[int]
+    loan: Loan
+    def __init__(self, loan: _Optional[_Union[Loan, _Mapping]] = ...) -> None: ...
 
 class Done(_message.Message):
     __slots__ = ()

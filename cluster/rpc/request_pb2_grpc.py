@@ -49,6 +49,21 @@ class RequestsStub:
                 request_serializer=cluster_dot_rpc_dot_request__pb2.OfferRequest.SerializeToString,
                 response_deserializer=cluster_dot_rpc_dot_request__pb2.Done.FromString,
                 _registered_method=True)
+        self.Move = channel.unary_unary(
+                '/steelyard.Requests/Move',
+                request_serializer=cluster_dot_rpc_dot_request__pb2.MoveRequest.SerializeToString,
+                response_deserializer=cluster_dot_rpc_dot_request__pb2.Done.FromString,
+                _registered_method=True)
+        self.Copy = channel.unary_unary(
+                '/steelyard.Requests/Copy',
+                request_serializer=cluster_dot_rpc_dot_request__pb2.Loan.SerializeToString,
+                response_deserializer=cluster_dot_rpc_dot_request__pb2.Done.FromString,
+                _registered_method=True)
+        self.Borrow = channel.unary_unary(
+                '/steelyard.Requests/Borrow',
+                request_serializer=cluster_dot_rpc_dot_request__pb2.BorrowRequest.SerializeToString,
+                response_deserializer=cluster_dot_rpc_dot_request__pb2.BorrowReply.FromString,
+                _registered_method=True)
 
 
 class RequestsServicer:
@@ -72,6 +87,26 @@ class RequestsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Move(self, request, context):
+        """returns when the sequence runs at the target, or the copy is there
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Copy(self, request, context):
+        """returns when the loan is in the cache
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Borrow(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RequestsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -89,6 +124,21 @@ def add_RequestsServicer_to_server(servicer, server):
                     servicer.Offer,
                     request_deserializer=cluster_dot_rpc_dot_request__pb2.OfferRequest.FromString,
                     response_serializer=cluster_dot_rpc_dot_request__pb2.Done.SerializeToString,
+            ),
+            'Move': grpc.unary_unary_rpc_method_handler(
+                    servicer.Move,
+                    request_deserializer=cluster_dot_rpc_dot_request__pb2.MoveRequest.FromString,
+                    response_serializer=cluster_dot_rpc_dot_request__pb2.Done.SerializeToString,
+            ),
+            'Copy': grpc.unary_unary_rpc_method_handler(
+                    servicer.Copy,
+                    request_deserializer=cluster_dot_rpc_dot_request__pb2.Loan.FromString,
+                    response_serializer=cluster_dot_rpc_dot_request__pb2.Done.SerializeToString,
+            ),
+            'Borrow': grpc.unary_unary_rpc_method_handler(
+                    servicer.Borrow,
+                    request_deserializer=cluster_dot_rpc_dot_request__pb2.BorrowRequest.FromString,
+                    response_serializer=cluster_dot_rpc_dot_request__pb2.BorrowReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -172,6 +222,87 @@ class Requests:
             '/steelyard.Requests/Offer',
             cluster_dot_rpc_dot_request__pb2.OfferRequest.SerializeToString,
             cluster_dot_rpc_dot_request__pb2.Done.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Move(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steelyard.Requests/Move',
+            cluster_dot_rpc_dot_request__pb2.MoveRequest.SerializeToString,
+            cluster_dot_rpc_dot_request__pb2.Done.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Copy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steelyard.Requests/Copy',
+            cluster_dot_rpc_dot_request__pb2.Loan.SerializeToString,
+            cluster_dot_rpc_dot_request__pb2.Done.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Borrow(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steelyard.Requests/Borrow',
+            cluster_dot_rpc_dot_request__pb2.BorrowRequest.SerializeToString,
+            cluster_dot_rpc_dot_request__pb2.BorrowReply.FromString,
             options,
             channel_credentials,
             insecure,

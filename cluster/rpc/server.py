@@ -15,12 +15,12 @@ from cluster.rpc.tls import Tls
 from cluster.sides import WorkerStatus
 from engine.errors import SteelyardError
 from engine.streams import StreamBatch
-from engine.types import Key, Submission
+from engine.types import Key, Move, Submission
 from kv_transfer.carrier import Producer
 from kv_transfer.carriers.grpc import kv_handler
 from kv_transfer.carriers.sample import Sample
 from kv_transfer.carriers.status import abort_with
-from kv_transfer.lease import Offer
+from kv_transfer.lease import Loan, Offer
 
 
 class WorkerCalls(Protocol):
@@ -31,6 +31,12 @@ class WorkerCalls(Protocol):
     async def abort(self, key: Key) -> None: ...
 
     async def take_offer(self, offer: Offer) -> None: ...
+
+    async def move(self, move: Move) -> None: ...
+
+    async def copy(self, loan: Loan) -> None: ...
+
+    async def borrow(self, names: tuple[bytes, ...]) -> Loan | None: ...
 
     def subscribe(self, gateway_id: str) -> AsyncGenerator[StreamBatch]: ...
 
@@ -58,6 +64,30 @@ class _Requests(request_pb2_grpc.RequestsServicer):
         except SteelyardError as error:
             await abort_with(context, error)
         return request_pb2.Done()
+
+    async def Move(self, request: request_pb2.MoveRequest, context: grpc.aio.ServicerContext) -> request_pb2.Done:
+        try:
+            await self._worker.move(convert.move_from(request))
+        except SteelyardError as error:
+            await abort_with(context, error)
+        return request_pb2.Done()
+
+    async def Copy(self, request: request_pb2.Loan, context: grpc.aio.ServicerContext) -> request_pb2.Done:
+        try:
+            await self._worker.copy(convert.loan_from(request))
+        except SteelyardError as error:
+            await abort_with(context, error)
+        return request_pb2.Done()
+
+    async def Borrow(
+        self, request: request_pb2.BorrowRequest, context: grpc.aio.ServicerContext
+    ) -> request_pb2.BorrowReply:
+        loan: Loan | None = None
+        try:
+            loan = await self._worker.borrow(tuple(request.names))
+        except SteelyardError as error:
+            await abort_with(context, error)
+        return request_pb2.BorrowReply(loan=None if loan is None else convert.loan_to(loan))
 
 
 class _Tokens(token_pb2_grpc.TokensServicer):

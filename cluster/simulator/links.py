@@ -18,10 +18,10 @@ from cluster.simulator.network import CALL_BYTES, Network, Port
 from engine.errors import SteelyardError
 from engine.runs import Runs
 from engine.streams import StreamBatch
-from engine.types import Endpoint, EngineStats, Key, KvPath, Submission, TokenOutput
+from engine.types import Endpoint, EngineStats, Key, KvPath, Move, Submission, TokenOutput
 from kv_transfer.carrier import as_transfer_error
 from kv_transfer.frames import HEADER_BYTES, Commit, Frame, Message
-from kv_transfer.lease import Lease, Offer
+from kv_transfer.lease import Lease, Loan, Offer
 from router.membership import Member
 
 OUTPUT_BYTES = 32  # of one token output beside its ids
@@ -73,6 +73,12 @@ class SimulatedClient:
         to = self._member
         await self._network.call(self._gateway, to.address, to.incarnation, "abort", work, timeout_s)
 
+    async def move(self, move: Move, timeout_s: float) -> None:
+        to = self._member
+        await self._network.call(
+            self._gateway, to.address, to.incarnation, "move", lambda sides: sides.move(move), timeout_s
+        )
+
     async def tokens(self, gateway_id: str) -> AsyncGenerator[StreamBatch]:
         to = self._member
         batches = self._network.stream(
@@ -109,7 +115,7 @@ class SimulatedConnector:
 
 
 class SimulatedPeers:
-    """Implements prefill_worker.side.DecodePeers for one worker."""
+    """Implements prefill_worker.side.DecodePeers and decode_worker.mover.MovePeers for one worker."""
 
     def __init__(self, network: WorkerNetwork, worker: WorkerPort) -> None:
         self._network = network
@@ -119,6 +125,13 @@ class SimulatedPeers:
         await self._network.call(
             self._worker, target.address, target.incarnation, "offer", lambda sides: sides.take_offer(offer), timeout_s
         )
+
+    async def copy(self, target: Endpoint, loan: Loan, timeout_s: float) -> None:
+        size_bytes = CALL_BYTES + sum(map(len, loan.names))
+        await self._network.call(
+            self._worker, target.address, target.incarnation, "copy", lambda sides: sides.copy(loan), timeout_s,
+            size_bytes,
+        )  # fmt: skip
 
 
 class SimulatedCarriers:

@@ -112,6 +112,7 @@ class World:
                 self.add_worker(role, index)
         while not all(worker.connected for worker in self.dispatcher.health().workers):  # noqa: ASYNC110
             await asyncio.sleep(self.spec.links.latency_s)
+        self.dispatcher.rebalancer.start()
 
     @property
     def now(self) -> float:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from decode_worker.config import DecodeConfig
-from decode_worker.intake import LOST_LEASE_GRACE_S, RESERVE_TIMEOUT_S, Intake
+from decode_worker.intake import LOST_LEASE_GRACE_S, Intake
+from decode_worker.questions import ANSWER_TIMEOUT_S
 from engine.errors import FrameCorrupt, LeaseLost, Overloaded, TransferFailed
 from engine.runs import Runs
 from engine.streams import TokenStreams
@@ -136,7 +137,7 @@ class House:
 
     def is_clean(self) -> bool:
         intake = self.intake
-        return (self.streams.num_keys, len(intake._arrivals), len(intake._answers)) == (0, 0, 0)
+        return (self.streams.num_keys, len(intake._arrivals), len(intake.questions._reserving)) == (0, 0, 0)
 
 
 @contextmanager
@@ -204,7 +205,7 @@ async def test_an_engine_that_answers_too_late_has_its_blocks_given_back() -> No
     with house() as h:
         with pytest.raises(Overloaded, match="in time"):
             await h.intake.reserve(h.offer())
-        assert asyncio.get_running_loop().time() == pytest.approx(RESERVE_TIMEOUT_S)
+        assert asyncio.get_running_loop().time() == pytest.approx(ANSWER_TIMEOUT_S)
         assert h.sent[1:] == [Release(KEY)]
         h.turn(reserved=[Reserved(KEY, h.case.target_ids)])
         assert h.sent[2:] == [Release(KEY)]

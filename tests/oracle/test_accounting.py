@@ -134,7 +134,8 @@ async def held(cluster: LocalCluster) -> dict[str, int]:
             f"{name} blocks": stats.num_blocks - stats.num_free_blocks, f"{name} leaked": stats.num_leaked_blocks,
             f"{name} queue": status.num_queued, f"{name} leases": status.num_leases, f"{name} pulls": status.num_pulls,
             f"{name} streams": status.num_streams, f"{name} arrivals": len(sides._intake._arrivals),
-            f"{name} reservations asked": len(sides._intake._answers), f"{name} prefills": len(sides._prefill._live),
+            f"{name} reservations asked": len(sides._intake.questions._reserving),
+            f"{name} prefills": len(sides._prefill._live), f"{name} moves": len(sides._mover._moves),
         }  # fmt: skip
     return {what: amount for what, amount in found.items() if amount}
 

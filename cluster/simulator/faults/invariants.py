@@ -147,7 +147,7 @@ def epoch_faults(dispatcher: Dispatcher, before: dict[str, int]) -> Iterator[str
             yield f"the epoch of {request_id} went back from {before[request_id]} to {live.epoch}"
         before[request_id] = live.epoch
         for event in live._events._events:
-            if isinstance(event, TokenOutput) and event.key != live.key:
+            if isinstance(event, TokenOutput) and not live.first_epoch <= event.key.epoch <= live.epoch:
                 yield f"{event.key} waits for the client of {live.key}"
 
 

@@ -1,0 +1,82 @@
+"""Copies: prefixes that other workers lend, brought into the prefix cache here.
+
+1. the engine reserves blocks for the loan's names; those that it has are shared and need not move;
+2. the others are pulled under the loan's lease;
+3. verified, they are the cache's: whoever needs the prefix next finds it. A copy that fails leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from decode_worker.questions import Questions
+from engine.block_table import transfer_entries
+from engine.errors import Overloaded, SteelyardError, TransferFailed
+from engine.planes import CacheLayout, cohort_difference
+from engine.pool import BlockBytes
+from engine.types import Command, Keep, Key, Release, Reserve
+from kv_transfer.carrier import CarrierPool
+from kv_transfer.config import TransferConfig
+from kv_transfer.lease import Lease, Loan
+from kv_transfer.pull import Pulled, Puller
+
+RELEASE_TIMEOUT_S = 2.0
+
+
+class Copies:
+    def __init__(
+        self, cohort: str, layout: CacheLayout, pool: BlockBytes, carriers: CarrierPool, questions: Questions,
+        send: Callable[[Command], None], transfer: TransferConfig,
+    ) -> None:  # fmt: skip
+        self._cohort = cohort
+        self._layout = layout
+        self._pool = pool
+        self._carriers = carriers
+        self._questions = questions
+        self._send = send
+        self._transfer = transfer
+        self._leases: dict[Key, Lease] = {}  # of the loans that are being copied
+
+    @property
+    def leases(self) -> tuple[Lease, ...]:
+        return tuple(self._leases.values())
+
+    async def take(self, loan: Loan) -> Pulled:
+        """Returns when all of it is cached here. Raises Overloaded without room, TransferFailed when the lender is of
+        another cohort or the blocks could not be had."""
+        lease, size = loan.lease, self._layout.block_size
+        if lease.cohort != self._cohort:
+            difference = cohort_difference(lease.cohort, self._cohort)
+            raise TransferFailed(f"{lease.worker_id} is of another cohort: they differ in {difference}")
+        if lease.key in self._leases:
+            raise TransferFailed(f"{lease.key} is being copied already")
+        num_tokens = size * len(loan.names)
+        num_lent = len(transfer_entries(self._layout.groups, num_tokens, size))
+        self._leases[lease.key] = lease
+        try:
+            reserved = await self._questions.reserve(Reserve(lease.key, num_tokens, names=loan.names))
+            if reserved.block_ids is None:
+                raise Overloaded(f"no room: {reserved.reason}", retry_after_s=1)
+            puller = Puller(
+                self._layout, self._pool, reserved.block_ids, self._carriers.carrier(lease), lease,
+                self._transfer.digests, present=reserved.present, num_lent=num_lent,
+            )  # fmt: skip
+            pulled = await puller.run(self._transfer.pull_timeout_s)
+        except BaseException:
+            self._send(Release(lease.key))
+            raise
+        else:
+            self._send(Keep(lease.key, loan.names))
+            return pulled
+        finally:
+            del self._leases[lease.key]
+            await self._give_back(lease)
+
+    async def _give_back(self, lease: Lease) -> None:
+        """If the lender cannot be told, the lease ends by itself."""
+        try:
+            async with asyncio.timeout(RELEASE_TIMEOUT_S):
+                await self._carriers.carrier(lease).release(lease)
+        except (SteelyardError, TimeoutError):
+            return
