@@ -51,7 +51,7 @@ class LiveRequest:
     last_token_at: float = 0.0  # while it moves
     _in_doubt: bool = False  # may it have moved?
     _last_epoch: int = 0  # that was ever given
-    first_epoch: int = 0  # of this placement
+    first_epoch: int = 0  # of this placement; each migration raises the epoch
     _first_index: int = 0  # of the first token of this placement
     _next_index: int = 0  # of the next token to be queued for the client
     _held: list[TokenOutput] = field(default_factory=list)  # what follows a gap, itself without one
@@ -68,7 +68,6 @@ class LiveRequest:
         self.placement = placement
         self.handed_off = False
         self.migration = None
-        self.first_epoch = self.epoch
         self._held = []
         self._first_index = self._next_index = len(self.tokens)
         self._events.clear()
@@ -80,7 +79,7 @@ class LiveRequest:
         self._events.clear()
 
     def _raise_epoch(self) -> None:
-        self.epoch = self._last_epoch = self._last_epoch + 1
+        self.epoch = self.first_epoch = self._last_epoch = self._last_epoch + 1
 
     # --- migration -----------------------------------------------------------------------------------------
 

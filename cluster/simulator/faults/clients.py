@@ -10,7 +10,8 @@ from cluster.simulator.faults.watch import DEADLINE_PATIENCE_S, Watch
 from cluster.simulator.steps import ModelledWeights
 from cluster.simulator.world import World
 from engine.errors import DeadlineExceeded, SteelyardError
-from engine.types import FinishReason, Request, TokenOutput
+from engine.types import FinishReason, Request, Role, TokenOutput
+from router.membership import Member
 
 FINISHED, LEFT = "finished", "left"
 # What a client may be told where things go wrong around it; any other code is a fault of ours.
@@ -32,6 +33,7 @@ class Client:
         self._tokens: dict[str, list[int]] = {one.request_id: [] for one in requests}
         self._finished: list[str] = []
         self._cancelled: list[str] = []  # by the gateway
+        self._moving: asyncio.Task[None] | None = None
 
     async def run(self, world: World) -> None:
         loop = asyncio.get_running_loop()
@@ -41,6 +43,7 @@ class Client:
             async with aclosing(world.generate(*self._requests)) as outputs:
                 async for output in outputs:
                     self._take(output)
+                    self._move(world)
                     if self._has_enough:
                         return
             self.ended = FINISHED
@@ -57,6 +60,24 @@ class Client:
         """The gateway wants no more of one answer, as when a stop string is found in it."""
         self._cancelled.append(name)
         world.dispatcher.cancel(name)
+
+    def _move(self, world: World) -> None:
+        """To another decode worker, once, while the stream goes on."""
+        wanted, name = self.asked.moves_after, self.asked.name
+        if wanted is None or self._moving is not None or len(self._tokens[name]) <= wanted:
+            return
+        here = next((one.worker for one in world.dispatcher.generating() if one.request_id == name), None)
+        others = [one.member for one in world.dispatcher.loads() if one.member.role is Role.DECODE]
+        target = next((one for one in others if one != here), None)
+        if here is not None and target is not None:
+            self._moving = asyncio.get_running_loop().create_task(self._move_to(world, target), name=f"move of {name}")
+
+    async def _move_to(self, world: World, target: Member) -> None:
+        try:
+            await world.dispatcher.migrate(self.asked.name, target)
+        except SteelyardError as error:
+            if error.code not in (*HONEST_CODES, "invalid_request"):
+                self._watch.found("honest errors", f"the move of {self.asked.name} got {error.code}: {error.message}")
 
     @property
     def _has_enough(self) -> bool:

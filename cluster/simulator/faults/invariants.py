@@ -104,10 +104,13 @@ def _next_write_faults(engine: Engine, sequence: Sequence, index: int) -> Iterat
 def reading_faults(worker: SimulatedWorker) -> Iterator[str]:
     """What can be read under a lease is still held for it."""
     held, scheduler = worker.engine._held, worker.engine.scheduler
+    standing = {to: worker.engine._frozen.get(key) for key, to in worker.sides._mover._moves.items()}
     for key, entry in worker.sides.outbox._entries.items():
         handoff = held.get(Holder(HolderKind.HANDOFF, key))
         if handoff is not None:
             mine = handoff.block_ids
+        elif (sequence := standing.get(key)) is not None:
+            mine = tuple(sequence.block_ids)
         else:
             mine = next((one.block_ids for one in (*scheduler.running, *scheduler.waiting) if one.key == key), ())
         if gone := [block_id for block_id in entry.block_ids if block_id not in mine]:
@@ -161,8 +164,9 @@ def deadline_faults(dispatcher: Dispatcher, now_s: float, patience_s: float) -> 
 def work_for_nobody(worker: SimulatedWorker, dispatcher: Dispatcher) -> Iterator[Key]:
     """Sequences that an engine computes, or will, of which the gateway wants no answer."""
     for sequence in (*worker.engine.scheduler.running, *worker.engine.scheduler.waiting):
-        wanted = (dispatcher._live.get(answer.key.request_id) for answer in sequence.answers)
-        if not any(live is not None and live.key in [one.key for one in sequence.answers] for live in wanted):
+        keys = [answer.key for answer in sequence.answers]
+        wanted = (dispatcher._live.get(key.request_id) for key in keys)
+        if not any(live is not None and any(map(live.awaits, keys)) for live in wanted):
             yield sequence.key
 
 

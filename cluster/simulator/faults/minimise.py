@@ -80,6 +80,9 @@ def _simpler(case: Case) -> Iterator[Case]:
     if scenario.num_decode > 1:
         yield replace(case, scenario=replace(scenario, num_decode=1))
     for index, asked in enumerate(scenario.requests):
-        for plainer in (replace(asked, num_answers=1), replace(asked, leaves_after=None), replace(asked, num_shared=0)):
+        less: tuple[dict[str, int | None], ...] = (
+            {"num_answers": 1}, {"leaves_after": None}, {"num_shared": 0}, {"moves_after": None},
+        )  # fmt: skip
+        for plainer in (replace(asked, **one) for one in less):
             if plainer != asked and plainer.num_prompt:
                 yield _with(case, (*scenario.requests[:index], plainer, *scenario.requests[index + 1 :]))

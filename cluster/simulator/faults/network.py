@@ -25,7 +25,15 @@ from engine.errors import DeadlineExceeded, Unavailable
 from kv_transfer.frames import Commit, Frame
 
 LONGEST_HOLD_S = 0.5  # of a message that waits to be overtaken, where nothing comes
-CALLS = ("submit", "abort", "offer", "release", "renew")  # one request, one answer; all else are streams
+CALLS = (
+    "submit",
+    "abort",
+    "offer",
+    "release",
+    "renew",
+    "move",
+    "copy",
+)  # one request, one answer; all else are streams
 FRAME = "frame"  # what a census calls an item of a pull
 
 Item = TypeVar("Item")

@@ -39,6 +39,7 @@ class Asked:
     num_answers: int = 1
     timeout_s: float = AMPLE_S
     leaves_after: int | None = None  # tokens, of all answers together
+    moves_after: int | None = None  # tokens of the first answer: then it goes to another decode worker, if there is one
 
     @property
     def num_prompt(self) -> int:
@@ -165,4 +166,5 @@ def _draw_request(chance: Chance, name: str, at_s: float, capacity: int) -> Aske
         num_answers=1 if chance.below(4) else chance.between(2, 4),
         timeout_s=AMPLE_S if chance.below(6) else round(chance.exponential(0.3), 3),
         leaves_after=None if chance.below(5) else chance.below(20),
+        moves_after=chance.fork(f"move {name}").below(20) if chance.fork(f"moves {name}").below(3) == 0 else None,
     )

@@ -38,6 +38,7 @@ class Watch:
         self.world: World | None = None
         self.violation: Violation | None = None
         self._epochs: dict[str, int] = {}
+        self._first_epochs: dict[str, int] = {}  # of each request's present placement
         self._unwanted: dict[tuple[str, Key], float] = {}  # since when (true time)
 
     def found(self, invariant: str, message: str) -> None:
@@ -46,8 +47,9 @@ class Watch:
             self.violation = Violation(invariant, message, fault_loop().true_s)
 
     def last_epoch(self, request_id: str) -> int:
-        """When last nothing more happened. Whoever reads at once gets nothing from before it."""
-        return self._epochs.get(request_id, 0)
+        """The first of its placement, when last nothing more happened. Whoever reads at once gets nothing from before
+        it."""
+        return self._first_epochs.get(request_id, 0)
 
     def on_turn(self, engine: Engine) -> None:
         self._all("blocks", invariants.block_faults(engine))
@@ -65,6 +67,7 @@ class Watch:
         loop, dispatcher = fault_loop(), world.dispatcher
         if dispatcher._live:
             self._all("epochs", invariants.epoch_faults(dispatcher, self._epochs))
+            self._first_epochs |= {name: live.first_epoch for name, live in dispatcher._live.items()}
             self._all("deadlines", invariants.deadline_faults(dispatcher, loop.time_of(GATEWAY), DEADLINE_PATIENCE_S))
         before, self._unwanted = self._unwanted, {}
         for worker_id, worker in world.workers.items():
