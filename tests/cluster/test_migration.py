@@ -1,16 +1,14 @@
-"""Migration of running sequences in the simulated cluster: the stream goes on with the same tokens, whatever happens."""
+"""Migration of running sequences in the simulated cluster: the stream goes on with the same tokens."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 
 import pytest
 
 from cluster.simulator.spec import WorldSpec
 from cluster.simulator.world import World
-from engine.errors import InvalidRequest, Overloaded, SteelyardError, TransferFailed
 from engine.types import FinishReason, Request, TokenOutput
 from router.membership import Member
 from tests.cluster.test_simulator import config, play, request
