@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from cluster.config import ClusterConfig
+from decode_worker.fetcher import Fetcher, Lenders
 from decode_worker.intake import Intake, TransferTotals
 from decode_worker.lender import Lender
 from decode_worker.mover import MovePeers, Mover
@@ -34,7 +35,7 @@ from router.membership import Member
 log = logging.getLogger(__name__)
 
 
-class Peers(DecodePeers, MovePeers, Protocol):
+class Peers(DecodePeers, MovePeers, Lenders, Protocol):
     """Reaches other workers, for both sides."""
 
 
@@ -53,6 +54,7 @@ class Cache:
     layout: CacheLayout
     num_blocks: int
     pool: BlockBytes
+    hash_key: bytes  # of prefix hashes
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +92,12 @@ class WorkerSides:
             cache.layout, cache.pool, transfer.frame_bytes, transfer.lease_ttl_s, new_secret, self._lease_ended
         )
         queue = PrefillQueue(config.prefill.max_queue, config.prefill.outbox_fraction)
-        self._prefill = PrefillSide(me, queue, self.outbox, self.streams, links.peers, send)
         self._intake = Intake(me, cache.layout, cache.pool, links.carriers, self.streams, send, config.decode, transfer)
+        take = self._intake.take_loan
+        fetcher = Fetcher(cache.hash_key, cache.layout.block_size, links.peers, links.carriers, take)
+        self._prefill = PrefillSide(
+            me, queue, self.outbox, self.streams, links.peers, send, fetcher, cache.layout.bytes_per_token
+        )
         self._lender = Lender(me, self.outbox, self._intake.questions, send)
         self._mover = Mover(me, self._lender, self.outbox, self._intake.questions, self.streams, links.peers, send)
 

@@ -63,7 +63,7 @@ class Worker:
         self._sides = WorkerSides(
             me,
             spec.role,
-            Cache(setup.layout, setup.spec.num_blocks, self._block_bytes),
+            Cache(setup.layout, setup.spec.num_blocks, self._block_bytes, key),
             Links(GrpcPeers(self._channels), self._carriers),
             self._runner.send,
             self._config,

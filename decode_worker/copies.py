@@ -42,9 +42,9 @@ class Copies:
     def leases(self) -> tuple[Lease, ...]:
         return tuple(self._leases.values())
 
-    async def take(self, loan: Loan) -> Pulled:
-        """Returns when all of it is cached here. Raises Overloaded without room, TransferFailed when the lender is of
-        another cohort or the blocks could not be had."""
+    async def take(self, loan: Loan, is_worth: Callable[[int], bool] = lambda _num_missing: True) -> Pulled | None:
+        """Returns when all of it is cached here, or None if the blocks that are missing here are not worth it. Raises
+        Overloaded without room, TransferFailed when the lender is of another cohort or the blocks could not be had."""
         lease, size = loan.lease, self._layout.block_size
         if lease.cohort != self._cohort:
             difference = cohort_difference(lease.cohort, self._cohort)
@@ -58,6 +58,9 @@ class Copies:
             reserved = await self._questions.reserve(Reserve(lease.key, num_tokens, names=loan.names))
             if reserved.block_ids is None:
                 raise Overloaded(f"no room: {reserved.reason}", retry_after_s=1)
+            if not is_worth(num_lent - sum(map(len, reserved.present))):
+                self._send(Release(lease.key))
+                return None
             puller = Puller(
                 self._layout, self._pool, reserved.block_ids, self._carriers.carrier(lease), lease,
                 self._transfer.digests, present=reserved.present, num_lent=num_lent,

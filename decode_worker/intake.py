@@ -144,10 +144,12 @@ class Intake:
         if offer.moving:
             await self._ended(arrival.task)
 
-    async def take_loan(self, loan: Loan) -> None:
+    async def take_loan(self, loan: Loan, is_worth: Callable[[int], bool] = lambda _num_missing: True) -> None:
         """Copy what another worker lends into the cache here. See Copies.take."""
         begun = self._now()
-        pulled = await self.copies.take(loan)
+        pulled = await self.copies.take(loan, is_worth)
+        if pulled is None:
+            return
         self.totals = self.totals.with_pull(pulled, self._now() - begun)
         self._report()
 

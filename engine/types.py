@@ -161,12 +161,14 @@ class Endpoint:
 class Submission:
     """A placement as a gateway sends it: prefill here, then decode there (`decode` None: all of it here).
 
-    `siblings` are other answers to the same prompt, which is computed once and moved once, under the request's key."""
+    `siblings` are other answers to the same prompt, which is computed once and moved once, under the request's key.
+    `source`: a worker that has, as far as the gateway knows, a long prefix of the prompt in its cache."""
 
     request: Request
     gateway_id: str
     decode: Endpoint | None
     siblings: tuple[Request, ...] = ()
+    source: Endpoint | None = None
 
     @property
     def requests(self) -> tuple[Request, ...]:

@@ -29,16 +29,29 @@ from engine.types import (
     Key,
     Progress,
     Release,
+    Request,
     StepOutputs,
     Submission,
     TokenOutput,
 )
 from kv_transfer.handoff import HandOff
 from kv_transfer.lease import Offer
+from prefill_worker.fetching import PrefillPace, is_worth_fetching
 from prefill_worker.outbox import Outbox
 from prefill_worker.queue import PrefillQueue, Waiting
 
 OFFER_TIMEOUT_S = 5.0
+
+
+class Prefixes(Protocol):
+    """Brings prefixes from other workers' caches into this one's."""
+
+    async def fetch(
+        self, request: Request, source: Endpoint, is_worth: Callable[[int, float | None], bool], timeout_s: float
+    ) -> None:
+        """Returns when what `source` has of the prompt is here, or will not be. `is_worth`: are so many tokens, over a
+        link of so many bytes/s, or None if it was never measured?"""
+        ...
 
 
 class DecodePeers(Protocol):
@@ -61,15 +74,20 @@ class _Live:
     started: float | None = None  # when its first chunk was scheduled
     firsts: dict[Key, TokenOutput] = field(default_factory=dict)
     offer: asyncio.Task[None] | None = None
+    fetch: asyncio.Task[None] | None = None  # that it waits for, or has waited for
     committed: bool = False  # all computed: it waits in the outbox for its owner
 
 
 class PrefillSide:
     def __init__(
         self, me: Endpoint, queue: PrefillQueue, outbox: Outbox, streams: TokenStreams, peers: DecodePeers,
-        send: Callable[[Command], None],
+        send: Callable[[Command], None], prefixes: Prefixes, token_bytes: float,
     ) -> None:  # fmt: skip
         self._me = me
+        self._prefixes = prefixes
+        self._token_bytes = token_bytes
+        self._pace = PrefillPace()
+        self._fetches: dict[Key, asyncio.Task[None]] = {}  # of prompts in the queue or given
         self._queue = queue
         self._outbox = outbox
         self._streams = streams
@@ -91,6 +109,7 @@ class PrefillSide:
         self._queue.push(submission, self._now())
         for request in submission.requests:
             self._streams.register(request.key, submission.gateway_id)
+        self._start_fetch(submission)
         self._feed()
 
     def abort(self, key: Key) -> bool:
@@ -98,6 +117,7 @@ class PrefillSide:
         Aborting twice is no error."""
         self._streams.forget(key)
         if self._queue.remove(key):
+            self._stop_fetch(key)
             return True
         live = self._find(key)
         if live is None:
@@ -112,6 +132,7 @@ class PrefillSide:
     def on_outputs(self, outputs: StepOutputs) -> tuple[TokenOutput, ...]:
         """Take a turn's news of our submissions; returns the token outputs, with our stages on the first ones."""
         self._stats = outputs.stats
+        self._pace.learn(outputs.steps)
         tokens = tuple(self._on_token(output) for output in outputs.tokens)
         for progress in outputs.progress:
             self._on_progress(progress)
@@ -141,6 +162,7 @@ class PrefillSide:
 
     def _drop(self, waiting: Waiting) -> None:
         """Nobody waits for it any more."""
+        self._stop_fetch(waiting.submission.request.key)
         error = ErrorInfo(DeadlineExceeded.code, "the deadline passed in the prefill queue")
         self._streams.fail([request.key for request in waiting.submission.requests], error)
 
@@ -149,8 +171,39 @@ class PrefillSide:
         request = submission.request
         wanted = [one.key for one in submission.requests]
         hands_off = submission.decode is not None and request.sampling.max_tokens > len(request.generated_ids) + 1
-        self._live[request.key] = _Live(submission, waiting.arrived, self._now(), wanted, hands_off)
-        self._send(Add(request, hands_off, submission.siblings))
+        live = self._live[request.key] = _Live(submission, waiting.arrived, self._now(), wanted, hands_off)
+        fetch = self._fetches.pop(request.key, None)
+        if fetch is None or fetch.done():
+            self._send(Add(request, hands_off, submission.siblings))
+        else:
+            live.fetch = fetch
+            fetch.add_done_callback(lambda _: self._add_after_fetch(live))
+
+    def _start_fetch(self, submission: Submission) -> None:
+        """While it waits in the queue; for no longer than to compute it would take."""
+        request, source, token_s = submission.request, submission.source, self._pace.token_s
+        if source is None or token_s is None:
+            return
+
+        def is_worth(num_tokens: int, bytes_per_s: float | None) -> bool:
+            return is_worth_fetching(num_tokens, self._token_bytes, bytes_per_s, token_s)
+
+        timeout_s = min(request.timeout_s, token_s * request.num_tokens)
+        fetch = self._prefixes.fetch(request, source, is_worth, timeout_s)
+        self._fetches[request.key] = asyncio.get_running_loop().create_task(fetch)
+
+    def _stop_fetch(self, key: Key) -> None:
+        fetch = self._fetches.pop(key, None)
+        if fetch is not None:
+            fetch.cancel()
+
+    def _add_after_fetch(self, live: _Live) -> None:
+        """Unless it has ended meanwhile."""
+        first = live.submission.request
+        if self._live.get(first.key) is live:
+            named = first.key if live.hands_off else None  # its blocks are held under this name in any case
+            going = [one for one in live.submission.requests if one.key in live.wanted or one.key == named]
+            self._send(Add(going[0], live.hands_off, tuple(going[1:])))
 
     def _on_progress(self, progress: Progress) -> None:
         live = self._live.get(progress.key)
@@ -195,6 +248,8 @@ class PrefillSide:
         self._forget(live)
         if live.offer is not None:
             live.offer.cancel()
+        if live.fetch is not None:
+            live.fetch.cancel()
         if live.committed:
             self._send(Release(live.submission.request.key))
             return

@@ -38,9 +38,10 @@ from router.canary import Canary
 from router.config import RouterConfig
 from router.live import LiveRequest, Name
 from router.membership import Member, Membership
-from router.policy import WorkerLoad, choose
+from router.policy import Placement, WorkerLoad, choose
 from router.rebalance import Rebalancer, Running
 from router.step_history import StepHistory
+from router.turns import Turns
 from router.workers import Connector, WorkerLink
 
 REFUSED_PAUSE_S = 0.05  # doubled at each refusal, up to
@@ -83,6 +84,7 @@ class Dispatcher:
         self._news = asyncio.Event()  # a worker has reported, or the membership has changed
         self.canary = Canary(self, config.canary_s)
         self.rebalancer = Rebalancer(self, config.migrate_below, config.back_up_below)
+        self._turns = Turns()
         self.step_history = StepHistory()
 
     def new_request_id(self) -> str:
@@ -137,6 +139,7 @@ class Dispatcher:
         finally:
             for live in lives:
                 del self._live[live.request.request_id]
+                self._remember(live)
                 self._abandon(live)
 
     def cancel(self, request_id: str) -> None:
@@ -226,12 +229,29 @@ class Dispatcher:
             one.place(placement)
         decode = None if placement.decode is None else _endpoint(placement.decode)
         request, *siblings = (one.placed_request(self._now()) for one in live.placed_together)
-        submission = Submission(request, self._gateway_id, decode, tuple(siblings))
+        source = self._source_of(live.request, placement)
+        submission = Submission(request, self._gateway_id, decode, tuple(siblings), source)
         link = self._links[(placement.first.worker_id, placement.first.incarnation)]
         try:
             await link.client.submit(submission, link.member.role_epoch, self._config.rpc_timeout_s)
         except SteelyardError as error:
             live.fail(error)
+
+    def _source_of(self, request: Request, placement: Placement) -> Endpoint | None:
+        """Another worker that had the beginning of the prompt, in an earlier turn or request."""
+        first = (placement.first.worker_id, placement.first.incarnation)
+        name = self._turns.find(request.namespace, request.prompt_ids, first)
+        link = self._links.get(name) if name is not None else None
+        if link is None or not link.connected:
+            return None
+        return _endpoint(link.member) if link.member.cohort == placement.first.cohort else None
+
+    def _remember(self, live: LiveRequest) -> None:
+        """Where the blocks of a request lie that has generated."""
+        if live.last_prefiller is not None:
+            self._turns.remember(live.request.namespace, live.request.prompt_ids, live.last_prefiller)
+        if live.last_decoder is not None:
+            self._turns.remember(live.request.namespace, (*live.request.prompt_ids, *live.tokens), live.last_decoder)
 
     async def _place_again(self, live: LiveRequest, error: SteelyardError) -> None:
         """Raises `error` if it is the request's own fault or was met too often."""

@@ -52,9 +52,11 @@ def submission_to(submission: Submission, role_epoch: int) -> request_pb2.Submit
     )  # fmt: skip
     decode = None if submission.decode is None else endpoint_to(submission.decode)
     siblings = [request_pb2.Sibling(key=key_to(one.key), choice=one.sampling.choice) for one in submission.siblings]
+    source = None if submission.source is None else endpoint_to(submission.source)
     return request_pb2.SubmitRequest(
-        request=message, gateway_id=submission.gateway_id, decode=decode, role_epoch=role_epoch, siblings=siblings
-    )
+        request=message, gateway_id=submission.gateway_id, decode=decode, role_epoch=role_epoch, siblings=siblings,
+        source=source,
+    )  # fmt: skip
 
 
 def submission_from(message: request_pb2.SubmitRequest) -> Submission:
@@ -64,8 +66,9 @@ def submission_from(message: request_pb2.SubmitRequest) -> Submission:
         tuple(message.request.generated_ids), message.request.namespace, message.request.timeout_s,
     )  # fmt: skip
     decode = endpoint_from(message.decode) if message.HasField("decode") else None
+    source = endpoint_from(message.source) if message.HasField("source") else None
     siblings = tuple(request.sibling(key_from(one.key), one.choice) for one in message.siblings)
-    return Submission(request, message.gateway_id, decode, siblings)
+    return Submission(request, message.gateway_id, decode, siblings, source)
 
 
 def _sampling_to(params: SamplingParams) -> request_pb2.SamplingParams:

@@ -105,18 +105,20 @@ class Endpoint(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ..., cohort: _Optional[str] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
-    __slots__ = ("request", "gateway_id", "decode", "role_epoch", "siblings")
+    __slots__ = ("request", "gateway_id", "decode", "role_epoch", "siblings", "source")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     GATEWAY_ID_FIELD_NUMBER: _ClassVar[int]
     DECODE_FIELD_NUMBER: _ClassVar[int]
     ROLE_EPOCH_FIELD_NUMBER: _ClassVar[int]
     SIBLINGS_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
     request: Request
     gateway_id: str
     decode: Endpoint
     role_epoch: int
     siblings: _containers.RepeatedCompositeFieldContainer[Sibling]
-    def __init__(self, request: _Optional[_Union[Request, _Mapping]] = ..., gateway_id: _Optional[str] = ..., decode: _Optional[_Union[Endpoint, _Mapping]] = ..., role_epoch: _Optional[int] = ..., siblings: _Optional[_Iterable[_Union[Sibling, _Mapping]]] = ...) -> None: ...
+    source: Endpoint
+    def __init__(self, request: _Optional[_Union[Request, _Mapping]] = ..., gateway_id: _Optional[str] = ..., decode: _Optional[_Union[Endpoint, _Mapping]] = ..., role_epoch: _Optional[int] = ..., siblings: _Optional[_Iterable[_Union[Sibling, _Mapping]]] = ..., source: _Optional[_Union[Endpoint, _Mapping]] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("key",)

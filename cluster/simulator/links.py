@@ -133,6 +133,18 @@ class SimulatedPeers:
             size_bytes,
         )  # fmt: skip
 
+    async def borrow(self, source: Endpoint, names: tuple[bytes, ...], timeout_s: float) -> Loan | None:
+        loans: list[Loan | None] = []
+
+        async def work(sides: WorkerSides) -> None:
+            loans.append(await sides.borrow(names))
+
+        size_bytes = CALL_BYTES + sum(map(len, names))
+        await self._network.call(
+            self._worker, source.address, source.incarnation, "borrow", work, timeout_s, size_bytes
+        )
+        return loans[0]
+
 
 class SimulatedCarriers:
     """Implements kv_transfer.carrier.CarrierPool for one worker. `bytes_scale`: bytes of the modelled model's KV for

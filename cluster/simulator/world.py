@@ -242,7 +242,7 @@ class World:
         me = Endpoint(worker_id, incarnation, f"{worker_id}:1", self._cohort)
         port: WorkerPort = self.network.attach(me.address, worker_id, incarnation, None)
         links = Links(SimulatedPeers(self.network, port), SimulatedCarriers(self.network, port, self._bytes_scale))
-        cache = Cache(self._layout, modelled.num_blocks, pool)
+        cache = Cache(self._layout, modelled.num_blocks, pool, engine.spec.hash_key)
         secrets = self._chance.fork(incarnation)
         sides = WorkerSides(me, role, cache, links, runner.send, config, new_secret=lambda: secrets.hex(16))
         port.served = sides

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 
@@ -9,7 +10,8 @@ import pytest
 
 from cluster.simulator.spec import WorldSpec
 from cluster.simulator.world import World
-from engine.types import FinishReason, Request, TokenOutput
+from engine.errors import InvalidRequest, Overloaded, SteelyardError
+from engine.types import FinishReason, Request, Role, TokenOutput
 from router.membership import Member
 from tests.cluster.test_simulator import config, play, request
 
@@ -69,5 +71,118 @@ def test_tokens_are_the_same_after_a_migration_at_every_tenth_token(prefix_cache
             totals = world.workers[one].sides.status().transfers
             assert totals.num_failed == 0
             assert bool(totals.saved_bytes) == prefix_cache, "what was copied ahead does not move again"
+
+    play(spec, scenario)
+
+
+# --- when it goes wrong -------------------------------------------------------------------------------------------
+
+
+async def failing(world: World, asked: Request, hurt: Callable[[World], None], after: int = 20) -> list[TokenOutput]:
+    """Its outputs, with a move in the background that is hurt as soon as it has begun."""
+    moves: list[asyncio.Task[None]] = []
+
+    async def act(world: World, output: TokenOutput) -> None:
+        if output.first_index == after:
+            moving = world.dispatcher.migrate(asked.request_id, other(world, asked.request_id))
+            moves.append(asyncio.get_running_loop().create_task(moving))
+            await asyncio.sleep(0.002)
+            hurt(world)
+
+    seen = await follow(world, asked, act)
+    await asyncio.gather(*moves, return_exceptions=True)
+    return seen
+
+
+@pytest.mark.parametrize("victim", ["decode-0", "decode-1", "both ends of the move"])
+def test_workers_that_die_while_a_request_moves_cost_no_token(victim: str) -> None:
+    spec = WorldSpec(seed=1, config=config(num_decode=2))
+    asked = request(num_prompt=117, max_tokens=64)
+
+    async def scenario(world: World) -> None:
+        def hurt(world: World) -> None:
+            for one in ("decode-0", "decode-1"):
+                if victim in (one, "both ends of the move"):
+                    world.kill(one)
+            if victim == "both ends of the move":
+                world.add_worker(Role.DECODE, 2)
+
+        check(spec, asked, await failing(world, asked, hurt))
+
+    play(spec, scenario)
+
+
+def test_without_room_at_the_target_it_stays() -> None:
+    spec = WorldSpec(seed=1, config=config(num_decode=2, num_blocks=24))
+    asked, big = request(num_prompt=117, max_tokens=64), request("big", num_prompt=300, max_tokens=60)
+
+    async def scenario(world: World) -> None:
+        filling = asyncio.get_running_loop().create_task(world.tokens_of(big))  # least work: it goes to the other one
+        refused: list[str] = []
+
+        async def act(world: World, output: TokenOutput) -> None:
+            if output.first_index in (10, 20):
+                with pytest.raises(Overloaded) as caught:
+                    await world.dispatcher.migrate(asked.request_id, other(world, asked.request_id))
+                refused.append(caught.value.code)
+
+        check(spec, asked, await follow(world, asked, act))
+        assert refused == ["overloaded"] * 2
+        assert world.dispatcher.migrations == (("overloaded", 2),)
+        await filling
+
+    play(spec, scenario)
+
+
+def test_a_client_that_leaves_takes_both_ends_along() -> None:
+    spec = WorldSpec(seed=1, config=config(num_decode=2))
+    asked = request(num_prompt=117, max_tokens=64)
+
+    async def scenario(world: World) -> None:
+        async with aclosing(world.generate(asked)) as outputs:
+            async for output in outputs:
+                if output.first_index == 20:
+                    moving = world.dispatcher.migrate(asked.request_id, other(world, asked.request_id))
+                    move = asyncio.get_running_loop().create_task(moving)
+                    await asyncio.sleep(0.002)
+                    break
+        with pytest.raises(SteelyardError):
+            await move
+
+    play(spec, scenario)  # and sees that nothing is left
+
+
+def test_what_does_not_generate_cannot_move() -> None:
+    spec = WorldSpec(seed=1, config=config(num_decode=2))
+    asked = request(num_prompt=117, max_tokens=8)
+
+    async def scenario(world: World) -> None:
+        with pytest.raises(InvalidRequest):
+            await world.dispatcher.migrate(asked.request_id, member(world, "decode-1"))
+
+        async def act(world: World, output: TokenOutput) -> None:
+            if output.first_index == 0:
+                with pytest.raises(InvalidRequest):
+                    await world.dispatcher.migrate(asked.request_id, member(world, "decode-1"))
+
+        check(spec, asked, await follow(world, asked, act))
+
+    play(spec, scenario)
+
+
+def test_a_full_worker_gives_requests_away() -> None:
+    """Two long answers on one decode worker, which is short of blocks, and a second one that comes later."""
+    small = config(num_decode=1, num_blocks=36)
+    router = small.router.model_copy(update={"migrate_below": 0.3})
+    spec = WorldSpec(seed=1, config=small.model_copy(update={"router": router}))
+    asked = [request(name, num_prompt=120, max_tokens=110) for name in ("one", "two")]
+
+    async def scenario(world: World) -> None:
+        running = [asyncio.get_running_loop().create_task(world.tokens_of(one)) for one in asked]
+        await asyncio.sleep(0.1)
+        world.add_worker(Role.DECODE, 1)
+        for one, task in zip(asked, running, strict=True):
+            assert await task == spec.weights.continuation(one)
+        assert dict(world.dispatcher.migrations).get("moved", 0) >= 1
 
     play(spec, scenario)

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 from engine.errors import LeaseLost, Overloaded, SteelyardError, Unavailable
+from engine.step_shape import Chunk, StepRecord, StepShape
 from engine.streams import TokenStreams
 from engine.types import (
     Abort,
@@ -70,6 +71,23 @@ class Peers:
         self.answers[-1].set_exception(error)
 
 
+@dataclass
+class Prefixes:
+    """Fetches that end when a test says so."""
+
+    begun: list[tuple[str, Endpoint, float]] = field(default_factory=list)
+    worth: list[Callable[[int, float | None], bool]] = field(default_factory=list)
+    ends: list[asyncio.Future[None]] = field(default_factory=list)
+
+    async def fetch(
+        self, request: Request, source: Endpoint, is_worth: Callable[[int, float | None], bool], timeout_s: float
+    ) -> None:
+        self.begun.append((request.request_id, source, timeout_s))
+        self.worth.append(is_worth)
+        self.ends.append(asyncio.get_running_loop().create_future())
+        await self.ends[-1]
+
+
 class House:
     """A prefill side between a fake engine (a list of commands) and a reader of its stream."""
 
@@ -78,13 +96,18 @@ class House:
         self.outbox = outbox
         self.peers = Peers()
         self.streams = TokenStreams(1e6, lambda key: None)
+        self.prefixes = Prefixes()
         self.side = PrefillSide(
-            PRODUCER, PrefillQueue(max_queue, 0.3), outbox, self.streams, self.peers, self.sent.append
-        )
+            PRODUCER, PrefillQueue(max_queue, 0.3), outbox, self.streams, self.peers, self.sent.append, self.prefixes,
+            token_bytes=1000.0,
+        )  # fmt: skip
 
-    def submit(self, name: str = "r", decode: Endpoint | None = DECODE, max_tokens: int = 8, **fields: object) -> None:
+    def submit(
+        self, name: str = "r", decode: Endpoint | None = DECODE, max_tokens: int = 8, source: Endpoint | None = None,
+        **fields: object,
+    ) -> None:  # fmt: skip
         request = Request(name, tuple(range(10)), SamplingParams(max_tokens=max_tokens), **fields)  # type: ignore[arg-type]
-        self.side.submit(Submission(request, GATEWAY, decode))
+        self.side.submit(Submission(request, GATEWAY, decode, source=source))
 
     def turn(self, *news: TokenOutput | Progress, stats: EngineStats = STATS) -> tuple[TokenOutput, ...]:
         """One turn of the engine, as the worker distributes it."""
@@ -588,3 +611,59 @@ async def test_a_refusal_reaches_every_answer() -> None:
         told = await h.told()
         assert [one.key for one in told] == [KEY, SIBLING] and all(is_error(one, "overloaded") for one in told)
         assert h.is_clean()
+
+
+# --- prefixes that another worker has -----------------------------------------------------------------------------
+
+PACE = StepRecord(StepShape((Chunk(0, 100),), 0, 0), 1.0)  # 10 ms a token
+
+
+async def fetching(h: House, stats: EngineStats = STATS) -> None:
+    """A submission whose prompt another worker has the beginning of."""
+    h.side.on_outputs(StepOutputs(stats=stats, steps=(PACE,)))
+    h.submit(source=DECODE)
+    await settle()
+
+
+@in_virtual_time
+async def test_a_prompt_waits_for_the_prefix_that_is_fetched() -> None:
+    with house() as h:
+        await fetching(h)
+        assert h.prefixes.begun == [("r", DECODE, pytest.approx(0.1))], "for no longer than to compute it"
+        assert h.sent == []
+        h.prefixes.ends[0].set_result(None)
+        await settle()
+        (added,) = h.sent
+        assert isinstance(added, Add)
+        assert added.handoff
+
+
+@in_virtual_time
+async def test_what_a_worker_cannot_judge_is_not_fetched() -> None:
+    with house() as h:
+        h.submit(source=DECODE)
+        await settle()
+        assert h.prefixes.begun == [], "it has computed nothing yet"
+        assert [type(one) for one in h.sent] == [Add]
+
+
+@in_virtual_time
+async def test_a_link_must_beat_computing() -> None:
+    with house() as h:
+        await fetching(h)
+        (worth,) = h.prefixes.worth
+        assert worth(100, None), "a link that was never measured is tried"
+        assert worth(100, 1e6)
+        assert not worth(100, 1e5), "100 KB take as long as 100 tokens"
+        assert not worth(0, None)
+
+
+@pytest.mark.parametrize("queued", [True, False])
+@in_virtual_time
+async def test_an_abort_ends_a_fetch(queued: bool) -> None:
+    with house() as h:
+        await fetching(h, replace(STATS, num_held_blocks=STATS.num_blocks) if queued else STATS)
+        h.side.abort(KEY)
+        await settle()
+        assert h.prefixes.ends[0].cancelled()
+        assert not [one for one in h.sent if isinstance(one, Add)]
