@@ -88,6 +88,7 @@ class WorkerSides:
         self._last_step_s = 0.0
         self._aborting: list[asyncio.Task[None]] = []
         self.streams = TokenStreams(config.decode.orphan_s, self._abort_soon)
+        self.streams.publish((), self._stats)  # an engine that has done nothing yet says nothing
         self.outbox = Outbox(
             cache.layout, cache.pool, transfer.frame_bytes, transfer.lease_ttl_s, new_secret, self._lease_ended
         )

@@ -18,11 +18,11 @@ from typing import Protocol
 from engine.block_manager import BlockManager, Holder, HolderKind
 from engine.block_table import BlockTable, first_needed, num_blocks_for, transfer_entries
 from engine.host_tier import HostTier, TierStats
-from engine.loans import keep, lend
+from engine.moves import Moves
 from engine.planes import Group
 from engine.prefix import group_name
-from engine.reservation import names_here, num_taken, take
-from engine.runs import Runs, runs_of
+from engine.reservation import Held, names_here, num_taken, reserve_entries, take
+from engine.runs import runs_of
 from engine.scheduler import Batch, Scheduled, Scheduler, SchedulerLimits
 from engine.sequence import Sequence
 from engine.sequence_blocks import COPY, holder_of
@@ -35,11 +35,9 @@ from engine.types import (
     ErrorInfo,
     FinishReason,
     Freeze,
-    Frozen,
     Keep,
     Key,
     Lend,
-    Lent,
     Progress,
     Release,
     Request,
@@ -73,16 +71,6 @@ class EngineSpec:
     hash_key: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
-    """Blocks of a hand-off, or of a reservation for `num_tokens` positions and the token after them. Those of a
-    reservation in `present` were here before it, and may have other holders."""
-
-    block_ids: tuple[int, ...]
-    num_tokens: int
-    present: Runs = ()
-
-
 class Engine:
     """Drives one scheduler and one block manager by records. Not thread-safe: one runner owns it."""
 
@@ -92,15 +80,13 @@ class Engine:
         self._tier = tier
         self.scheduler = Scheduler(spec.limits, self.blocks, spec.hash_key)
         self._held: dict[Holder, Held] = {}  # hand-offs, loans and reservations
-        self._frozen: dict[Key, Sequence] = {}  # they hold their blocks, and nobody schedules them
         self._tokens: list[TokenOutput] = []
         self._progress: list[Progress] = []
         self._reserved: list[Reserved] = []
-        self._lent: list[Lent] = []
-        self._froze: list[Frozen] = []
         self.num_steps = 0
         self._num_leaked = 0
         self._told_leaked = 0  # in the last outputs
+        self.moves = Moves(spec.limits, self.blocks, self.scheduler, self._held)
 
     # --- one turn ------------------------------------------------------------------------------------------
 
@@ -117,13 +103,13 @@ class Engine:
             case Abort(key):
                 self._abort(key)
             case Lend():
-                self._lend(command)
+                self.moves.lend(command)
             case Keep():
-                self._keep(command)
+                self.moves.keep(command)
             case Freeze(key):
-                self._froze.append(self._freeze(key))
+                self.moves.freeze(key)
             case Resume(key):
-                self._resume(key)
+                self.moves.resume(key)
 
     def begin(self) -> Batch | None:
         """The next batch, or None when there is nothing to compute."""
@@ -146,16 +132,15 @@ class Engine:
     def take_outputs(self) -> StepOutputs:
         """What has happened since the last call."""
         outputs = StepOutputs(
-            tuple(self._tokens), tuple(self._progress), tuple(self._reserved), tuple(self._lent), tuple(self._froze),
-            self.stats(),
-        )  # fmt: skip
-        self._tokens, self._progress, self._reserved, self._lent, self._froze = [], [], [], [], []
+            tuple(self._tokens), tuple(self._progress), tuple(self._reserved), *self.moves.take_news(), self.stats()
+        )
+        self._tokens, self._progress, self._reserved = [], [], []
         self._told_leaked = self._num_leaked
         return outputs
 
     @property
     def has_outputs(self) -> bool:
-        news = self._tokens or self._progress or self._reserved or self._lent or self._froze
+        news = self._tokens or self._progress or self._reserved or self.moves.has_news
         return bool(news) or self._num_leaked != self._told_leaked
 
     @property
@@ -168,11 +153,11 @@ class Engine:
         return EngineStats(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
-            num_held=len(self._held) + len(self._frozen),
+            num_held=len(self._held) + len(self.moves.frozen),
             num_blocks=self.blocks.num_blocks,
             num_free_blocks=self.blocks.num_available,
             num_cached_blocks=self.blocks.num_cached,
-            num_held_blocks=sum(len(one.block_ids) for one in (*self._held.values(), *self._frozen.values())),
+            num_held_blocks=sum(len(one.block_ids) for one in (*self._held.values(), *self.moves.frozen.values())),
             num_leaked_blocks=self._num_leaked,
             num_waiting_tokens=sum(
                 seq.num_pending for seq in (*scheduler.waiting, *scheduler.running) if not seq.is_decoding
@@ -227,11 +212,7 @@ class Engine:
 
     def _reserve_entries(self, num_tokens: int) -> list[tuple[int, int]]:
         """(group, index) of what is transferred of these positions, then of what the next token needs beside it."""
-        limits = self.spec.limits
-        entries = transfer_entries(limits.groups, num_tokens, limits.block_size)
-        stop = self._num_blocks_for(num_tokens)
-        more = range(stop, self._num_blocks_for(num_tokens + 1))
-        return entries + [(group, index) for index in more for group in range(len(limits.groups))]
+        return reserve_entries(self._groups, num_tokens, self.spec.limits.block_size)
 
     def _num_growth_blocks(self, num_tokens: int) -> int:
         """Blocks that as many more tokens are likely to need: a window grows no wider than it is."""
@@ -275,66 +256,15 @@ class Engine:
             tables[group].ids.append(block_id)
         return tables
 
-    def _lend(self, command: Lend) -> None:
-        holder, names = Holder(HolderKind.HANDOFF, command.key), command.names
-        sequence = self._find(command.of) if command.of is not None else None
-        if sequence is not None:
-            self.scheduler.holdings.update_hashes(sequence)
-            names = tuple(sequence.hashes[: sequence.computed // self.spec.limits.block_size])
-        limits = self.spec.limits
-        count, block_ids = 0, []
-        if names and holder not in self._held:
-            count, block_ids = lend(self.blocks, limits.groups, limits.block_size, holder, names)
-        if count:
-            self._held[holder] = Held(tuple(block_ids), count * limits.block_size)
-        self._lent.append(Lent(command.key, names[:count], tuple(block_ids)))
-
-    def _keep(self, command: Keep) -> None:
-        holder = Holder(HolderKind.RESERVATION, command.key)
-        held = self._held.pop(holder, None)
-        if held is not None:
-            keep(self.blocks, self._reserve_entries(held.num_tokens), held.block_ids, command.names)
-            self.blocks.free(holder, held.block_ids)
-
-    def _freeze(self, key: Key) -> Frozen:
-        sequence = self.scheduler.find(key)
-        if sequence is None or sequence.is_joint or sequence.handoff or not sequence.is_decoding:
-            return Frozen(key, None, "it does not decode here")
-        if not sequence.tables or not self.scheduler.holdings.is_stored(sequence):
-            return Frozen(key, None, "its blocks are not there at the moment")
-        self.scheduler.remove(sequence)
-        self._frozen[key] = sequence
-        size = self.spec.limits.block_size
-        entries = transfer_entries(self._groups, sequence.computed, size)
-        block_ids = tuple(sequence.tables[group][index] for group, index in entries)
-        request = replace(sequence.request, generated_ids=tuple(sequence.tokens[sequence.num_prompt :]))
-        names = tuple(sequence.hashes[: sequence.computed // size])
-        return Frozen(key, request, "", sequence.computed, sequence.cached_tokens, block_ids, names)
-
-    def _resume(self, key: Key) -> None:
-        sequence = self._frozen.pop(key, None)
-        if sequence is not None:
-            self.scheduler.adopt(sequence)
-
-    def _thaw(self, key: Key) -> Sequence | None:
-        """Let go of a frozen sequence: its full blocks stay cached."""
-        sequence = self._frozen.pop(key, None)
-        if sequence is not None:
-            self.scheduler.holdings.free(sequence)
-        return sequence
-
-    def _find(self, key: Key) -> Sequence | None:
-        return self._frozen.get(key) or self.scheduler.find(key)
-
     def _release(self, key: Key) -> None:
-        self._thaw(key)
+        self.moves.thaw(key)
         for kind in (HolderKind.HANDOFF, HolderKind.RESERVATION):
             holder = Holder(kind, key)
             held = self._held.pop(holder, None)
             self.blocks.free(holder, held.block_ids if held else ())
 
     def _abort(self, key: Key) -> None:
-        frozen = self._thaw(key)
+        frozen = self.moves.thaw(key)
         if frozen is not None:
             self._tokens.append(TokenOutput(key, frozen.num_generated, (), FinishReason.ABORT))
         sequence = self.scheduler.find(key)
@@ -478,6 +408,6 @@ class Engine:
         live: dict[Holder, TokenIds[int]] = {holder: held.block_ids for holder, held in self._held.items()}
         for sequence in (*self.scheduler.running, *self.scheduler.waiting):
             live[holder_of(sequence)] = sequence.block_ids
-        live |= {holder_of(sequence): sequence.block_ids for sequence in self._frozen.values()}
+        live |= {holder_of(sequence): sequence.block_ids for sequence in self.moves.frozen.values()}
         live[COPY] = self.scheduler.holdings.copy_sources
         return live

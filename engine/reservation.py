@@ -10,9 +10,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 from engine.block_manager import BlockManager, Holder
+from engine.block_table import num_blocks_for, transfer_entries
+from engine.planes import Group
 from engine.prefix import group_name
+from engine.runs import Runs
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Blocks of a hand-off, or of a reservation for `num_tokens` positions and the token after them. Those of a
+    reservation in `present` were here before it, and may have other holders."""
+
+    block_ids: tuple[int, ...]
+    num_tokens: int
+    present: Runs = ()
+
+
+def reserve_entries(groups: Sequence[Group], num_tokens: int, block_size: int) -> list[tuple[int, int]]:
+    """(group, index) of what is transferred of these positions, then of what the next token needs beside it."""
+    stop, more = num_blocks_for(num_tokens, block_size), num_blocks_for(num_tokens + 1, block_size)
+    beside = [(group, index) for index in range(stop, more) for group in range(len(groups))]
+    return transfer_entries(groups, num_tokens, block_size) + beside
 
 
 def names_here(blocks: BlockManager, entries: Sequence[tuple[int, int]], hashes: Sequence[bytes]) -> dict[int, bytes]:

@@ -104,7 +104,7 @@ def _next_write_faults(engine: Engine, sequence: Sequence, index: int) -> Iterat
 def reading_faults(worker: SimulatedWorker) -> Iterator[str]:
     """What can be read under a lease is still held for it."""
     held, scheduler = worker.engine._held, worker.engine.scheduler
-    standing = {to: worker.engine._frozen.get(key) for key, to in worker.sides._mover._moves.items()}
+    standing = {to: worker.engine.moves.frozen.get(key) for key, to in worker.sides._mover._moves.items()}
     for key, entry in worker.sides.outbox._entries.items():
         handoff = held.get(Holder(HolderKind.HANDOFF, key))
         if handoff is not None:
