@@ -2,12 +2,12 @@
 
     python -m benchmarks.migration [--quick] [--json FILE]
 
-One prefill and two decode workers of configs/local.yaml (engines in processes of their own) and the gateway's dispatcher
-in this process. A stream at a time, after prompts of 512 and 2,048 tokens: every 24 tokens it goes to the other decode
-worker. The pause is the time between the last token of one worker and the first of the other, less one decode step (the
-median of the other gaps of the same stream), and is told in decode steps. The floor is what crosses before the next step
-can begin: a question to each engine, an offer, and the tail of at most two blocks. The last column is how long the whole
-move took, while the stream went on. The tokens must be those of a stream that does not move.
+One prefill and two decode workers of configs/local.yaml (engines in processes of their own) and the gateway's
+dispatcher in this process. A stream at a time, after prompts of 512 and 2,048 tokens: every 24 tokens it goes to the
+other decode worker. The pause is the time between the last token of one worker and the first of the other, less one
+decode step (the median of the other gaps of the same stream), and is told in decode steps. The floor is what crosses
+before the next step can begin: a question to each engine, an offer, and the tail of at most two blocks. The last column
+is how long the whole move took, while the stream went on. The tokens must be those of a stream that does not move.
 """
 
 from __future__ import annotations

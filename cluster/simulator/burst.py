@@ -50,6 +50,7 @@ class Burst:
     steps_s: list[float]
     crossings: list[int]
     told: EngineStats
+    begins_with: EngineStats  # what its first step has to do: who waited when that was told may be in it
     num_free: int  # blocks, at its begin
     num_done: int = 0  # steps that the engine has been brought forward
     last_told: tuple[int, EngineStats] | None = None  # the report after so many steps, as asked for last
@@ -67,7 +68,7 @@ class Burst:
             return self.told
         if self.last_told is None or self.last_told[0] != num_steps:
             num_free = self.num_free - bisect_left(self.crossings, num_steps)
-            self.last_told = (num_steps, _moved_on(self.told, num_free, self.told.num_steps + num_steps))
+            self.last_told = (num_steps, _moved_on(self.begins_with, num_free, self.told.num_steps + num_steps))
         return self.last_told[1]
 
     def stats_by(self, told: EngineStats, now: float) -> EngineStats | None:
@@ -97,7 +98,9 @@ def plan_burst(
     steps_s = times.decode_steps_s(shape.num_decoding, shape.num_context, num_steps)
     ends = list(accumulate(steps_s, initial=now))[1:]
     del ends[bisect_right(ends, until) :]
-    return Burst(sequences, shape, now, ends, steps_s, crossings, told, num_free) if len(ends) >= SHORTEST else None
+    if len(ends) < SHORTEST:
+        return None
+    return Burst(sequences, shape, now, ends, steps_s, crossings, told, engine.stats(), num_free)
 
 
 def fast_forward(

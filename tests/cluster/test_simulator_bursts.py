@@ -124,12 +124,24 @@ LEAVES_WITH_THE_LAST_TOKEN = Plan(
 
 
 DIES_AMONG_ITS_STEPS = Plan(((0.0, 1, 1, 600.0, 1), (0.75, 1, 42, 600.0, 1)), (), ((1.0, Role.DECODE, True),))
+COMES_BACK_AS_DECODING = Plan(  # preempted alone, and found in the prefix cache: its first step back is a plain one
+    (
+        (1.215210301732819, 93, 74, 0.3, 1), (2.4987863877552723, 76, 125, 600.0, 1),
+        (2.20637753079641, 20, 3, 600.0, 1), (1.8983894377617458, 68, 1, 600.0, 1),
+        (1.512768720910878, 93, 66, 600.0, 1), (2.213362786544204, 195, 45, 0.9895200653561647, 1),
+        (2.7097093672102703, 75, 1, 0.6915375576979869, 1), (0.9568535197237702, 38, 121, 600.0, 1),
+        (1.3660226012592571, 200, 41, 1.260489628826412, 1), (0.3743593838786926, 176, 82, 600.0, 1),
+    ),
+    (),
+    ((0.36116691982563986, Role.PREFILL, True), (1.858536730676842, Role.DECODE, False)),
+)  # fmt: skip
 NOT_SHRUNK = (Phase.explicit, Phase.reuse, Phase.generate)  # because that takes minutes
 
 
 @settings(max_examples=25, deadline=None, phases=NOT_SHRUNK)
 @example(plan=DIES_AMONG_ITS_STEPS, num_decode=1, num_blocks=28, prefix_cache=False)
 @example(plan=LEAVES_WITH_THE_LAST_TOKEN, num_decode=1, num_blocks=28, prefix_cache=False)
+@example(plan=COMES_BACK_AS_DECODING, num_decode=1, num_blocks=28, prefix_cache=True)
 @given(plan=plans, num_decode=st.integers(1, 2), num_blocks=st.sampled_from([28, 40, 96]), prefix_cache=st.booleans())
 def test_the_event_log_is_the_same_with_and_without_bursts(
     plan: Plan, num_decode: int, num_blocks: int, prefix_cache: bool
