@@ -60,21 +60,23 @@ class Copies:
                 raise Overloaded(f"no room: {reserved.reason}", retry_after_s=1)
             if not is_worth(num_lent - sum(map(len, reserved.present))):
                 self._send(Release(lease.key))
+                await self._give_back(lease)
                 return None
             puller = Puller(
                 self._layout, self._pool, reserved.block_ids, self._carriers.carrier(lease), lease,
                 self._transfer.digests, present=reserved.present, num_lent=num_lent,
             )  # fmt: skip
             pulled = await puller.run(self._transfer.pull_timeout_s)
-        except BaseException:
+        except BaseException as error:
             self._send(Release(lease.key))
+            if not isinstance(error, asyncio.CancelledError):  # else nobody waits, and the lease ends by itself
+                await self._give_back(lease)
             raise
-        else:
-            self._send(Keep(lease.key, loan.names))
-            return pulled
         finally:
             del self._leases[lease.key]
-            await self._give_back(lease)
+        self._send(Keep(lease.key, loan.names))
+        await self._give_back(lease)
+        return pulled
 
     async def _give_back(self, lease: Lease) -> None:
         """If the lender cannot be told, the lease ends by itself."""

@@ -65,7 +65,11 @@ class Mover:
             if len(loan.names) <= num_known + LITTLE:
                 self._lender.take_back(loan)
                 return
-            await self._peers.copy(target, loan, timeout_s)
+            try:
+                await self._peers.copy(target, loan, timeout_s)
+            except BaseException:
+                self._lender.take_back(loan)
+                raise
             num_known = len(loan.names)
 
     async def move(self, key: Key, target: Endpoint, to: Key, timeout_s: float) -> None:
