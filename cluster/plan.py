@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -150,14 +149,11 @@ def _progress(console: Console) -> Iterator[tuple[Callable[[str], None], Callabl
 
 @contextmanager
 def _many_simulations() -> Iterator[None]:
-    """The parts that are simulated warn of workers that come and go. Each simulation ends with a collection of garbage,
-    which need not look at what was there before the first."""
+    """The parts that are simulated warn of workers that come and go."""
     logging.disable(logging.WARNING)
-    gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
         logging.disable(logging.NOTSET)
 
 

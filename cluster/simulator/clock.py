@@ -18,7 +18,8 @@ import math
 import weakref
 from asyncio import base_events
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from contextvars import copy_context
 from typing import Any, NoReturn, TypeVar
 
@@ -235,14 +236,25 @@ def run_on(loop: VirtualLoop, main: Coroutine[Any, Any, Result]) -> Result:
     """The same on a loop that was made for it; it is closed in the end."""
     lost: list[BaseException] = []
     loop.set_exception_handler(lambda _, context: lost.append(_error_of(context)))
-    try:
-        result = loop.run_until_complete(main)
-    finally:
-        loop.end()
-    gc.collect()  # asyncio tells of such a task when it is collected
+    with _collecting_what_is_new():
+        try:
+            result = loop.run_until_complete(main)
+        finally:
+            loop.end()
+        gc.collect()  # asyncio tells of such a task when it is collected
     if lost:
         raise LostErrors(f"{len(lost)} errors reached nobody") from lost[0]
     return result
+
+
+@contextmanager
+def _collecting_what_is_new() -> Iterator[None]:
+    """What was there before holds no task of this run: to look it through takes longer than a short run itself."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _error_of(context: dict[str, Any]) -> BaseException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 
 import pytest
 
@@ -153,6 +154,22 @@ def test_an_error_of_a_task_that_nobody_awaits_is_not_lost() -> None:
     with pytest.raises(LostErrors) as caught:
         run_virtual(main())
     assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_an_error_of_a_task_in_a_cycle_is_not_lost_and_what_was_there_before_is_not_looked_through() -> None:
+    async def failing(cycle: list[object]) -> None:
+        raise ValueError("unseen")
+
+    async def main() -> None:
+        cycle: list[object] = []
+        cycle.append(asyncio.create_task(failing(cycle)))
+        await asyncio.sleep(1)
+        assert gc.get_freeze_count() > before
+
+    before = gc.get_freeze_count()
+    with pytest.raises(LostErrors):
+        run_virtual(main())
+    assert gc.get_freeze_count() <= before
 
 
 def test_what_is_left_is_cancelled_in_order_and_may_take_its_time() -> None:

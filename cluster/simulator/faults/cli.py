@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import logging
 import sys
@@ -37,7 +36,6 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 def main() -> None:
     logging.disable(logging.CRITICAL)  # workers are lost all the time here
-    gc.freeze()  # what is loaded now stays: each run ends with a collection
     app(prog_name=COMMAND)
 
 
