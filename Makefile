@@ -47,7 +47,7 @@ status: $(INSTALLED) ## show pools, workers and load: make status [PORT=8123]
 	@exec .venv/bin/steelyard status $(if $(PORT),--url http://127.0.0.1:$(PORT))
 
 test: $(INSTALLED) ## everything that CI runs, a file per core, then what starts a Ray: make test [PYTEST_ARGS="tests/router -x"]
-	$(PYTHON) -m pytest -m "not gpu and not oracle and not ray $(PYTEST_MARKS)" -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS) || $(NONE_CHOSEN)
+	$(PYTHON) -m pytest -m "not gpu and not oracle and not ray $(PYTEST_MARKS)" -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) || $(NONE_CHOSEN)
 	$(PYTHON) -m pytest -m "ray $(PYTEST_MARKS)" $(PYTEST_ARGS) || $(NONE_CHOSEN)
 
 test-oracle: $(INSTALLED) ## the long comparison with transformers, token for token

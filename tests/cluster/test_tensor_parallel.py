@@ -16,6 +16,8 @@ from tests.cluster.test_carriers import PROMPTS
 from tests.cluster.tiny_model import write_tiny_model
 from tests.engine.test_ranks import children_of
 
+pytestmark = pytest.mark.slow
+
 
 def overrides(model: Path, prefill: int, decode: int, carrier: str) -> dict[str, object]:
     return {

@@ -7,8 +7,8 @@
    follows after the whole prompts.
 4. `Tally` counts the outcomes; it is what results are reported from.
 
-Engines have one thread each, and `processes` gives a process for each core: on a busy machine threads of one product
-wait for each other, sometimes for a hundred times what it takes.
+Engines have one thread each, and `processes` gives a process for each core that is ours: on a busy machine threads of
+one product wait for each other, sometimes for a hundred times what it takes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ from tests.oracle.prompts import MODEL, WHOLE_BLOCKS, OraclePrompt
 from tests.oracle.reference import NUM_NEW
 
 WHOLE = 2048  # a chunk that holds every prompt
-GREEDY = SamplingParams(max_tokens=NUM_NEW, temperature=0.0, ignore_eos=True)
 MOST_SHARED = 320  # tokens of a prompt's beginning that are computed beforehand
 SHUFFLE_SEED = 2025
 MAX_PROCESSES = 16
@@ -182,9 +181,11 @@ def check_engine(one: Combination, cases: Sequence[Case]) -> tuple[Tally, Engine
 
 
 def processes() -> ProcessPoolExecutor:
-    """One for each core; each has the weights and a KV pool of its own, up to 1.5 GB."""
+    """One for each core that no other of pytest's processes has; each has the weights and a KV pool of its own, up to
+    1.5 GB."""
     spawning = multiprocessing.get_context("spawn")
-    count = min(os.cpu_count() or 1, MAX_PROCESSES)
+    num_runners = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    count = min(max(1, (os.cpu_count() or 1) // num_runners), MAX_PROCESSES)
     return ProcessPoolExecutor(count, mp_context=spawning, initializer=_end_with_parent)
 
 
@@ -202,22 +203,25 @@ def _end_with_parent() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A prompt, the oracle's answer, and how many of its tokens are known already, as after a move to this engine."""
+    """A prompt, the oracle's answer, how many of its tokens are known already, as after a move to this engine, and how
+    many of them are wanted in all."""
 
     prompt: OraclePrompt
     expected: Expected
     num_known: int = 0
+    num_new: int = NUM_NEW
 
     @property
     def num_tokens(self) -> int:
-        return len(self.prompt.ids) + NUM_NEW
+        return len(self.prompt.ids) + self.num_new
 
     @property
     def rest(self) -> Expected:
-        return self.expected.starting_at(self.num_known)
+        return self.expected.ending_at(self.num_new).starting_at(self.num_known)
 
     def request(self, request_id: str) -> Request:
-        return Request(request_id, self.prompt.ids, GREEDY, generated_ids=self.expected.tokens[: self.num_known])
+        params = SamplingParams(max_tokens=self.num_new, temperature=0.0, ignore_eos=True)
+        return Request(request_id, self.prompt.ids, params, generated_ids=self.expected.tokens[: self.num_known])
 
     def beginning(self, index: int) -> Request | None:
         """A request that leaves the prompt's first whole blocks in the prefix cache."""

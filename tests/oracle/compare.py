@@ -21,6 +21,11 @@ class Expected:
     min_gap: float  # the smallest distance of its best two logits at any step
     close_gaps: Mapping[int, float] = field(default_factory=dict)  # by step: those below some bound above NEAR_TIE
 
+    def ending_at(self, step: int) -> Expected:
+        """The first `step` tokens."""
+        gaps = {at: gap for at, gap in self.close_gaps.items() if at < step}
+        return Expected(self.tokens[:step], self.min_gap, gaps)
+
     def starting_at(self, step: int) -> Expected:
         """What is left after the first `step` tokens."""
         gaps = {at - step: gap for at, gap in self.close_gaps.items() if at >= step}

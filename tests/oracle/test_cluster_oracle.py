@@ -25,8 +25,8 @@ from tests.oracle.reference import golden
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
-SEEDS = (7, 2**63 + 11, 123456789)
-NUM_SAMPLED = 32
+SEEDS = (7, 2**63 + 11)
+NUM_SAMPLED = 24
 ALONE = Combination(chunk=256, batch=1, prefix_cache=True, shuffled=False, block_size=16)
 BATCHED = Combination(chunk=64, batch=16, prefix_cache=True, shuffled=True, block_size=16)
 KILL_AT = 8  # tokens of the slowest stream
@@ -77,13 +77,13 @@ def _run(one: Combination, requests: Sequence[Request]) -> dict[str, tuple[int, 
 # --- greedy ---------------------------------------------------------------------------------------------------
 
 
-def cases(count: int) -> list[Case]:
-    return [Case(prompt, golden().expected(prompt.ids)) for prompt in oracle_prompts(8)[:count]]
+def cases() -> list[Case]:
+    return [Case(prompt, golden().expected(prompt.ids)) for prompt in oracle_prompts(8)]
 
 
-@pytest.mark.parametrize("at_once", [1, 8])
-async def test_cluster_gives_the_oracles_tokens(cluster: LocalCluster, total: Tally, at_once: int):
-    tally = await check_cluster(cluster, cases(8), at_once)
+@pytest.mark.parametrize(("at_once", "every"), [(1, 3), (8, 1)])
+async def test_cluster_gives_the_oracles_tokens(cluster: LocalCluster, total: Tally, at_once: int, every: int):
+    tally = await check_cluster(cluster, cases()[::every], at_once)
     total.add(tally)
     assert not tally.wrong, str(tally)
 
@@ -145,7 +145,7 @@ async def test_streams_go_on_unchanged_when_their_decode_worker_dies(
         assert served, f"no stream was on {victim}"
     await cluster.start_worker(Role.DECODE, 0)
     await connected(cluster)
-    tally = await check_cluster(cluster, cases(2), at_once=2)
+    tally = await check_cluster(cluster, cases()[:2], at_once=2)
     assert not tally.wrong, str(tally)
 
 

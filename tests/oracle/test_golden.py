@@ -39,6 +39,8 @@ def test_a_near_tie_excuses_no_later_step():
 def test_what_is_left_keeps_its_gaps():
     rest = EXPECTED.starting_at(1)
     assert rest.tokens == (6, 7, 8) and rest.close_gaps == {0: 3e-5, 1: 5e-4}
+    first = EXPECTED.ending_at(2)
+    assert first.tokens == (5, 6) and first.close_gaps == {1: 3e-5}
 
 
 def test_all_pairs_holds_every_pair_and_is_short():
