@@ -99,7 +99,7 @@ def test_the_weights_are_those_that_the_gguf_package_reads():
     for tensor in tensors:
         if COMPARED.match(tensor.name):
             kinds.add(tensor.tensor_type.name)
-            # Of 262,144 tokens every 64th, and of a matrix every fourth row: each holds whole blocks of its quantisation
+            # Of 262,144 tokens every 64th, and of a matrix every fourth row: each is whole blocks of its quantisation
             stride = 64 if tensor.name == "token_embd.weight" else 4 if len(tensor.shape) > 1 else 1
             rows = slice(None, None, stride)
             read = dequantize(np.asarray(tensor.data)[rows], tensor.tensor_type)
