@@ -17,6 +17,7 @@ import os
 import secrets
 import socket
 import struct
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from engine.errors import TransferFailed
@@ -139,8 +140,15 @@ def _mapped(layout: CacheLayout, data: bytes, fds: list[int]) -> OpenPool:
     sizes = [os.fstat(fd).st_size for fd in fds]
     if sizes != wanted:
         raise TransferFailed(f"pools and sample have {sizes} bytes, and not those of {num_blocks} blocks, {wanted}")
-    pool = worker_pool(layout, num_blocks, num_ranks, [os.dup(fd) for fd in fds[:-1]], mmap.ACCESS_READ)
-    return OpenPool(pool, mmap.mmap(fds[-1], sample_bytes, access=mmap.ACCESS_READ))
+    with ExitStack() as undo:  # when there are no more descriptors, or no more address space
+        kept = []
+        for fd in fds[:-1]:
+            kept.append(os.dup(fd))
+            undo.callback(os.close, kept[-1])
+        pool = worker_pool(layout, num_blocks, num_ranks, kept, mmap.ACCESS_READ)
+        sample = mmap.mmap(fds[-1], sample_bytes, access=mmap.ACCESS_READ)
+        undo.pop_all()
+    return OpenPool(pool, sample)
 
 
 async def _receive_fds(door: socket.socket) -> tuple[bytes, list[int]]:
