@@ -21,6 +21,7 @@ from cluster.rpc.channels import OPTIONS, Channels
 from engine.errors import LeaseLost, TransferFailed
 from engine.pool import SharedPool
 from engine.runs import Runs
+from kv_transfer.carrier import Producer
 from kv_transfer.carriers import choice, door
 from kv_transfer.carriers.choice import ChosenCarriers
 from kv_transfer.carriers.door import PoolDoor, open_pool
@@ -54,7 +55,7 @@ class Served:
 
 @asynccontextmanager
 async def serve(
-    case: Transfer, config: TransferConfig | None = None, outbox: Outbox | None = None, has_door: bool = True
+    case: Transfer, config: TransferConfig | None = None, outbox: Producer | None = None, has_door: bool = True
 ) -> AsyncIterator[Served]:
     incarnation, sample = case.lease.incarnation, Sample()
     server = grpc.aio.server(interceptors=[Gatekeeper(SECRET, incarnation)], options=OPTIONS)
