@@ -131,6 +131,12 @@ FAULTS = {
     "model: {dtype: float16}": "model.dtype: expected 'float32' or 'bfloat16', got 'float16'",
     "kv_transfer: {carrier: pigeon}": "kv_transfer.carrier: expected 'auto', 'grpc' or 'shm', got 'pigeon'",
     # impossible combinations
+    "rpc: {tls: {ca_file: ca.pem, cert_file: node.pem}}": (
+        "rpc.tls: give all of ca_file, cert_file and key_file, or none; missing: key_file"
+    ),
+    "rpc: {tls: {key_file: node.key}}": (
+        "rpc.tls: give all of ca_file, cert_file and key_file, or none; missing: ca_file, cert_file"
+    ),
     "kv_transfer: {heartbeat_s: 5}": (
         "kv_transfer: heartbeat_s (5) must be less than half of lease_ttl_s (10), or one lost heartbeat ends the lease"
     ),

@@ -1,7 +1,7 @@
 """Frames and places that come hurt from a real producer's server, and leases that are not what they were.
 
-By each carrier: what happens once costs a resume and the right bytes come; what always happens is a typed error. Nothing
-is written beside the reservation, and the producer goes on: its lease stays, and a pull that is right is served.
+By each carrier: what happens once costs a resume and the right bytes come; what always happens is a typed error.
+Nothing is written beside the reservation, and the producer goes on: its lease stays, and a right pull is served.
 """
 
 from __future__ import annotations
