@@ -23,7 +23,7 @@ from cluster.config import load_config
 from cluster.spec import WorkerSpec
 from cluster.worker import Worker
 from engine.planes import CacheLayout
-from engine.types import Role, StepOutputs
+from engine.types import Key, Role, StepOutputs
 from kv_transfer.carriers import choice
 from kv_transfer.carriers.door import OpenPool
 from kv_transfer.frames import Frame, PlacedFrame
@@ -66,14 +66,21 @@ async def main() -> None:
 def _make_mortal(worker: Worker) -> None:
     sides = worker._sides
     distribute, take = sides._distribute, Puller._take
+    dying: list[asyncio.Task[None]] = []
 
     def die_in_prefill(outputs: StepOutputs) -> None:
-        """Once frames of it have gone out, and while the engine computes the next chunk."""
+        """Once frames of its first blocks have gone out; what the engine has computed after them is never told."""
+        if dying:
+            return
         distribute(outputs)
         for progress in outputs.progress:
-            entry = sides.outbox._entries.get(progress.key)
-            if progress.key.request_id == FATAL_PREFILL and not progress.done and entry is not None and entry.digests:
-                os.kill(os.getpid(), signal.SIGKILL)
+            if progress.key.request_id == FATAL_PREFILL and progress.block_ids and not progress.done:
+                dying.append(asyncio.create_task(die_after_a_frame(progress.key)))
+
+    async def die_after_a_frame(key: Key) -> None:
+        while not sides.outbox._entries[key].digests:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def die_in_pull(self: Puller, frame: Frame | PlacedFrame) -> None:
         take(self, frame)
