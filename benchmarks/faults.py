@@ -10,7 +10,6 @@ counts as found when any invariant is violated; the run without a planted bug mu
 from __future__ import annotations
 
 import argparse
-import gc
 import logging
 from collections import Counter
 from contextlib import nullcontext
@@ -59,7 +58,6 @@ def main() -> None:
     options = parser.parse_args()
     num_runs = min(options.runs, NUM_QUICK_RUNS) if options.quick else options.runs
     logging.disable(logging.CRITICAL)
-    gc.freeze()
     tallies = measure(num_runs, once=options.quick or options.once)
     rows = [tally.row(bug) for bug, tally in tallies.items()]
     print_table(f"{num_runs} fault runs with each planted bug; {machine()}", rows)

@@ -20,6 +20,7 @@ from cluster.rpc.server import WorkerServer
 from cluster.rpc.tls import load_tls
 from cluster.sides import Cache, Links, WorkerSides
 from cluster.spec import WorkerSpec
+from engine.errors import WorkerLost
 from engine.pool import BlockBytes, SharedPool
 from engine.rank_pools import RankPools, worker_pool
 from engine.setup import EngineSetup, plan_engine
@@ -106,7 +107,7 @@ class Worker:
 
     async def _start_engine(self, setup: EngineSetup) -> tuple[StepRunner, SharedPool | RankPools | None]:
         if self._config.engine.runner == "process":
-            pool = worker_pool(setup.layout, setup.spec.num_blocks, setup.num_ranks)
+            pool = _new_pool(setup)
             runner = await ProcessStepRunner.start(setup, pool, self._config.cluster.start_timeout_s)
             self._block_bytes: BlockBytes = pool
             return runner, pool
@@ -127,3 +128,11 @@ class Worker:
         assert self._failure is not None
         if not self._failure.done():
             self._failure.set_result(reason)
+
+
+def _new_pool(setup: EngineSetup) -> SharedPool | RankPools:
+    num_blocks, size_bytes = setup.spec.num_blocks, setup.spec.num_blocks * setup.layout.bytes_per_block
+    try:
+        return worker_pool(setup.layout, num_blocks, setup.num_ranks)
+    except OSError as error:
+        raise WorkerLost(f"no shared memory of {size_bytes} bytes for the KV pool: {error.strerror}") from None

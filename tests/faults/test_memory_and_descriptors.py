@@ -8,20 +8,28 @@ from __future__ import annotations
 import logging
 import os
 import resource
+import secrets
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
+from cluster.config import load_config
+from cluster.spec import WorkerSpec
+from cluster.worker import Worker
+from engine.errors import WorkerLost
 from engine.planes import CacheLayout
+from engine.types import Role
 from kv_transfer.carriers import choice, door
 from kv_transfer.carriers.door import OpenPool, open_pool
 from kv_transfer.carriers.sample import SAMPLE_BYTES
+from tests.cluster.tiny_model import write_tiny_model
 from tests.kv_transfer.fakes import Transfer
-from tests.kv_transfer.test_shm_carrier import Served, case, committed, serve
+from tests.kv_transfer.test_shm_carrier import SECRET, Served, case, committed, serve
 
 __all__ = ["case"]  # a fixture
 
@@ -102,6 +110,14 @@ async def test_a_pool_that_does_not_fit_the_address_space_is_read_by_grpc(
         assert "can be read on this host: Cannot allocate memory" in caplog.text
         await served.carriers.close()
         assert [fd for fd in descriptors() if fd not in before] == []
+
+
+async def test_a_worker_that_cannot_have_a_pool_does_not_start_and_says_why(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model")
+    config = load_config("configs/local.yaml", {"model.name": str(model), "model.max_context": 2048})
+    spec = WorkerSpec("prefill-0", secrets.token_hex(4), Role.PREFILL, "127.0.0.1")
+    with limit(resource.RLIMIT_FSIZE, 2**22), pytest.raises(WorkerLost, match="for the KV pool: File too large"):
+        await Worker(spec, config, SECRET).start()
 
 
 def test_a_full_shared_memory_folder_is_not_missed() -> None:
