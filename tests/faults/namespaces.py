@@ -101,7 +101,10 @@ def namespaces() -> Iterator[Joined]:
         for index, name in enumerate("ab")
     )
     try:
-        _make(a, b, net)
+        try:
+            _make(a, b, net)
+        except subprocess.CalledProcessError as error:
+            raise NotHere(f"no namespaces can be joined here: {error.cmd}: {error.stderr.strip()}") from None
         yield Joined(a, b)
     finally:
         for place in (a, b):
@@ -110,10 +113,7 @@ def namespaces() -> Iterator[Joined]:
 
 def _make(a: Place, b: Place, net: str) -> None:
     for index, place in enumerate((a, b)):
-        try:
-            _run("ip", "netns", "add", place.name)
-        except subprocess.CalledProcessError as error:
-            raise NotHere(f"no network namespace can be made: {error.stderr.strip()}") from None
+        _run("ip", "netns", "add", place.name)
         ours, theirs = f"{place.name}0", f"{place.name}1"
         _run("ip", "link", "add", ours, "type", "veth", "peer", "name", theirs, "netns", place.name)
         _run("ip", "addr", "add", f"{net}.{4 * index + 1}/30", "dev", ours)
