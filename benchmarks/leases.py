@@ -35,13 +35,13 @@ from cluster.simulator.world import World
 from engine.errors import DeadlineExceeded, LeaseLost, Overloaded
 
 SEED = 1
-SECONDS, QUICK_SECONDS = 180.0, 20.0  # of arrivals, in virtual time
+SECONDS, QUICK_SECONDS = 60.0, 20.0  # of arrivals, in virtual time
 TRIAL_PART = 0.5  # of that, for a trial of the capacity's search
 TARGETS = Targets(ttft_s=2.0, tpot_s=0.05)
 ATTAINED = 0.99
 FACTORS = (1, 2, 3)
 ENGINE = {"num_blocks": 16384, "max_batch_tokens": 4096, "prefill_chunk": 2048, "max_batch_seqs": 128}
-CUT_OFF_AT_S, CUT_OFF_S = 1.0, 10.0
+CUT_OFF_AT_S, CUT_OFF_S = 1.0, 2.0
 CONTROL = "poisson:rate=2,prompt=6000,output=60,seconds=8"
 SHORT_LEASE = {"lease_ttl_s": 1.0, "heartbeat_s": 0.4}  # ends before the gateway notices that its owner is cut off
 
