@@ -53,7 +53,8 @@ class Worker:
         tls = await asyncio.to_thread(load_tls, self._config.rpc.tls)
         key = prefix_hash_key(self._secret)
         model, engine, num_ranks = self._config.model, self._config.engine, self._spec.num_ranks
-        setup = await asyncio.to_thread(plan_engine, model, engine, key, num_ranks)
+        group_bytes = self._config.kv_transfer.layer_group_bytes
+        setup = await asyncio.to_thread(plan_engine, model, engine, key, num_ranks, group_bytes)
         self._runner, self._pool = await self._start_engine(setup)
         self._channels = Channels(self._secret, tls)
         spec = self._spec

@@ -4,7 +4,8 @@ One turn, as a step runner drives it:
 1. `handle` each command that has come;
 2. `begin`: the scheduler picks the next batch;
 3. `take_outputs`: answers to reservations and news of first chunks go out before the step is computed;
-4. the model computes the batch (a ModelRunner, or a modelled delay in the simulator);
+4. the model computes the batch (a ModelRunner, or a modelled delay in the simulator), and meanwhile its `layer_news`
+   goes out;
 5. `finish` records the sampled tokens; `take_outputs` again.
 """
 
@@ -19,6 +20,7 @@ from engine.block_manager import BlockManager, Holder, HolderKind
 from engine.block_table import BlockTable, first_needed, num_blocks_for, transfer_entries
 from engine.host_tier import HostTier, TierStats
 from engine.moves import Moves
+from engine.layer_groups import WHOLE_STEPS, LayerGroups, LayerNews, LayersStored
 from engine.planes import Group
 from engine.prefix import group_name
 from engine.reservation import Held, names_here, num_taken, reserve_entries, take
@@ -54,9 +56,9 @@ LEAK_CHECK_STEPS = 100  # the allocator is walked whenever the engine falls idle
 
 
 class ModelRunner(Protocol):
-    """Computes a batch: what was chosen after each scheduled item, in order."""
+    """Computes a batch: what was chosen after each scheduled item, in order. Tells `stored` of each layer."""
 
-    def execute(self, batch: Batch) -> list[Sampled]: ...
+    def execute(self, batch: Batch, stored: LayersStored | None = None) -> list[Sampled]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,7 @@ class EngineSpec:
     vocab_size: int
     eos_token_ids: frozenset[int]
     hash_key: bytes
+    layer_groups: LayerGroups = WHOLE_STEPS
 
 
 class Engine:
@@ -121,6 +124,20 @@ class Engine:
                 item.sequence.announced = True
                 self._report_progress(item.sequence, names=tuple(item.sequence.hashes))
         return batch
+
+    def layer_news(self, batch: Batch) -> LayerNews | None:
+        """What to tell while this batch is computed, if it fills blocks of hand-offs."""
+        size, told = self.spec.limits.block_size, list[Progress]()
+        num_filled = 0
+        for item in batch.scheduled if self.spec.layer_groups.group_bytes else ():
+            if item.sequence.handoff:
+                stop = item.start + item.num_new
+                num_ready = self._num_blocks_for(stop) if item.samples else stop // size
+                num_filled += num_ready - item.start // size
+                ready = self._ready(item.sequence, num_ready)
+                told.append(Progress(item.sequence.key, item.sequence.computed, ready, num_layers=0))
+        marks = self.spec.layer_groups.marks(num_filled)
+        return LayerNews(tuple(told), self.stats(), marks) if marks else None
 
     def finish(self, batch: Batch, sampled: TokenIds[Sampled]) -> None:
         """Record what the model sampled for each scheduled item, in order."""
@@ -336,9 +353,13 @@ class Engine:
         """Tell which of the blocks to be transferred are complete: all with the first token, the full ones before."""
         size, num_tokens = self.spec.limits.block_size, sequence.request.num_tokens
         num_ready = self._num_blocks_for(num_tokens) if done else sequence.computed // size
-        entries = transfer_entries(self._groups, num_tokens, size)
-        ready = tuple(sequence.tables[group][index] for group, index in entries if index < num_ready)
+        ready = self._ready(sequence, num_ready)
         self._progress.append(Progress(sequence.key, sequence.computed, ready, done, names))
+
+    def _ready(self, sequence: Sequence, num_ready: int) -> tuple[int, ...]:
+        """Of the blocks to be transferred those with an index below `num_ready`."""
+        entries = transfer_entries(self._groups, sequence.request.num_tokens, self.spec.limits.block_size)
+        return tuple(sequence.tables[group][index] for group, index in entries if index < num_ready)
 
     def _emit(
         self, sequence: Sequence, token_ids: tuple[int, ...], finish: FinishReason | None,

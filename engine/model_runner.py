@@ -10,6 +10,7 @@ import torch
 from engine.batch import build_input, num_rows_of, plan_step
 from engine.errors import ModelError
 from engine.kv_cache import KVCache
+from engine.layer_groups import LayersStored
 from engine.logits import process
 from engine.logprobs import logprob_of
 from engine.models.config import ModelConfig
@@ -32,11 +33,11 @@ class TorchRunner:
         self.block_size = block_size
         self.device = device
 
-    def execute(self, batch: Batch) -> list[Sampled]:
+    def execute(self, batch: Batch, stored: LayersStored | None = None) -> list[Sampled]:
         """As rank 0: the others compute the step, too."""
         plan = plan_step(batch, self.cache.layout.groups, self.block_size)
         self.model.ranks.tell(plan)
-        rows = self.compute(plan).cpu().numpy()
+        rows = self.compute(plan, stored).cpu().numpy()
         starts = np.cumsum([0, *map(num_rows_of, batch.scheduled)])
         return [
             self._sample(item, rows[start:stop])
@@ -55,13 +56,13 @@ class TorchRunner:
         return replace(first, prompt_logprobs=prompt_logprobs, siblings=tuple(siblings))
 
     @torch.inference_mode()
-    def compute(self, plan: StepPlan) -> torch.Tensor:
+    def compute(self, plan: StepPlan, stored: LayersStored | None = None) -> torch.Tensor:
         """[rows, vocab] float32: as many rows of each item as num_rows_of says, in the batch's order."""
         if len(plan.copies):
             self.cache.copy(plan.copies.reshape(-1, 2))
         groups = self.model.config.num_heads // self.model.config.num_kv_heads
         step = build_input(plan, self.cache.layout.groups, self.block_size, groups, self.model.ladders, self.device)
-        return self.model.forward(step, self.cache)
+        return self.model.forward(step, self.cache, stored)
 
 
 def _choose(item: Scheduled, logits: np.ndarray, processed: np.ndarray, params: SamplingParams) -> Sampled:

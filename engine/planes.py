@@ -78,6 +78,19 @@ class CacheLayout:
         """KV of one token that all layers still see."""
         return self.bytes_per_block * len(self.groups) // self.block_size
 
+    @property
+    def num_slots(self) -> int:
+        """Of every plane."""
+        return max(plane.num_slots for plane in self.planes)
+
+    def num_slots_stored(self, num_layers: int) -> int:
+        """The first so many slots hold their bytes in every group once the first `num_layers` layers are computed."""
+        counts = [sum(layer < num_layers for layer in group.layer_ids) for group in self.groups]
+        return min(
+            self.num_slots if count == len(group.layer_ids) else count
+            for count, group in zip(counts, self.groups, strict=True)
+        )
+
     def plane_offset(self, index: int, num_blocks: int) -> int:
         """Byte offset in the pool of the plane with this index."""
         return num_blocks * sum(plane.bytes_per_block * plane.num_slots for plane in self.planes[:index])

@@ -9,6 +9,7 @@ from pathlib import Path
 from engine.config import EngineConfig, ModelSource
 from engine.engine import EngineSpec
 from engine.errors import ModelError
+from engine.layer_groups import LayerGroups
 from engine.models.config import ModelConfig
 from engine.models.loader import load_config
 from engine.models.store import ModelFiles, resolve
@@ -34,8 +35,12 @@ class EngineSetup:
     num_ranks: int = 1  # of the worker; `layout` and `model` are of all of them together
 
 
-def plan_engine(source: ModelSource, config: EngineConfig, hash_key: bytes, num_ranks: int = 1) -> EngineSetup:
-    """Find the model's files and work out everything but tensors. Raises ModelError."""
+def plan_engine(
+    source: ModelSource, config: EngineConfig, hash_key: bytes, num_ranks: int = 1, layer_group_bytes: int = 0
+) -> EngineSetup:
+    """Find the model's files and work out everything but tensors. Raises ModelError.
+
+    `layer_group_bytes`: kv_transfer's, of a pool on the CPU. A GPU's kernels store a layer after they were launched."""
     files = resolve(source.name, Path(source.cache_dir).expanduser() if source.cache_dir else None)
     model = load_config(files)
     if source.max_context is not None:
@@ -60,8 +65,9 @@ def plan_engine(source: ModelSource, config: EngineConfig, hash_key: bytes, num_
         groups=layout.groups, max_overtaken=config.max_overtaken,
     )  # fmt: skip
     spec = EngineSpec(
-        limits, config.num_blocks, model.max_context, model.vocab_size, frozenset(model.eos_token_ids), hash_key
-    )
+        limits, config.num_blocks, model.max_context, model.vocab_size, frozenset(model.eos_token_ids), hash_key,
+        LayerGroups.of(layout, layer_group_bytes if config.device == "cpu" else 0),
+    )  # fmt: skip
     cohort = layout_hash(layout, files.name, fingerprint(files))
     invariant = source.dtype == "float32" if config.batch_invariant is None else config.batch_invariant
     return EngineSetup(files, model, spec, layout, cohort, config, source.dtype, invariant, num_ranks)

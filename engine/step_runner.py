@@ -29,7 +29,7 @@ from engine.rank_pools import RankPools, pools_of
 from engine.scheduler import Batch
 from engine.setup import EngineSetup
 from engine.step_shape import StepRecord
-from engine.types import Command, ErrorInfo, StepOutputs
+from engine.types import Command, ErrorInfo, Sampled, StepOutputs
 
 LENGTH = struct.Struct("<I")
 STOP_TIMEOUT_S = 3.0
@@ -64,7 +64,7 @@ def drive(engine: Engine, model: ModelRunner, inbox: Inbox, emit: Callable[[Step
         ended = None
         if batch is not None:
             shape = batch.shape  # as it is before the step moves its sequences on
-            engine.finish(batch, model.execute(batch))
+            engine.finish(batch, compute(engine, model, batch, emit))
             ended = time.perf_counter()
             emit(replace(engine.take_outputs(), steps=(StepRecord(shape, ended - begun),)))
 
@@ -77,6 +77,21 @@ def begin_turn(engine: Engine, commands: list[Command], emit: Callable[[StepOutp
     if commands or engine.has_outputs:
         emit(engine.take_outputs())
     return batch
+
+
+def compute(
+    engine: Engine, model: ModelRunner, batch: Batch, emit: Callable[[StepOutputs], None]
+) -> list[Sampled]:  # fmt: skip
+    """Compute a step. What it stores for others is told group of layers by group."""
+    news = engine.layer_news(batch)
+    if news is None:
+        return model.execute(batch)
+
+    def stored(num_layers: int) -> None:
+        if num_layers in news.marks:
+            emit(news.at(num_layers))
+
+    return model.execute(batch, stored)
 
 
 class ThreadStepRunner:

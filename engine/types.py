@@ -287,13 +287,17 @@ class Progress:
 
     The first event of a key says that its first chunk was scheduled (it may name no block), and brings `names`, the
     prefix hashes of its full blocks (none without a prefix cache). `done` comes with the first token: now all are
-    there. `computed` counts positions."""
+    there. `computed` counts positions.
+
+    With `num_layers` it comes in the middle of a step: of the blocks that were not told before, the first so many
+    layers are stored."""
 
     key: Key
     computed: int
     block_ids: tuple[int, ...]
     done: bool = False
     names: tuple[bytes, ...] = ()
+    num_layers: int | None = None  # None: all
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,10 @@ class TransferConfig(StrictModel):
     lease_ttl_s: float = Field(default=10.0, gt=0, description="blocks are freed so long after the last heartbeat")
     heartbeat_s: float = Field(default=2.0, gt=0, description="time between two heartbeats of a lease")
     frame_bytes: int = Field(default=2**20, ge=4096, le=MAX_FRAME_BYTES, description="most KV bytes in one frame")
+    layer_group_bytes: int = Field(
+        default=2**20, ge=0,
+        description="KV leaves while its step is computed, by layers of so many bytes; 0, or on a GPU: after the step",
+    )  # fmt: skip
     pull_timeout_s: float = Field(default=30.0, gt=0, description="a pull that moves no frame for this long has failed")
     digests: bool = Field(default=True, description="each frame carries a digest that the reader checks")
 

@@ -104,16 +104,20 @@ def commit_digest(frame_digests: list[int], handoff: bytes) -> int:
     return xxhash.xxh3_64_intdigest(joined + handoff)
 
 
-def cut_frames(layout: CacheLayout, blocks: range, frame_bytes: int) -> list[FrameSpec]:
-    """Frames of at most `frame_bytes` (or one record, if that is larger) that cover these blocks once."""
+def cut_frames(
+    layout: CacheLayout, blocks: range, frame_bytes: int, slots: range | None = None
+) -> list[FrameSpec]:  # fmt: skip
+    """Frames of at most `frame_bytes` (or one record, if that is larger) that cover these slots (None: all) of these
+    blocks once."""
     specs = []
     for index, plane in enumerate(layout.planes):
-        num_layers = plane.num_slots
+        within = range(plane.num_slots) if slots is None else slots
+        num_layers = len(within)
         records = max(1, frame_bytes // plane.bytes_per_block)
         layers_per_frame = min(num_layers, max(1, records // max(1, len(blocks))))
         blocks_per_frame = max(1, min(len(blocks), records // layers_per_frame))
-        for first in range(0, num_layers, layers_per_frame):
-            layers = range(first, min(first + layers_per_frame, num_layers))
+        for first in range(within.start, within.stop, layers_per_frame):
+            layers = range(first, min(first + layers_per_frame, within.stop))
             for start in range(blocks.start, blocks.stop, blocks_per_frame):
                 specs.append(FrameSpec(index, layers, range(start, min(start + blocks_per_frame, blocks.stop))))
     return specs

@@ -3,7 +3,8 @@
 An entry's life:
 1. `grant` makes the lease; nothing can be read yet;
 2. the first pull says which blocks its owner has already: they are in no frame. Whoever comes back must say the same;
-3. `progress` tells which blocks are complete by now: frames are cut of those that are missing there; readers wake;
+3. `progress` tells which blocks are complete by now, or which of their layers while a step fills them: frames are cut
+   of what is missing there; readers wake;
 4. `commit` tells the rest and adds the HandOff: readers get the COMMIT;
 5. `release` by the owner, `close` by the producer, or `expire` after `ttl_s` without a heartbeat: the entry is gone and
    readers get LeaseLost. `on_end` is told once, unless it was the producer itself.
@@ -32,6 +33,7 @@ from kv_transfer.frames import (
     pieces_digest,
 )
 from kv_transfer.lease import Lease
+from prefill_worker.stored import NOTHING, Stored, newly_stored
 
 PLACES_AT_ONCE = 8  # in one message: each costs far more to send than to make
 
@@ -41,8 +43,9 @@ class _Entry:
     lease: Lease
     expires_at: float
     present: Runs | None = None  # what its owner has already, once it has said so
-    block_ids: tuple[int, ...] = ()  # that are complete
-    num_cut: int = 0  # of these, how many are in frames or with the owner
+    block_ids: tuple[int, ...] = ()  # that are complete, or being filled
+    stored: Stored = NOTHING  # of these
+    cut: Stored = NOTHING  # what is in frames or with the owner
     frames: list[FrameSpec] = field(default_factory=list)
     digests: list[int] = field(default_factory=list)  # of the frames read so far
     handoff: bytes | None = None
@@ -82,18 +85,24 @@ class Outbox:
         self._entries[key] = _Entry(lease, self._now() + self.ttl_s)
         return lease
 
-    def progress(self, key: Key, block_ids: tuple[int, ...]) -> None:
-        """These blocks are complete and become readable; the ones told before come first."""
+    def progress(self, key: Key, block_ids: tuple[int, ...], num_layers: int | None = None) -> None:
+        """These blocks are complete and become readable; the ones told before come first. With `num_layers` the others
+        are complete in so many layers only."""
         entry = self._entries.get(key)
-        if entry is not None:
-            self._complete(entry, block_ids)
+        if entry is None:
+            return
+        if num_layers is None:
+            self._take(entry, block_ids, Stored.whole(len(block_ids)))
+        else:
+            num_slots = self._layout.num_slots_stored(num_layers)
+            self._take(entry, block_ids, Stored(entry.stored.num_whole, len(block_ids), num_slots))
 
     def commit(self, key: Key, block_ids: tuple[int, ...], handoff: bytes) -> None:
         """All is computed: with the rest of the blocks readers get the COMMIT."""
         entry = self._entries.get(key)
         if entry is not None:
             entry.handoff = handoff
-            self._complete(entry, block_ids)
+            self._take(entry, block_ids, Stored.whole(len(block_ids)))
 
     def close(self, key: Key) -> None:
         """The producer takes the entry back (the request has ended). Closing an unknown key is no error."""
@@ -175,8 +184,9 @@ class Outbox:
             raise LeaseLost(f"no such lease on {lease.key}")
         return entry
 
-    def _complete(self, entry: _Entry, block_ids: tuple[int, ...]) -> None:
+    def _take(self, entry: _Entry, block_ids: tuple[int, ...], stored: Stored) -> None:
         entry.block_ids = block_ids
+        entry.stored = stored
         self._cut(entry)
         entry.wake()
 
@@ -184,9 +194,10 @@ class Outbox:
         """Once it is known what is missing there. A frame that was cut keeps its number."""
         if entry.present is None:
             return
-        for missing in gaps(entry.present, range(entry.num_cut, len(entry.block_ids))):
-            entry.frames += cut_frames(self._layout, missing, self._frame_bytes)
-        entry.num_cut = max(entry.num_cut, len(entry.block_ids))
+        for blocks, slots in newly_stored(entry.cut, entry.stored, self._layout.num_slots):
+            for missing in gaps(entry.present, blocks):
+                entry.frames += cut_frames(self._layout, missing, self._frame_bytes, slots)
+        entry.cut = entry.stored
 
     def _frame(self, entry: _Entry, index: int) -> Frame:
         spec, block_ids = self._records(entry, index)

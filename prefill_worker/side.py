@@ -4,7 +4,7 @@ A submission's way:
 1. `submit` queues it (earliest deadline first);
 2. the queue gives it to the engine while decode keeps up with the outbox;
 3. at its first chunk a lease is granted and offered to the decode worker, which reserves and starts to pull;
-4. each chunk's blocks become readable; the first token goes to the gateway at once;
+4. each chunk's blocks become readable, group of layers by group; the first token goes to the gateway at once;
 5. with the first token the outbox gets the HandOff; the owner's release frees the blocks.
 Without a decode worker to hand to, the request runs here to its end. Several answers to one prompt are one submission,
 named by its first; it ends when the last of them has.
@@ -215,7 +215,7 @@ class PrefillSide:
         if progress.done:
             self._commit(live, progress)
         else:
-            self._outbox.progress(progress.key, progress.block_ids)
+            self._outbox.progress(progress.key, progress.block_ids, progress.num_layers)
 
     def _start_offer(self, live: _Live, names: tuple[bytes, ...]) -> None:
         request, target = live.submission.request, live.submission.decode

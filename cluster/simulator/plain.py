@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence as BlockIds
 from functools import cache
 
+from engine.layer_groups import LayersStored
 from engine.planes import CacheLayout, Group, Plane, Split
 from engine.scheduler import Batch
 from engine.types import Request, Sampled
@@ -41,7 +42,8 @@ class PlainTokens:
     def __init__(self, vocab_size: int) -> None:
         self._ids = _ids_below(vocab_size)
 
-    def execute(self, batch: Batch) -> list[Sampled]:
+    def execute(self, batch: Batch, stored: LayersStored | None = None) -> list[Sampled]:
+        """There is nothing to store."""
         return [
             Sampled(self.tokens(first, index, 1), siblings=tuple(Sampled(self.tokens(one, index, 1)) for one in others))
             if item.samples

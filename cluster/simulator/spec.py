@@ -8,10 +8,14 @@ from dataclasses import dataclass, field
 from cluster.config import ClusterConfig
 from cluster.simulator.host import Slowdown
 from cluster.simulator.network import LinkTimes
+from cluster.simulator.plain import plain_layout
+from cluster.simulator.pool import state_layout
 from cluster.simulator.service_times.model import ServiceTimes
 from cluster.simulator.service_times.roofline import Roofline
 from cluster.simulator.steps import ModelledWeights
 from engine.engine import EngineSpec
+from engine.layer_groups import LayerGroups
+from engine.planes import CacheLayout
 from engine.scheduler import SchedulerLimits
 from engine.types import Role
 
@@ -33,9 +37,11 @@ class WorldSpec:
 
     `plain`: tokens come from nowhere and KV has no bytes, which is faster and checks less. `bursts`: steps that can
     only go one way are advanced together, if the tokens are plain. `frame_bytes`: of modelled KV in a frame, if not as
-    the config says; larger ones are fewer, and several pulls share a link less evenly. `slowdown`: all workers share
-    one host, and this is what they do to each other's steps; None: each has its own. `gateway_s`, `token_s`: what a
-    client waits for outside of all this, before its first token and for each one after."""
+    the config says; larger ones are fewer, and several pulls share a link less evenly. `tells_layers`: in states, each
+    of their layers leaves when its part of the step has passed; else, and in plain tokens, all do at its end.
+    `slowdown`: all workers share one host, and this is what they do to each other's steps; None: each has its own.
+    `gateway_s`, `token_s`: what a client waits for outside of all this, before its first token and for each one
+    after."""
 
     seed: int
     config: ClusterConfig = field(default_factory=ClusterConfig)
@@ -49,6 +55,7 @@ class WorldSpec:
     plain: bool = False
     bursts: bool = True
     frame_bytes: int | None = None
+    tells_layers: bool = False
     roles: Mapping[Role, RoleSpec] = field(default_factory=dict)
     slowdown: Slowdown | None = None
     gateway_s: float = 0.0
@@ -57,6 +64,11 @@ class WorldSpec:
     @property
     def weights(self) -> ModelledWeights:
         return ModelledWeights(self.seed, self.vocab_size, self.eos_token_ids, self.eos_every)
+
+    @property
+    def layout(self) -> CacheLayout:
+        block_size = self.config.engine.block_size
+        return plain_layout(block_size) if self.plain else state_layout(block_size)
 
     def role(self, role: Role) -> RoleSpec:
         return self.roles.get(role) or RoleSpec(self.steps, self.config.engine.num_blocks)
@@ -70,5 +82,5 @@ class WorldSpec:
         max_context = self.config.model.max_context or self.max_context
         return EngineSpec(
             limits, num_blocks or config.num_blocks, max_context, self.vocab_size, self.eos_token_ids,
-            hash_key=b"simulated",
+            hash_key=b"simulated", layer_groups=LayerGroups.of(self.layout, int(self.tells_layers)),
         )  # fmt: skip

@@ -18,6 +18,7 @@ from cluster.simulator.plain import PlainTokens
 from cluster.simulator.service_times.model import ServiceTimes
 from engine.engine import Engine, ModelRunner
 from engine.errors import WorkerLost
+from engine.layer_groups import LayerNews
 from engine.scheduler import Batch
 from engine.sequence import Sequence
 from engine.step_runner import begin_turn
@@ -129,13 +130,32 @@ class ModelledStepRunner:
         self.num_steps += 1
         self.num_extrapolated += self._model.times.extrapolates(shape)
         self._log_step(shape, self._loop.time(), step_s)
-        if self._model.host is None:
-            await asyncio.sleep(step_s)
-        else:
-            step_s = await self._model.host.compute(shape, step_s)
+        news = self._engine.layer_news(batch)
+        if news is None:
+            step_s = await self._pass(shape, step_s)
+            sampled = self._model.runner.execute(batch)
+        else:  # what is told must lie in the pool
+            sampled = self._model.runner.execute(batch)
+            step_s = await self._pass_layers(shape, step_s, news)
         self._last_end = self._loop.time()
-        self._engine.finish(batch, self._model.runner.execute(batch))
+        self._engine.finish(batch, sampled)
         self._emit(replace(self._engine.take_outputs(), steps=(StepRecord(shape, step_s),)))
+
+    async def _pass(self, shape: StepShape, alone_s: float) -> float:
+        """Returns when so much of a step is done, with the time that it took."""
+        if self._model.host is not None:
+            return await self._model.host.compute(shape, alone_s)
+        await asyncio.sleep(alone_s)
+        return alone_s
+
+    async def _pass_layers(self, shape: StepShape, alone_s: float, news: LayerNews) -> float:
+        """The same of a whole step, which tells of its layers. All take equally long."""
+        took_s, num_done = 0.0, 0
+        for num_layers in news.marks:
+            took_s += await self._pass(shape, alone_s * (num_layers - num_done) / news.marks[-1])
+            num_done = num_layers
+            self._emit(news.at(num_layers))
+        return took_s
 
     async def _take(self, block: bool) -> list[Command]:
         first = [await self._commands.get()] if block else []

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from collections.abc import Sequence as TokenIds
 from dataclasses import dataclass, replace
 
-from cluster.simulator.pool import STATE_BYTES, StatePool
+from cluster.simulator.pool import NUM_LAYERS, STATE_BYTES, StatePool
+from engine.layer_groups import LayersStored
 from engine.scheduler import Batch, Scheduled
 from engine.types import Request, Sampled, SamplingParams
 
@@ -65,10 +66,15 @@ class ModelledRunner:
         self._weights = weights
         self._pool = pool
 
-    def execute(self, batch: Batch) -> list[Sampled]:
+    def execute(self, batch: Batch, stored: LayersStored | None = None) -> list[Sampled]:
+        """A state is stored in all layers at once."""
         for source, target in batch.copies:
             self._pool.copy(source, target)
-        return [self._compute(item) for item in batch.scheduled]
+        sampled = [self._compute(item) for item in batch.scheduled]
+        if stored is not None:
+            for num_layers in range(1, NUM_LAYERS + 1):
+                stored(num_layers)
+        return sampled
 
     def _compute(self, item: Scheduled) -> Sampled:
         tokens: TokenIds[int] = item.sequence.tokens

@@ -31,8 +31,8 @@ from cluster.simulator.links import (
 )
 from cluster.simulator.log import EventLog
 from cluster.simulator.network import Network
-from cluster.simulator.plain import PlainPool, PlainTokens, plain_layout
-from cluster.simulator.pool import StatePool, state_layout
+from cluster.simulator.plain import PlainPool, PlainTokens
+from cluster.simulator.pool import StatePool
 from cluster.simulator.recomputation import CountedRunner, Recomputation
 from cluster.simulator.results import Happening
 from cluster.simulator.service_times.model import ServiceTimes
@@ -94,7 +94,7 @@ class World:
         self._num_lives: dict[str, int] = {}
         self._deadlines: dict[str, float] = {}  # of the live requests
         block_size = spec.config.engine.block_size
-        self._layout = plain_layout(block_size) if spec.plain else state_layout(block_size)
+        self._layout = spec.layout
         self._bytes_scale = spec.kv_token_bytes * block_size / self._layout.bytes_per_block
         self._config = _with_scaled_frames(spec.config, spec.frame_bytes, self._bytes_scale)
         self._cohort = layout_hash(self._layout, "simulated", str(spec.seed))

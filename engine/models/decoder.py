@@ -13,6 +13,7 @@ import torch
 
 from engine.batch import GroupInput, StepInput
 from engine.kv_cache import KVCache
+from engine.layer_groups import LayersStored
 from engine.models.config import ModelConfig
 from engine.models.moe import Experts, Mlp, feed_forward
 from engine.models.rope import rope_tables
@@ -72,11 +73,14 @@ class Decoder:
         # rounded to the weights' type, as the model was trained with
         self._scale = torch.tensor(config.embedding_scale, dtype=self.embedding.dtype, device=self.embedding.device)
 
-    def forward(self, step: StepInput, cache: KVCache) -> torch.Tensor:
-        """Returns [num_samples, vocab] in float32."""
+    def forward(self, step: StepInput, cache: KVCache, stored: LayersStored | None = None) -> torch.Tensor:
+        """Returns [num_samples, vocab] in float32. A layer counts as stored when all ranks have added their part of its
+        attention, since each stores its KV before."""
         hidden = self._embed(step.token_ids) * self._scale  # [padded_rows, hidden]
-        for layer, place in zip(self.layers, self._places(step, cache), strict=True):
+        for number, (layer, place) in enumerate(zip(self.layers, self._places(step, cache), strict=True), start=1):
             attended = self.ranks.add(self._attend(layer, self._normed(hidden, layer.attention_norm), place, step))
+            if stored is not None:
+                stored(number)
             hidden = hidden + self._normed(attended, layer.attention_out_norm)
             fed = feed_forward(self._normed(hidden, layer.mlp_norm), layer.mlp, self.config, self.ladders.linear)
             hidden = hidden + self._normed(self.ranks.add(fed), layer.mlp_out_norm)

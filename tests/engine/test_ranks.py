@@ -119,10 +119,10 @@ class SplitRunner:
 
         self._runners = list(self._threads.map(build, ranks))
 
-    def execute(self, batch):
+    def execute(self, batch, stored=None):
         plan = StepPlan.decode(plan_step(batch, self.layout.groups, self.layout.block_size).encode())
         followed = [self._threads.submit(runner.compute, plan) for runner in self._runners[1:]]
-        sampled = self._runners[0].execute(batch)
+        sampled = self._runners[0].execute(batch, stored)
         for one in followed:
             one.result()
         return sampled

@@ -20,6 +20,7 @@ import pytest
 from engine.build import BuiltEngine, build_engine
 from engine.config import EngineConfig, ModelSource
 from engine.errors import ModelError, WorkerLost
+from engine.layer_groups import LayersStored
 from engine.pool import SharedPool
 from engine.scheduler import Batch
 from engine.setup import EngineSetup, plan_engine
@@ -104,7 +105,7 @@ async def test_a_stopped_thread_is_gone_and_says_so(setup: EngineSetup) -> None:
 
 async def test_a_fault_of_the_model_is_the_end_of_the_engine_and_is_told(setup: EngineSetup) -> None:
     class Broken:
-        def execute(self, batch: Batch) -> list[Sampled]:
+        def execute(self, batch: Batch, stored: LayersStored | None = None) -> list[Sampled]:
             raise RuntimeError("out of memory")
 
     async with thread_runner(build_engine(setup, None), Broken()) as runner:

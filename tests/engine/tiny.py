@@ -20,6 +20,7 @@ from engine.build import BuiltEngine
 from engine.engine import Engine, EngineSpec, ModelRunner
 from engine.host_tier import HostTier
 from engine.kv_cache import DTYPES, KVCache
+from engine.layer_groups import LayersStored
 from engine.model_runner import TorchRunner, build_model
 from engine.models.config import ModelConfig
 from engine.models.decoder import Weights
@@ -233,7 +234,7 @@ class LogitRecorder:
         self.logits: dict[Key, dict[int, torch.Tensor]] = {}
 
     @torch.inference_mode()
-    def execute(self, batch: Batch) -> list[Sampled]:
+    def execute(self, batch: Batch, stored: LayersStored | None = None) -> list[Sampled]:
         if batch.copies:
             self.runner.cache.copy(batch.copies)
         return [self._record(item.sequence.key, item.start, rows, item.samples) for item, rows in self._compute(batch)]
