@@ -35,6 +35,7 @@ from engine.types import (
     EngineStats,
     ErrorInfo,
     Key,
+    KvTransfer,
     Release,
     Reserve,
     Reserved,
@@ -61,6 +62,7 @@ class _Arrival:
     begun: float
     keys: list[Key]
     committed: float | None = None
+    transfer: KvTransfer | None = None
     task: asyncio.Task[None] | None = None
 
 
@@ -83,6 +85,7 @@ class TransferTotals:
         by_name[pulled.carrier] = replace(
             one, num_pulls=one.num_pulls + 1, size_bytes=one.size_bytes + pulled.size_bytes,
             duration_s=one.duration_s + duration_s, saved_bytes=one.saved_bytes + pulled.saved_bytes,
+            hidden_bytes=one.hidden_bytes + pulled.hidden_bytes,
         )  # fmt: skip
         return replace(
             self, num_pulls=self.num_pulls + 1, num_resumes=self.num_resumes + pulled.num_resumes,
@@ -253,6 +256,9 @@ class Intake:
 
     def _adopt(self, arrival: _Arrival, pulled: Pulled) -> None:
         arrival.committed = self._now()
+        arrival.transfer = KvTransfer(
+            pulled.carrier, pulled.size_bytes, pulled.hidden_bytes, pulled.transfer_s, pulled.exposed_s
+        )
         self.totals = self.totals.with_pull(pulled, arrival.committed - arrival.begun)
         self._report()
         assert pulled.handoff is not None, "only loans come without"
@@ -303,7 +309,8 @@ class Intake:
         if arrival is None or arrival.committed is None:
             return output
         transfer_s = arrival.committed - arrival.begun
-        return replace(output, stages=(("transfer", transfer_s), ("decode_start", self._now() - arrival.committed)))
+        stages = (("transfer", transfer_s), ("decode_start", self._now() - arrival.committed))
+        return replace(output, stages=stages, transfer=arrival.transfer)
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()

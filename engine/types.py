@@ -108,13 +108,33 @@ class ErrorInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class KvTransfer:
+    """How the KV of one request came to where it decodes.
+
+    `transfer_s`: from its first frame to the COMMIT, by the receiver's clock; `exposed_s` of it passed after the first
+    token was sampled, and `hidden_bytes` of `size_bytes` had arrived by then."""
+
+    carrier: str
+    size_bytes: int
+    hidden_bytes: int
+    transfer_s: float
+    exposed_s: float
+
+    @property
+    def hidden_share(self) -> float:
+        """1: only the COMMIT was waited for."""
+        return self.hidden_bytes / self.size_bytes if self.size_bytes else 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class TokenOutput:
     """New tokens of one request: the unit of the token stream.
 
     `first_index` counts generated tokens from 0. The owner takes only `first_index == next`.
     `logprobs` are those of `token_ids`, one each, and `prompt_logprobs` those of the prompt's tokens after the first,
     with the first output; both empty where they were not asked for.
-    `cached_tokens` is how many prompt tokens came from a prefix cache; `stages` are (name, seconds).
+    `cached_tokens` is how many prompt tokens came from a prefix cache; `stages` are (name, seconds); `transfer` comes
+    with the first output after a hand-off.
     """
 
     key: Key
@@ -126,6 +146,7 @@ class TokenOutput:
     stages: tuple[tuple[str, float], ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    transfer: KvTransfer | None = None
 
     @staticmethod
     def failed(key: Key, error: ErrorInfo) -> TokenOutput:
@@ -370,6 +391,7 @@ class CarrierTotals:
     duration_s: float = 0.0
     num_fallbacks: int = 0
     saved_bytes: int = 0  # that were there already, and did not move
+    hidden_bytes: int = 0  # of `size_bytes`: came while the prompt was still computed
 
 
 @dataclass(frozen=True, slots=True)

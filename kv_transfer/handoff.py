@@ -30,6 +30,7 @@ class HandOff:
     gateway_id: str
     stages: tuple[tuple[str, float], ...] = ()  # (name, seconds) spent so far
     siblings: tuple[Request, ...] = ()
+    overlap_s: float = 0.0  # for how long frames had been leaving when the first token was sampled; 0: none had
 
     def encode(self) -> bytes:
         request = self.request
@@ -46,6 +47,8 @@ class HandOff:
             ["gateway_id", True, self.gateway_id],
             ["stages", False, [list(stage) for stage in self.stages]],
         ]
+        if self.overlap_s:
+            parts.append(["overlap_s", False, self.overlap_s])
         if self.siblings:
             parts.append(["siblings", True, [_sibling_part(sibling) for sibling in self.siblings]])
         return cast(bytes, msgpack.packb([HANDOFF_VERSION, parts]))
@@ -69,7 +72,7 @@ class HandOff:
 _MALFORMED = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 _PARTS = {
     "request_id", "epoch", "prompt_ids", "generated_ids", "sampling", "namespace", "timeout_s", "computed", "usage",
-    "gateway_id", "stages", "siblings",
+    "gateway_id", "stages", "siblings", "overlap_s",
 }  # fmt: skip
 _REQUEST_PARTS = ("request_id", "epoch", "prompt_ids", "generated_ids", "sampling", "namespace", "timeout_s")
 _SAMPLING_FIELDS = tuple([field.name for field in fields(SamplingParams)])  # in order: the record is the same each time
@@ -99,6 +102,7 @@ def _from_parts(known: dict) -> HandOff:
         {
             "request": request, "computed": known["computed"], "cached_tokens": known["usage"]["cached_tokens"],
             "gateway_id": known["gateway_id"], "stages": known.get("stages", ()),
+            "overlap_s": known.get("overlap_s", 0.0),
         }
     )  # fmt: skip
     siblings = _SIBLINGS.validate_python(known.get("siblings", ()))

@@ -1,7 +1,7 @@
 """The consumer's half of a transfer: pull frames, verify, write them into reserved blocks, take the COMMIT.
 
 1. open the stream at the first frame that is missing, and say which blocks are here already;
-2. each frame: right index, known plane, inside the reservation and of no block that is here already, right length,
+2. each frame: right index, known plane, inside the reservation and of no record that is here already, right length,
    right digest; only then written. One that is copied from the producer's pool is checked where it has arrived;
 3. a broken link or a bad frame reopens the stream there, at most MAX_RESUMES times in all;
 4. the COMMIT must count all frames, match the digest over theirs, and cover every byte that was missing; then the
@@ -44,6 +44,9 @@ class Pulled:
     num_resumes: int
     carrier: str  # which brought the last of it
     saved_bytes: int = 0  # of blocks that were here already
+    hidden_bytes: int = 0  # that had arrived when the first token was sampled
+    transfer_s: float = 0.0  # from the first frame to the COMMIT
+    exposed_s: float = 0.0  # of these, after the first token was sampled
 
 
 class Puller:
@@ -65,6 +68,7 @@ class Puller:
         self._num_lent = num_lent
         self._digests: list[int] = []
         self._size_bytes = 0
+        self._arrivals: list[tuple[float, int]] = []  # of each frame, when it was written, and all bytes by then
         self._present = present
         self._is_present = np.zeros(len(block_ids), dtype=bool)
         for run in present:
@@ -77,10 +81,7 @@ class Puller:
         which nothing comes for `timeout_s` counts as broken."""
         for num_resumes in range(MAX_RESUMES + 1):
             try:
-                handoff = await self._pull_once(timeout_s)
-                saved_bytes = int(self._is_present.sum()) * self._layout.bytes_per_block
-                num_frames, carrier = len(self._digests), self._carrier.name
-                return Pulled(handoff, self._size_bytes, num_frames, num_resumes, carrier, saved_bytes)
+                return self._pulled(await self._pull_once(timeout_s), num_resumes)
             except LeaseLost:
                 raise
             except TransferFailed:
@@ -88,6 +89,18 @@ class Puller:
                     raise
             await asyncio.sleep(FIRST_PAUSE_S * 2**num_resumes)  # a peer that has just been cut off may come back
         raise AssertionError("the last try returns or raises")
+
+    def _pulled(self, handoff: HandOff | None, num_resumes: int) -> Pulled:
+        """The COMMIT has just come. When the first token was sampled is known by the producer's clock, counted from the
+        first frame, whose own way is neglected."""
+        now, saved_bytes = self._now(), int(self._is_present.sum()) * self._layout.bytes_per_block
+        begun = self._arrivals[0][0] if self._arrivals else now
+        hidden_s = min(max(0.0, handoff.overlap_s if handoff else 0.0), now - begun)
+        hidden_bytes = max([total for at, total in self._arrivals if hidden_s and at <= begun + hidden_s], default=0)
+        return Pulled(
+            handoff, self._size_bytes, len(self._digests), num_resumes, self._carrier.name, saved_bytes, hidden_bytes,
+            now - begun, now - begun - hidden_s,
+        )  # fmt: skip
 
     async def _pull_once(self, timeout_s: float) -> HandOff | None:
         loop = asyncio.get_running_loop()
@@ -113,9 +126,10 @@ class Puller:
         spec = about.spec
         self._check_bounds(about.index, spec)
         size_bytes = self._copy(frame) if isinstance(frame, PlacedFrame) else self._write(frame)
-        self._came[spec.plane][spec.layers.start : spec.layers.stop, spec.blocks.start : spec.blocks.stop] = True
+        self._came_of(spec)[:] = True
         self._digests.append(about.digest)
         self._size_bytes += size_bytes
+        self._arrivals.append((self._now(), self._size_bytes))
 
     def _write(self, frame: Frame) -> int:
         spec = frame.spec
@@ -148,8 +162,15 @@ class Puller:
         inside = 0 <= spec.layers.start < spec.layers.stop <= num_layers
         if not (inside and 0 <= spec.blocks.start < spec.blocks.stop <= len(self._block_ids)):
             raise FrameCorrupt(f"frame {index} does not fit the reservation: {spec}")
-        if self._is_present[spec.blocks.start : spec.blocks.stop].any():
-            raise FrameCorrupt(f"frame {index} is of blocks that are here already: {spec}")
+        if self._came_of(spec).any():
+            raise FrameCorrupt(f"frame {index} is of records that are here already: {spec}")
+
+    def _came_of(self, spec: FrameSpec) -> np.ndarray:
+        """Of these records, which are here: a view."""
+        return self._came[spec.plane][spec.layers.start : spec.layers.stop, spec.blocks.start : spec.blocks.stop]
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
 
     def _check_commit(self, commit: Commit) -> HandOff | None:
         if commit.num_frames != len(self._digests) or commit.digest != commit_digest(self._digests, commit.handoff):

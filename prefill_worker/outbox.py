@@ -48,6 +48,7 @@ class _Entry:
     cut: Stored = NOTHING  # what is in frames or with the owner
     frames: list[FrameSpec] = field(default_factory=list)
     digests: list[int] = field(default_factory=list)  # of the frames read so far
+    first_read: float | None = None  # when the first of them was
     handoff: bytes | None = None
     ended: bool = False
     news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -104,6 +105,11 @@ class Outbox:
             entry.handoff = handoff
             self._take(entry, block_ids, Stored.whole(len(block_ids)))
 
+    def overlap_s(self, key: Key) -> float:
+        """For how long frames have been leaving by now; 0 if none has."""
+        entry = self._entries.get(key)
+        return 0.0 if entry is None or entry.first_read is None else self._now() - entry.first_read
+
     def close(self, key: Key) -> None:
         """The producer takes the entry back (the request has ended). Closing an unknown key is no error."""
         entry = self._entries.pop(key, None)
@@ -155,6 +161,7 @@ class Outbox:
         while True:
             news = entry.news
             while index < len(entry.frames) and not entry.ended:
+                entry.first_read = self._now() if entry.first_read is None else entry.first_read
                 stop = min(index + at_once, len(entry.frames))
                 yield range(index, stop)
                 index = stop

@@ -288,7 +288,10 @@ class PrefillSide:
             if request.key in live.wanted
         )
         cached_tokens = live.firsts[first.key].cached_tokens
-        handoff = HandOff(first, progress.computed, cached_tokens, submission.gateway_id, siblings=tuple(siblings))
+        handoff = HandOff(
+            first, progress.computed, cached_tokens, submission.gateway_id, siblings=tuple(siblings),
+            overlap_s=self._outbox.overlap_s(progress.key),
+        )  # fmt: skip
         live.committed = True
         self._outbox.commit(progress.key, progress.block_ids, handoff.encode())
 

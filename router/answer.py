@@ -108,7 +108,7 @@ class Generation:
         self.num_cached = max(self.num_cached, output.cached_tokens)
         self.prompt_logprobs += output.prompt_logprobs
         if choice is self.first:
-            self.ledger.add_stages(output.stages)
+            self.ledger.take(output)
         piece = choice.push(output, self.token_text)
         if self.is_done:
             await self.outputs.aclose()  # its blocks are free before a slow client has read the end

@@ -2,10 +2,13 @@
 
 All times are the gateway's loop time. Workers report durations of their own stages; what no stage claims is
 the stage `unattributed`. TTFT is arrival to first token sent, the hand-off gap first to second token, TPOT
-(t_last - t_first) / (n - 1) with n >= 2, the gap included.
+(t_last - t_first) / (n - 1) with n >= 2, the gap included. `transfer` is how KV came to where it decodes, by that
+worker's clock: its last one, if the request was placed again.
 """
 
 from __future__ import annotations
+
+from engine.types import KvTransfer, TokenOutput
 
 UNATTRIBUTED = "unattributed"
 
@@ -17,10 +20,16 @@ class Ledger:
         self.arrival_s = arrival_s
         self.num_tokens = 0
         self.end_s = arrival_s
+        self.transfer: KvTransfer | None = None
         self._first_s: float | None = None
         self._second_s: float | None = None
         self._last_s = arrival_s
         self._stages: dict[str, float] = {}
+
+    def take(self, output: TokenOutput) -> None:
+        """What a worker tells of its part, with the tokens that it made."""
+        self.add_stages(output.stages)
+        self.transfer = output.transfer or self.transfer
 
     def add_stages(self, stages: tuple[tuple[str, float], ...]) -> None:
         for name, duration_s in stages:

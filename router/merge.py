@@ -76,4 +76,5 @@ def merge(outputs: Sequence[TokenOutput]) -> TokenOutput:
         stages=tuple(chain.from_iterable(one.stages for one in outputs)),
         logprobs=tuple(chain.from_iterable(one.logprobs for one in outputs)),
         prompt_logprobs=tuple(chain.from_iterable(one.prompt_logprobs for one in outputs)),
+        transfer=next((one.transfer for one in reversed(outputs) if one.transfer), None),
     )

@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
-from engine.types import CarrierTotals, FinishReason
+from engine.types import CarrierTotals, FinishReason, KvTransfer
 from router.api import HealthView, WorkerView
 from router.ledger import Ledger
 from router.replies import Usage
@@ -31,6 +31,7 @@ REQUEST_BUCKETS_S = (
     0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
 )
 # fmt: on
+SHARE_BUCKETS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 LENGTH_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000)
 
 
@@ -60,6 +61,13 @@ class Metrics:
             "vllm:request_success", "Requests that ended", ["model_name", "finished_reason"], registry=self.registry
         )
         self._handoff_gap = self._histogram("steelyard_handoff_gap_seconds", "First to second token", TOKEN_BUCKETS_S)
+        self._transfer = self._by_carrier("steelyard_kv_transfer_request_seconds", "First KV frame to COMMIT")
+        self._exposed = self._by_carrier(
+            "steelyard_kv_transfer_exposed_seconds", "Of these, after the first token was sampled"
+        )
+        self._hidden = self._by_carrier(
+            "steelyard_kv_transfer_hidden_ratio", "Share of the KV bytes that had arrived by then", SHARE_BUCKETS
+        )
         self._stages = Histogram(
             "steelyard_stage_seconds",
             "Time of a request in a stage",
@@ -97,6 +105,8 @@ class Metrics:
             self._tpot.observe(ledger.tpot_s)
         if ledger.handoff_gap_s is not None:
             self._handoff_gap.observe(ledger.handoff_gap_s)
+        if ledger.transfer is not None:
+            self._count_transfer(ledger.transfer)
 
     def count_refused(self, code: str) -> None:
         self._refused.labels(code).inc()
@@ -108,6 +118,16 @@ class Metrics:
     def render(self) -> bytes:
         """The Prometheus text format."""
         return generate_latest(self.registry)
+
+    def _count_transfer(self, transfer: KvTransfer) -> None:
+        labels = (self._model_name, transfer.carrier)
+        self._transfer.labels(*labels).observe(transfer.transfer_s)
+        self._exposed.labels(*labels).observe(transfer.exposed_s)
+        if transfer.size_bytes:
+            self._hidden.labels(*labels).observe(transfer.hidden_share)
+
+    def _by_carrier(self, name: str, words: str, buckets: tuple[float, ...] = TOKEN_BUCKETS_S) -> Histogram:
+        return Histogram(name, words, ["model_name", "carrier"], buckets=buckets, registry=self.registry)
 
     def _histogram(self, name: str, words: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(name, words, ["model_name"], buckets=buckets, registry=self.registry).labels(self._model_name)
@@ -130,6 +150,11 @@ _TRANSFERS: tuple[tuple[str, str, Callable[[CarrierTotals], float]], ...] = (
     ("steelyard_kv_transfers", "Transfers of KV that a carrier has completed", lambda one: one.num_pulls),
     ("steelyard_kv_transfer_bytes", "KV bytes that it has brought", lambda one: one.size_bytes),
     ("steelyard_kv_transfer_bytes_saved", "KV bytes that were there already, in these", lambda one: one.saved_bytes),
+    (
+        "steelyard_kv_transfer_bytes_hidden",
+        "Of these, came while prompts were computed",
+        lambda one: one.hidden_bytes,
+    ),
     ("steelyard_kv_transfer_seconds", "From reservation to the last byte, summed", lambda one: one.duration_s),
     ("steelyard_kv_carrier_fallbacks", "How often another one had to go on for it", lambda one: one.num_fallbacks),
 )

@@ -16,6 +16,7 @@ from engine.types import (
     FinishReason,
     Key,
     KvPath,
+    KvTransfer,
     Move,
     Request,
     SamplingParams,
@@ -175,14 +176,15 @@ def batch_from(message: token_pb2.TokenBatch) -> StreamBatch:
 def _carrier_to(totals: CarrierTotals) -> token_pb2.CarrierTotals:
     return token_pb2.CarrierTotals(
         carrier=totals.carrier, pulls=totals.num_pulls, bytes=totals.size_bytes, seconds=totals.duration_s,
-        fallbacks=totals.num_fallbacks, saved_bytes=totals.saved_bytes,
+        fallbacks=totals.num_fallbacks, saved_bytes=totals.saved_bytes, hidden_bytes=totals.hidden_bytes,
     )  # fmt: skip
 
 
 def _carrier_from(message: token_pb2.CarrierTotals) -> CarrierTotals:
     return CarrierTotals(
-        message.carrier, message.pulls, message.bytes, message.seconds, message.fallbacks, message.saved_bytes
-    )
+        message.carrier, message.pulls, message.bytes, message.seconds, message.fallbacks, message.saved_bytes,
+        message.hidden_bytes,
+    )  # fmt: skip
 
 
 def _path_to(path: KvPath) -> token_pb2.KvPath:
@@ -213,6 +215,7 @@ def _output_to(output: TokenOutput) -> token_pb2.TokenOutput:
         error_code=error.code, error_message=error.message, cached_tokens=output.cached_tokens,
         stages=[token_pb2.Stage(name=name, seconds=seconds) for name, seconds in output.stages],
         logprobs=map(_logprob_to, output.logprobs), prompt_logprobs=map(_logprob_to, output.prompt_logprobs),
+        transfer=None if output.transfer is None else _transfer_to(output.transfer),
     )  # fmt: skip
 
 
@@ -223,7 +226,19 @@ def _output_from(message: token_pb2.TokenOutput) -> TokenOutput:
         ErrorInfo(message.error_code, message.error_message) if message.error_code else None,
         message.cached_tokens, tuple((stage.name, stage.seconds) for stage in message.stages),
         tuple(map(_logprob_from, message.logprobs)), tuple(map(_logprob_from, message.prompt_logprobs)),
+        _transfer_from(message.transfer) if message.HasField("transfer") else None,
     )  # fmt: skip
+
+
+def _transfer_to(transfer: KvTransfer) -> token_pb2.KvTransfer:
+    return token_pb2.KvTransfer(
+        carrier=transfer.carrier, bytes=transfer.size_bytes, hidden_bytes=transfer.hidden_bytes,
+        seconds=transfer.transfer_s, exposed_seconds=transfer.exposed_s,
+    )  # fmt: skip
+
+
+def _transfer_from(message: token_pb2.KvTransfer) -> KvTransfer:
+    return KvTransfer(message.carrier, message.bytes, message.hidden_bytes, message.seconds, message.exposed_seconds)
 
 
 def _logprob_to(one: TokenLogprob) -> token_pb2.TokenLogprob:

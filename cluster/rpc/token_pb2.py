@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from cluster.rpc import request_pb2 as cluster_dot_rpc_dot_request__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x63luster/rpc/token.proto\x12\tsteelyard\x1a\x19\x63luster/rpc/request.proto\"&\n\x05Stage\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"-\n\x08TopToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"O\n\x0cTokenLogprob\x12\x0f\n\x07logprob\x18\x01 \x01(\x01\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12 \n\x03top\x18\x03 \x03(\x0b\x32\x13.steelyard.TopToken\"\xa3\x02\n\x0bTokenOutput\x12\x1b\n\x03key\x18\x01 \x01(\x0b\x32\x0e.steelyard.Key\x12\x13\n\x0b\x66irst_index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0e\n\x06\x66inish\x18\x04 \x01(\t\x12\x12\n\nerror_code\x18\x05 \x01(\t\x12\x15\n\rerror_message\x18\x06 \x01(\t\x12\x15\n\rcached_tokens\x18\x07 \x01(\r\x12 \n\x06stages\x18\x08 \x03(\x0b\x32\x10.steelyard.Stage\x12)\n\x08logprobs\x18\t \x03(\x0b\x32\x17.steelyard.TokenLogprob\x12\x30\n\x0fprompt_logprobs\x18\n \x03(\x0b\x32\x17.steelyard.TokenLogprob\"\x86\x03\n\x05Stats\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x10\n\x08num_held\x18\x03 \x01(\r\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x05 \x01(\r\x12\x19\n\x11num_cached_blocks\x18\x06 \x01(\r\x12\x17\n\x0fnum_held_blocks\x18\x07 \x01(\r\x12\x19\n\x11num_leaked_blocks\x18\x08 \x01(\r\x12\x1a\n\x12num_waiting_tokens\x18\t \x01(\r\x12\x11\n\tnum_steps\x18\n \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\x0b \x01(\x04\x12\x16\n\x0eprefix_queries\x18\x0c \x01(\x04\x12\x13\n\x0bprefix_hits\x18\r \x01(\x04\x12\x13\n\x0bhost_blocks\x18\x0e \x01(\r\x12\x14\n\x0chost_queries\x18\x0f \x01(\x04\x12\x11\n\thost_hits\x18\x10 \x01(\x04\x12\x12\n\nhost_saves\x18\x11 \x01(\x04\"#\n\rTokensRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\",\n\x05\x43hunk\x12\x12\n\nnum_before\x18\x01 \x01(\r\x12\x0f\n\x07num_new\x18\x02 \x01(\r\"i\n\x04Step\x12 \n\x06\x63hunks\x18\x01 \x03(\x0b\x32\x10.steelyard.Chunk\x12\x14\n\x0cnum_decoding\x18\x02 \x01(\r\x12\x13\n\x0bnum_context\x18\x03 \x01(\x04\x12\x14\n\x0cstep_seconds\x18\x04 \x01(\x01\"w\n\rCarrierTotals\x12\x0f\n\x07\x63\x61rrier\x18\x01 \x01(\t\x12\r\n\x05pulls\x18\x02 \x01(\x04\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12\x11\n\tfallbacks\x18\x05 \x01(\x04\x12\x13\n\x0bsaved_bytes\x18\x06 \x01(\x04\"A\n\x06KvPath\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12\x0f\n\x07\x63\x61rrier\x18\x02 \x01(\t\x12\x18\n\x10\x62ytes_per_second\x18\x03 \x01(\x01\"\xc4\x01\n\nTokenBatch\x12\'\n\x07outputs\x18\x01 \x03(\x0b\x32\x16.steelyard.TokenOutput\x12\x1f\n\x05stats\x18\x02 \x01(\x0b\x32\x10.steelyard.Stats\x12\x1e\n\x05steps\x18\x03 \x03(\x0b\x32\x0f.steelyard.Step\x12*\n\x08\x63\x61rriers\x18\x04 \x03(\x0b\x32\x18.steelyard.CarrierTotals\x12 \n\x05paths\x18\x05 \x03(\x0b\x32\x11.steelyard.KvPath2H\n\x06Tokens\x12>\n\tSubscribe\x12\x18.steelyard.TokensRequest\x1a\x15.steelyard.TokenBatch0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x63luster/rpc/token.proto\x12\tsteelyard\x1a\x19\x63luster/rpc/request.proto\"&\n\x05Stage\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"-\n\x08TopToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"O\n\x0cTokenLogprob\x12\x0f\n\x07logprob\x18\x01 \x01(\x01\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12 \n\x03top\x18\x03 \x03(\x0b\x32\x13.steelyard.TopToken\"l\n\nKvTransfer\x12\x0f\n\x07\x63\x61rrier\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x14\n\x0chidden_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12\x17\n\x0f\x65xposed_seconds\x18\x05 \x01(\x01\"\xde\x02\n\x0bTokenOutput\x12\x1b\n\x03key\x18\x01 \x01(\x0b\x32\x0e.steelyard.Key\x12\x13\n\x0b\x66irst_index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0e\n\x06\x66inish\x18\x04 \x01(\t\x12\x12\n\nerror_code\x18\x05 \x01(\t\x12\x15\n\rerror_message\x18\x06 \x01(\t\x12\x15\n\rcached_tokens\x18\x07 \x01(\r\x12 \n\x06stages\x18\x08 \x03(\x0b\x32\x10.steelyard.Stage\x12)\n\x08logprobs\x18\t \x03(\x0b\x32\x17.steelyard.TokenLogprob\x12\x30\n\x0fprompt_logprobs\x18\n \x03(\x0b\x32\x17.steelyard.TokenLogprob\x12,\n\x08transfer\x18\x0b \x01(\x0b\x32\x15.steelyard.KvTransferH\x00\x88\x01\x01\x42\x0b\n\t_transfer\"\x86\x03\n\x05Stats\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x10\n\x08num_held\x18\x03 \x01(\r\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x05 \x01(\r\x12\x19\n\x11num_cached_blocks\x18\x06 \x01(\r\x12\x17\n\x0fnum_held_blocks\x18\x07 \x01(\r\x12\x19\n\x11num_leaked_blocks\x18\x08 \x01(\r\x12\x1a\n\x12num_waiting_tokens\x18\t \x01(\r\x12\x11\n\tnum_steps\x18\n \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\x0b \x01(\x04\x12\x16\n\x0eprefix_queries\x18\x0c \x01(\x04\x12\x13\n\x0bprefix_hits\x18\r \x01(\x04\x12\x13\n\x0bhost_blocks\x18\x0e \x01(\r\x12\x14\n\x0chost_queries\x18\x0f \x01(\x04\x12\x11\n\thost_hits\x18\x10 \x01(\x04\x12\x12\n\nhost_saves\x18\x11 \x01(\x04\"#\n\rTokensRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\",\n\x05\x43hunk\x12\x12\n\nnum_before\x18\x01 \x01(\r\x12\x0f\n\x07num_new\x18\x02 \x01(\r\"i\n\x04Step\x12 \n\x06\x63hunks\x18\x01 \x03(\x0b\x32\x10.steelyard.Chunk\x12\x14\n\x0cnum_decoding\x18\x02 \x01(\r\x12\x13\n\x0bnum_context\x18\x03 \x01(\x04\x12\x14\n\x0cstep_seconds\x18\x04 \x01(\x01\"\x8d\x01\n\rCarrierTotals\x12\x0f\n\x07\x63\x61rrier\x18\x01 \x01(\t\x12\r\n\x05pulls\x18\x02 \x01(\x04\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12\x11\n\tfallbacks\x18\x05 \x01(\x04\x12\x13\n\x0bsaved_bytes\x18\x06 \x01(\x04\x12\x14\n\x0chidden_bytes\x18\x07 \x01(\x04\"A\n\x06KvPath\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12\x0f\n\x07\x63\x61rrier\x18\x02 \x01(\t\x12\x18\n\x10\x62ytes_per_second\x18\x03 \x01(\x01\"\xc4\x01\n\nTokenBatch\x12\'\n\x07outputs\x18\x01 \x03(\x0b\x32\x16.steelyard.TokenOutput\x12\x1f\n\x05stats\x18\x02 \x01(\x0b\x32\x10.steelyard.Stats\x12\x1e\n\x05steps\x18\x03 \x03(\x0b\x32\x0f.steelyard.Step\x12*\n\x08\x63\x61rriers\x18\x04 \x03(\x0b\x32\x18.steelyard.CarrierTotals\x12 \n\x05paths\x18\x05 \x03(\x0b\x32\x11.steelyard.KvPath2H\n\x06Tokens\x12>\n\tSubscribe\x12\x18.steelyard.TokensRequest\x1a\x15.steelyard.TokenBatch0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,22 +38,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOPTOKEN']._serialized_end=150
   _globals['_TOKENLOGPROB']._serialized_start=152
   _globals['_TOKENLOGPROB']._serialized_end=231
-  _globals['_TOKENOUTPUT']._serialized_start=234
-  _globals['_TOKENOUTPUT']._serialized_end=525
-  _globals['_STATS']._serialized_start=528
-  _globals['_STATS']._serialized_end=918
-  _globals['_TOKENSREQUEST']._serialized_start=920
-  _globals['_TOKENSREQUEST']._serialized_end=955
-  _globals['_CHUNK']._serialized_start=957
-  _globals['_CHUNK']._serialized_end=1001
-  _globals['_STEP']._serialized_start=1003
-  _globals['_STEP']._serialized_end=1108
-  _globals['_CARRIERTOTALS']._serialized_start=1110
-  _globals['_CARRIERTOTALS']._serialized_end=1229
-  _globals['_KVPATH']._serialized_start=1231
-  _globals['_KVPATH']._serialized_end=1296
-  _globals['_TOKENBATCH']._serialized_start=1299
-  _globals['_TOKENBATCH']._serialized_end=1495
-  _globals['_TOKENS']._serialized_start=1497
-  _globals['_TOKENS']._serialized_end=1569
+  _globals['_KVTRANSFER']._serialized_start=233
+  _globals['_KVTRANSFER']._serialized_end=341
+  _globals['_TOKENOUTPUT']._serialized_start=344
+  _globals['_TOKENOUTPUT']._serialized_end=694
+  _globals['_STATS']._serialized_start=697
+  _globals['_STATS']._serialized_end=1087
+  _globals['_TOKENSREQUEST']._serialized_start=1089
+  _globals['_TOKENSREQUEST']._serialized_end=1124
+  _globals['_CHUNK']._serialized_start=1126
+  _globals['_CHUNK']._serialized_end=1170
+  _globals['_STEP']._serialized_start=1172
+  _globals['_STEP']._serialized_end=1277
+  _globals['_CARRIERTOTALS']._serialized_start=1280
+  _globals['_CARRIERTOTALS']._serialized_end=1421
+  _globals['_KVPATH']._serialized_start=1423
+  _globals['_KVPATH']._serialized_end=1488
+  _globals['_TOKENBATCH']._serialized_start=1491
+  _globals['_TOKENBATCH']._serialized_end=1687
+  _globals['_TOKENS']._serialized_start=1689
+  _globals['_TOKENS']._serialized_end=1761
 # @@protoc_insertion_point(module_scope)

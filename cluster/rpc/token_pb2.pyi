@@ -33,8 +33,22 @@ class TokenLogprob(_message.Message):
     top: _containers.RepeatedCompositeFieldContainer[TopToken]
     def __init__(self, logprob: _Optional[float] = ..., rank: _Optional[int] = ..., top: _Optional[_Iterable[_Union[TopToken, _Mapping]]] = ...) -> None: ...
 
+class KvTransfer(_message.Message):
+    __slots__ = ("carrier", "bytes", "hidden_bytes", "seconds", "exposed_seconds")
+    CARRIER_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    EXPOSED_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    carrier: str
+    bytes: int
+    hidden_bytes: int
+    seconds: float
+    exposed_seconds: float
+    def __init__(self, carrier: _Optional[str] = ..., bytes: _Optional[int] = ..., hidden_bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., exposed_seconds: _Optional[float] = ...) -> None: ...
+
 class TokenOutput(_message.Message):
-    __slots__ = ("key", "first_index", "token_ids", "finish", "error_code", "error_message", "cached_tokens", "stages", "logprobs", "prompt_logprobs")
+    __slots__ = ("key", "first_index", "token_ids", "finish", "error_code", "error_message", "cached_tokens", "stages", "logprobs", "prompt_logprobs", "transfer")
     KEY_FIELD_NUMBER: _ClassVar[int]
     FIRST_INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -45,6 +59,7 @@ class TokenOutput(_message.Message):
     STAGES_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_FIELD_NUMBER: _ClassVar[int]
     key: _request_pb2.Key
     first_index: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -55,7 +70,8 @@ class TokenOutput(_message.Message):
     stages: _containers.RepeatedCompositeFieldContainer[Stage]
     logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprob]
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprob]
-    def __init__(self, key: _Optional[_Union[_request_pb2.Key, _Mapping]] = ..., first_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish: _Optional[str] = ..., error_code: _Optional[str] = ..., error_message: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[Stage, _Mapping]]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ...) -> None: ...
+    transfer: KvTransfer
+    def __init__(self, key: _Optional[_Union[_request_pb2.Key, _Mapping]] = ..., first_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish: _Optional[str] = ..., error_code: _Optional[str] = ..., error_message: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[Stage, _Mapping]]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., transfer: _Optional[_Union[KvTransfer, _Mapping]] = ...) -> None: ...
 
 class Stats(_message.Message):
     __slots__ = ("num_running", "num_waiting", "num_held", "num_blocks", "num_free_blocks", "num_cached_blocks", "num_held_blocks", "num_leaked_blocks", "num_waiting_tokens", "num_steps", "num_preemptions", "prefix_queries", "prefix_hits", "host_blocks", "host_queries", "host_hits", "host_saves")
@@ -122,20 +138,22 @@ class Step(_message.Message):
     def __init__(self, chunks: _Optional[_Iterable[_Union[Chunk, _Mapping]]] = ..., num_decoding: _Optional[int] = ..., num_context: _Optional[int] = ..., step_seconds: _Optional[float] = ...) -> None: ...
 
 class CarrierTotals(_message.Message):
-    __slots__ = ("carrier", "pulls", "bytes", "seconds", "fallbacks", "saved_bytes")
+    __slots__ = ("carrier", "pulls", "bytes", "seconds", "fallbacks", "saved_bytes", "hidden_bytes")
     CARRIER_FIELD_NUMBER: _ClassVar[int]
     PULLS_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     FALLBACKS_FIELD_NUMBER: _ClassVar[int]
     SAVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_BYTES_FIELD_NUMBER: _ClassVar[int]
     carrier: str
     pulls: int
     bytes: int
     seconds: float
     fallbacks: int
     saved_bytes: int
-    def __init__(self, carrier: _Optional[str] = ..., pulls: _Optional[int] = ..., bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., fallbacks: _Optional[int] = ..., saved_bytes: _Optional[int] = ...) -> None: ...
+    hidden_bytes: int
+    def __init__(self, carrier: _Optional[str] = ..., pulls: _Optional[int] = ..., bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., fallbacks: _Optional[int] = ..., saved_bytes: _Optional[int] = ..., hidden_bytes: _Optional[int] = ...) -> None: ...
 
 class KvPath(_message.Message):
     __slots__ = ("peer", "carrier", "bytes_per_second")

@@ -143,9 +143,9 @@ class Transfer:
     target_ids: tuple[int, ...]
     ended: list[Key]
 
-    def compute(self, num_tokens: int) -> None:
-        """The next chunk of the prompt is stored, up to here."""
-        self.outbox.progress(self.lease.key, self.source_ids[: num_tokens // LAYOUT.block_size])
+    def compute(self, num_tokens: int, num_layers: int | None = None) -> None:
+        """The next chunk of the prompt is stored, up to here; with `num_layers` so many of its layers are."""
+        self.outbox.progress(self.lease.key, self.source_ids[: num_tokens // LAYOUT.block_size], num_layers)
 
     def commit(self, handoff: HandOff | None = None) -> None:
         data = (handoff or handoff_of(self.num_tokens)).encode()

@@ -73,8 +73,9 @@ async def test_blocks_cross_a_real_link(case: Transfer) -> None:
     async with serve(case) as served:
         pull = asyncio.ensure_future(served.pull())
         for computed in range(4, case.num_tokens, 4):
-            await asyncio.sleep(0.005)
-            case.compute(computed)
+            for num_layers in (1, 2, None):
+                await asyncio.sleep(0.002)
+                case.compute(computed, num_layers)
         case.commit()
         assert (await pull).num_resumes == 0
         assert all(case.arrived())

@@ -102,8 +102,9 @@ async def test_blocks_are_copied_out_of_the_producers_pool_while_it_computes(cas
     async with serve(case) as served:
         pull = asyncio.ensure_future(served.pull())
         for computed in range(4, case.num_tokens, 4):
-            await asyncio.sleep(0.005)
-            case.compute(computed)
+            for num_layers in (1, 2, None):
+                await asyncio.sleep(0.002)
+                case.compute(computed, num_layers)
         case.commit()
         pulled = await pull
         assert (pulled.carrier, pulled.num_resumes) == ("shm", 0)
