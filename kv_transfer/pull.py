@@ -91,12 +91,12 @@ class Puller:
         raise AssertionError("the last try returns or raises")
 
     def _pulled(self, handoff: HandOff | None, num_resumes: int) -> Pulled:
-        """The COMMIT has just come. When the first token was sampled is known by the producer's clock, counted from the
-        first frame, whose own way is neglected."""
+        """The COMMIT has just come. When the first token was sampled is known by the producer's clock, counted from
+        when the first frame had left: its arrival here is taken for that."""
         now, saved_bytes = self._now(), int(self._is_present.sum()) * self._layout.bytes_per_block
         begun = self._arrivals[0][0] if self._arrivals else now
         hidden_s = min(max(0.0, handoff.overlap_s if handoff else 0.0), now - begun)
-        hidden_bytes = max([total for at, total in self._arrivals if hidden_s and at <= begun + hidden_s], default=0)
+        hidden_bytes = max([total for at, total in self._arrivals if at < begun + hidden_s], default=0)
         return Pulled(
             handoff, self._size_bytes, len(self._digests), num_resumes, self._carrier.name, saved_bytes, hidden_bytes,
             now - begun, now - begun - hidden_s,

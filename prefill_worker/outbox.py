@@ -48,7 +48,7 @@ class _Entry:
     cut: Stored = NOTHING  # what is in frames or with the owner
     frames: list[FrameSpec] = field(default_factory=list)
     digests: list[int] = field(default_factory=list)  # of the frames read so far
-    first_read: float | None = None  # when the first of them was
+    first_left: float | None = None  # when the first of them was taken by what carries it
     handoff: bytes | None = None
     ended: bool = False
     news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -108,7 +108,7 @@ class Outbox:
     def overlap_s(self, key: Key) -> float:
         """For how long frames have been leaving by now; 0 if none has."""
         entry = self._entries.get(key)
-        return 0.0 if entry is None or entry.first_read is None else self._now() - entry.first_read
+        return 0.0 if entry is None or entry.first_left is None else self._now() - entry.first_left
 
     def close(self, key: Key) -> None:
         """The producer takes the entry back (the request has ended). Closing an unknown key is no error."""
@@ -161,9 +161,9 @@ class Outbox:
         while True:
             news = entry.news
             while index < len(entry.frames) and not entry.ended:
-                entry.first_read = self._now() if entry.first_read is None else entry.first_read
                 stop = min(index + at_once, len(entry.frames))
                 yield range(index, stop)
+                entry.first_left = self._now() if entry.first_left is None else entry.first_left
                 index = stop
             if entry.ended:
                 raise LeaseLost(f"the lease on {entry.lease.key} has ended")

@@ -176,7 +176,7 @@ class Served:
         return Endpoint(self.member.worker_id, self.member.incarnation, self.member.address, self.member.cohort)
 
 
-TRANSFERS = TransferReport((CarrierTotals("shm", 3, 2**40, 0.5, 1, 2**41),), (KvPath("p0", "shm", 1e10),))
+TRANSFERS = TransferReport((CarrierTotals("shm", 3, 2**40, 0.5, 1, 2**41, 2**39),), (KvPath("p0", "shm", 1e10),))
 
 
 @asynccontextmanager

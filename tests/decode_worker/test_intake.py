@@ -23,6 +23,7 @@ from engine.types import (
     FinishReason,
     Key,
     KvPath,
+    KvTransfer,
     Release,
     Reserve,
     Reserved,
@@ -171,8 +172,10 @@ async def test_an_offer_is_reserved_pulled_adopted_and_released() -> None:
         assert h.intake.num_pulls == 0
         (output,) = h.turn(TokenOutput(KEY, 1, (8,)))
         assert [name for name, _ in output.stages] == ["transfer", "decode_start"]
+        assert output.transfer is not None
+        assert output.transfer.size_bytes == len(h.case.target_ids) * LAYOUT.bytes_per_block
         (second,) = h.turn(TokenOutput(KEY, 2, (9,), FinishReason.LENGTH))
-        assert second.stages == ()
+        assert (second.stages, second.transfer) == ((), None)
         assert h.is_clean()
 
 
@@ -523,6 +526,21 @@ async def test_totals_count_what_was_pulled() -> None:
         assert (totals.num_pulls, totals.num_failed, totals.num_resumes) == (1, 0, 1)
         assert totals.size_bytes == len(h.case.target_ids) * LAYOUT.bytes_per_block
         assert totals.duration_s == pytest.approx(2.0 + FIRST_PAUSE_S, abs=0.06)
+
+
+@in_virtual_time
+async def test_what_came_while_the_prompt_was_computed_is_told_to_the_gateway_and_counted() -> None:
+    with house() as h:
+        await h.begin()
+        h.case.compute(8)
+        await asyncio.sleep(3)
+        h.case.commit(replace(handoff_of(NUM_TOKENS), overlap_s=h.case.outbox.overlap_s(KEY)))
+        await asyncio.sleep(1)
+        (output,) = h.turn(TokenOutput(KEY, 1, (8,)))
+        size_bytes, hidden_bytes = (count * LAYOUT.bytes_per_block for count in (len(h.case.target_ids), 2))
+        assert output.transfer == KvTransfer("link", size_bytes, hidden_bytes, 3.0, 0.0)
+        (carrier,) = h.streams.transfers.totals
+        assert (carrier.size_bytes, carrier.hidden_bytes) == (size_bytes, hidden_bytes)
 
 
 @in_virtual_time

@@ -34,7 +34,7 @@ def handoffs(draw: st.DrawFn) -> HandOff:
     siblings = draw(st.lists(st.tuples(keys, st.integers(0, 2**31), IDS), max_size=3))
     found = tuple(request.sibling(*one) for one in siblings)
     usable = tuple(one for one in found if computed < one.num_tokens)
-    return HandOff(request, computed, draw(st.integers(0, 2**31)), draw(st.text()), stages, usable)
+    return HandOff(request, computed, draw(st.integers(0, 2**31)), draw(st.text()), stages, usable, draw(FLOATS))
 
 
 def parts_of(handoff: HandOff) -> list[list]:

@@ -27,7 +27,7 @@ from engine.types import (
     Submission,
     TokenOutput,
 )
-from kv_transfer.frames import Commit
+from kv_transfer.frames import Commit, Frame
 from kv_transfer.handoff import HandOff
 from kv_transfer.lease import Lease, Offer
 from prefill_worker.outbox import Outbox
@@ -196,6 +196,26 @@ async def test_a_request_is_added_offered_published_committed_and_released_in_th
         assert h.sent[1:] == [Release(KEY)]
         assert [output.token_ids for output in await h.told()] == [(42,)]
         assert h.is_clean()
+
+
+@in_virtual_time
+async def test_the_hand_off_says_for_how_long_its_blocks_had_been_leaving() -> None:
+    with house() as h:
+        h.submit()
+        h.turn(Progress(KEY, 0, ()))
+        await settle()
+        h.peers.accept()
+        h.turn(Progress(KEY, 0, BLOCKS, num_layers=1))
+
+        async def pull() -> list[Frame | Commit]:
+            return [message async for message in h.outbox.messages(h.lease, 0)]
+
+        pulling = asyncio.ensure_future(pull())
+        await asyncio.sleep(3)
+        h.turn(TokenOutput(KEY, 0, (42,)), Progress(KEY, 10, BLOCKS, done=True))
+        *_, commit = await pulling
+        assert isinstance(commit, Commit)
+        assert HandOff.decode(commit.handoff).overlap_s == 3.0
 
 
 @in_virtual_time

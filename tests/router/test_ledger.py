@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from engine.types import Key, KvTransfer, TokenOutput
 from router.ledger import Ledger
 
 
@@ -36,6 +37,22 @@ def test_stages_add_up_to_the_whole() -> None:
     ledger.add_stages((("decode", 0.25),))
     ledger.close(3.0)
     assert ledger.stages == (("prefill", 1.0), ("transfer", 0.5), ("decode", 0.5), ("unattributed", 1.0))
+
+
+def test_the_last_transfer_counts_and_an_output_without_one_takes_it_away_from_nobody() -> None:
+    ledger, key = Ledger(0.0), Key("r", 0)
+    assert ledger.transfer is None
+    for size_bytes in (10, 20):
+        transfer = KvTransfer("shm", size_bytes, 5, 1.0, 0.5)
+        ledger.take(TokenOutput(key, 1, (7,), stages=(("decode", 0.25),), transfer=transfer))
+        ledger.take(TokenOutput(key, 2, (8,)))
+    assert ledger.transfer == KvTransfer("shm", 20, 5, 1.0, 0.5)
+    assert KvTransfer("shm", 20, 5, 1.0, 0.5).hidden_share == 0.25
+    assert ledger.stages[0] == ("decode", 0.5)
+
+
+def test_of_a_transfer_that_had_nothing_to_move_all_was_hidden() -> None:
+    assert KvTransfer("shm", 0, 0, 0.0, 0.0).hidden_share == 1.0
 
 
 def test_overlapping_stages_leave_nothing_unattributed() -> None:
