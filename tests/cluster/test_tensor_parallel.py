@@ -23,7 +23,7 @@ def overrides(model: Path, prefill: int, decode: int, carrier: str) -> dict[str,
     return {
         "model.name": str(model), "kv_transfer.carrier": carrier, "engine.num_blocks": 512,
         "pools.prefill.tensor_parallel": prefill, "pools.decode.tensor_parallel": decode,
-        "model.max_context": 2048,
+        "model.max_context": 2048, "kv_transfer.layer_group_bytes": 1,
     }  # fmt: skip
 
 
