@@ -29,6 +29,7 @@ from engine.types import (
     FinishReason,
     Key,
     KvPath,
+    KvTransfer,
     Request,
     Role,
     SamplingParams,
@@ -66,6 +67,7 @@ OUTPUTS = st.builds(
     TokenOutput, KEYS, U32, IDS, st.none() | st.sampled_from(FinishReason),
     st.none() | st.builds(ErrorInfo, st.text(min_size=1), TEXT), U32,
     st.lists(st.tuples(TEXT, FLOATS), max_size=3).map(tuple), TOKEN_LOGPROBS, TOKEN_LOGPROBS,
+    st.none() | st.builds(KvTransfer, TEXT, U64, U64, FLOATS, FLOATS),
 )  # fmt: skip
 CHUNKS = st.lists(st.builds(Chunk, U32, U32), max_size=3).map(tuple)
 STEPS = st.builds(StepRecord, st.builds(StepShape, CHUNKS, U32, U64), FLOATS)

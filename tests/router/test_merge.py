@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import WorkerLost
-from engine.types import FinishReason, Key, TokenLogprob, TokenOutput
+from engine.types import FinishReason, Key, KvTransfer, TokenLogprob, TokenOutput
 from router.merge import MAX_MERGED_TOKENS, Backlog, merge
 
 KEY = Key("r", 0)
@@ -41,6 +41,12 @@ def test_the_prompts_logprobs_are_kept() -> None:
     scored = (TokenLogprob(-1.0, 2, ((5, -0.5),)),)
     first = TokenOutput(KEY, 0, (7,), prompt_logprobs=scored)
     assert merge([first, TokenOutput(KEY, 1, (8,))]).prompt_logprobs == scored
+
+
+def test_the_transfer_that_one_of_them_tells_of_is_kept() -> None:
+    transfer = KvTransfer("shm", 10, 5, 1.0, 0.5)
+    outputs = [TokenOutput(KEY, 0, (7,)), TokenOutput(KEY, 1, (8,), transfer=transfer), TokenOutput(KEY, 2, (9,))]
+    assert merge(outputs).transfer == transfer
 
 
 def test_a_gap_or_another_epoch_is_never_merged() -> None:

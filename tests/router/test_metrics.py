@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from dataclasses import replace
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.errors import Overloaded, WorkerLost
+from engine.types import FinishReason, KvTransfer, Request, TokenOutput
 from tests.router.fakes import (
     CHAT,
     COMPLETIONS,
@@ -17,6 +19,7 @@ from tests.router.fakes import (
     fail,
     healthy,
     make_client,
+    output,
     worker,
 )
 
@@ -55,6 +58,18 @@ async def test_finished_requests_are_counted_under_the_names_that_dashboards_kno
     assert value(samples, "steelyard_handoff_gap_seconds_count", model_name=MODEL) == 2
     for stage in ("prepare", "decode", "unattributed"):
         assert value(samples, "steelyard_stage_seconds_count", stage=stage) == 2
+
+
+async def test_a_transfer_is_counted_under_its_carrier() -> None:
+    async def handed_off(request: Request) -> AsyncIterator[TokenOutput]:
+        yield output(request, 0, (97,))
+        yield replace(output(request, 1, (98,)), transfer=KvTransfer("shm", 100, 75, 2.0, 0.5))
+        yield output(request, 2, (99,), FinishReason.LENGTH)
+
+    samples = await scrape(FakeGenerator(handed_off), completion(), completion(stream=True))
+    for name, total in (("request_seconds", 4.0), ("exposed_seconds", 1.0), ("hidden_ratio", 1.5)):
+        for end, wanted in (("count", 2), ("sum", total)):
+            assert value(samples, f"steelyard_kv_transfer_{name}_{end}", model_name=MODEL, carrier="shm") == wanted
 
 
 async def test_refused_requests_are_counted_by_code_only() -> None:
