@@ -14,6 +14,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from engine.engine import ModelRunner
+from engine.layer_groups import LayersStored
 from engine.scheduler import Batch, Scheduled
 from engine.types import Key, Sampled
 
@@ -89,8 +90,8 @@ class CountedRunner:
         self._runner = runner
         self._recomputation = recomputation
 
-    def execute(self, batch: Batch) -> list[Sampled]:
+    def execute(self, batch: Batch, stored: LayersStored | None = None) -> list[Sampled]:
         for item in batch.scheduled:
             if not item.sequence.is_decoding:
                 self._recomputation.computed(item)
-        return self._runner.execute(batch)
+        return self._runner.execute(batch, stored)
