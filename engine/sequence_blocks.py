@@ -223,7 +223,9 @@ class SequenceBlocks:
             self.prefix_hits += sequence.computed
 
     def _set_computed(self, source: Sequence, fork: Sequence) -> None:
-        fork.computed, fork.num_named, fork.hashes = source.computed, source.num_named, [*source.hashes]
+        """What is not computed yet may differ between the two, and with it the names."""
+        fork.computed, fork.num_named = source.computed, source.num_named
+        fork.hashes = source.hashes[: source.computed // self._block_size]
 
     def _forget_copies(self, targets: TokenIds[int]) -> None:
         """Those to these blocks shall not be made any more."""

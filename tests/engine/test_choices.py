@@ -242,6 +242,19 @@ def test_a_hand_off_carries_all_answers_at_once(config: Any, length: int) -> Non
     target.check_idle()
 
 
+@pytest.mark.parametrize("num_blocks", range(9, 14))
+def test_an_answer_that_was_handed_over_and_preempted_finds_no_block_of_another(num_blocks: int) -> None:
+    """The first token ends a block: from there on the answers' blocks have different names."""
+    source, target = driven(), driven(num_blocks=num_blocks)
+    asked = answers(random_prompt(CONFIG, 11, 6), 4)
+    handed = hand_over(source, target, asked)
+    target.run()
+    assert target.engine.stats().num_preemptions > 0
+    wanted = alone(CONFIG, asked)
+    assert {one.key: [*one.generated_ids, *target.tokens[one.key]] for one in handed} == wanted
+    target.check_idle()
+
+
 def test_a_hand_off_leaves_out_answers_that_have_ended_even_the_one_that_names_it() -> None:
     prompt = random_prompt(CONFIG, 10, 1)
     firsts = alone(CONFIG, answers(prompt, 5, 1))
