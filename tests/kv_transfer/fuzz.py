@@ -56,7 +56,7 @@ SIBLING = handoff_of(5).request.sibling(Key("s", 0), 1, (8,))
 HANDOFFS = [
     handoff_of(5).encode(),
     handoff_of(40).encode(),
-    replace(handoff_of(5), siblings=(SIBLING,), stages=(("prefill", 0.5),)).encode(),
+    replace(handoff_of(5), siblings=(SIBLING,), stages=(("prefill", 0.5),), overlap_s=0.5).encode(),
 ]
 REQUESTS = [
     _pack((_lease("r"),), 0),
