@@ -19,8 +19,8 @@ from typing import Protocol
 from engine.block_manager import BlockManager, Holder, HolderKind
 from engine.block_table import BlockTable, first_needed, num_blocks_for, transfer_entries
 from engine.host_tier import HostTier, TierStats
-from engine.moves import Moves
 from engine.layer_groups import WHOLE_STEPS, LayerGroups, LayerNews, LayersStored
+from engine.moves import Moves
 from engine.planes import Group
 from engine.prefix import group_name
 from engine.reservation import Held, names_here, num_taken, reserve_entries, take
