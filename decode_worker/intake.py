@@ -256,9 +256,10 @@ class Intake:
 
     def _adopt(self, arrival: _Arrival, pulled: Pulled) -> None:
         arrival.committed = self._now()
-        arrival.transfer = KvTransfer(
-            pulled.carrier, pulled.size_bytes, pulled.hidden_bytes, pulled.transfer_s, pulled.exposed_s
-        )
+        if not arrival.offer.moving:  # of that the gateway measures the pause
+            arrival.transfer = KvTransfer(
+                pulled.carrier, pulled.size_bytes, pulled.hidden_bytes, pulled.transfer_s, pulled.exposed_s
+            )
         self.totals = self.totals.with_pull(pulled, arrival.committed - arrival.begun)
         self._report()
         assert pulled.handoff is not None, "only loans come without"
