@@ -114,6 +114,11 @@ def _conflicts(config: ClusterConfig) -> Iterator[str]:
             f"model.max_context: {context} tokens do not fit in engine.num_blocks x engine.block_size = {capacity}; "
             f"use num_blocks: {math.ceil(context / engine.block_size)} or more"
         )
+    if "dist" in config.kv_transfer.carriers and config.rpc.tls.ca_file is not None:
+        yield (
+            f"kv_transfer.carrier: {config.kv_transfer.carrier} would send KV in plain text beside rpc.tls; "
+            f"use auto, grpc or shm"
+        )
     for name, pool in (("prefill", config.pools.prefill), ("decode", config.pools.decode)):
         if engine.device == "cuda" and pool.num_gpus < 1:
             yield f"pools.{name}.num_gpus: engine.device is cuda, so every rank needs at least 1, got {pool.num_gpus:g}"

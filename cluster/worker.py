@@ -22,11 +22,14 @@ from cluster.sides import Cache, Links, WorkerSides
 from cluster.spec import WorkerSpec
 from engine.errors import WorkerLost
 from engine.pool import BlockBytes, SharedPool
-from engine.rank_pools import RankPools, worker_pool
+from engine.rank_pools import RankPools, pools_of, worker_pool
 from engine.setup import EngineSetup, plan_engine
 from engine.step_runner import ProcessStepRunner, StepRunner, ThreadStepRunner
 from engine.types import Endpoint
 from kv_transfer.carriers.choice import ChosenCarriers
+from kv_transfer.carriers.dist.movers import Movers
+from kv_transfer.carriers.dist.records import MoverSetup
+from kv_transfer.carriers.dist.service import DistService
 from kv_transfer.carriers.door import PoolDoor
 from kv_transfer.carriers.sample import Sample
 from router.membership import Member
@@ -44,6 +47,7 @@ class Worker:
         self._serving: asyncio.Task[None] | None = None
         self._failure: asyncio.Future[str] | None = None
         self._door: PoolDoor | None = None
+        self._movers: Movers | None = None
 
     # --- life ----------------------------------------------------------------------------------------------
 
@@ -59,7 +63,11 @@ class Worker:
         self._channels = Channels(self._secret, tls)
         spec = self._spec
         token = call_token(self._secret)
-        self._carriers = ChosenCarriers(self._channels, setup.layout, token, self._config.kv_transfer)
+        self._sample = Sample()
+        if "dist" in self._config.kv_transfer.carriers:
+            self._movers = Movers(self._mover_setup(setup), self._block_bytes, self._sample)
+            self._movers.begin()
+        self._carriers = ChosenCarriers(self._channels, setup.layout, token, self._config.kv_transfer, self._movers)
         self._server = WorkerServer(self._secret, spec.incarnation, tls)
         me = Endpoint(spec.worker_id, spec.incarnation, self._server.bind(spec.host), setup.cohort)
         self._sides = WorkerSides(
@@ -71,10 +79,10 @@ class Worker:
             self._config,
             new_secret=lambda: secrets.token_hex(16),
         )
-        self._sample = Sample()
         if isinstance(self._block_bytes, SharedPool | RankPools):
             self._door = PoolDoor(self._block_bytes, self._sample.fd, token, spec.incarnation)
-        await self._server.start(self._sides, self._sides.outbox, self._sample)
+        dist = DistService(self._sides.outbox, self._movers) if self._movers is not None else None
+        await self._server.start(self._sides, self._sides.outbox, self._sample, dist)
         self._serving = asyncio.create_task(self._serve())
         return self._sides.member
 
@@ -94,6 +102,8 @@ class Worker:
             await self._door.close()
         await self._carriers.close()
         await self._channels.close()
+        if self._movers is not None:
+            await self._movers.stop()
         self._sample.close()
         await self._runner.stop()
         if self._pool is not None:
@@ -118,6 +128,16 @@ class Worker:
         built = await asyncio.to_thread(build_engine, setup, pool)
         self._block_bytes = pool or built.cache
         return ThreadStepRunner(built.engine, built.runner), None  # the tensors keep the memory
+
+    def _mover_setup(self, setup: EngineSetup) -> MoverSetup:
+        """The worker's patience with its mover is shorter than a pull's with the worker."""
+        pool, transfer = self._block_bytes, self._config.kv_transfer
+        num_pools = len(pools_of(pool)) if isinstance(pool, SharedPool | RankPools) else 0
+        frame_bytes = max(transfer.frame_bytes, *(plane.bytes_per_block for plane in setup.layout.planes))
+        return MoverSetup(
+            setup.layout, setup.spec.num_blocks, num_pools, self._spec.host, self._config.engine.device, frame_bytes,
+            transfer.pull_timeout_s / 2,
+        )  # fmt: skip
 
     async def _serve(self) -> None:
         """Whatever ends the sides ends this incarnation: a worker that only seems to live would be worse."""

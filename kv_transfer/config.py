@@ -14,8 +14,10 @@ MAX_FRAME_BYTES = 3 * 2**20  # gRPC refuses messages over 4 MiB; the rest is roo
 class TransferConfig(StrictModel):
     """How KV blocks move from one worker to another."""
 
-    carrier: Literal["auto", "grpc", "shm"] = Field(
-        default="auto", description="what carries the bytes; auto: what was measured to be fastest between two workers"
+    carrier: Literal["auto", "all", "grpc", "shm", "dist"] = Field(
+        default="auto",
+        description="what carries the bytes; auto: the fastest of grpc and shm, as measured between two workers; "
+        "all: of dist, too",
     )
     min_gb_per_s: float = Field(
         default=0.0, ge=0, description="a carrier that was measured to be slower is not used between these two workers"
@@ -29,6 +31,11 @@ class TransferConfig(StrictModel):
     )  # fmt: skip
     pull_timeout_s: float = Field(default=30.0, gt=0, description="a pull that moves no frame for this long has failed")
     digests: bool = Field(default=True, description="each frame carries a digest that the reader checks")
+
+    @property
+    def carriers(self) -> tuple[str, ...]:
+        """Those that may be used."""
+        return {"auto": ("grpc", "shm"), "all": ("grpc", "shm", "dist")}.get(self.carrier, (self.carrier,))
 
     @model_validator(mode="after")
     def _survives_a_lost_heartbeat(self) -> TransferConfig:

@@ -133,13 +133,20 @@ def encode(message: Frame | Place | Commit) -> bytes:
             _MAGIC, _KIND_COMMIT, 0, 0, 0, 0, 0, 0, message.num_frames, message.digest, len(message.handoff)
         )
         return header + message.handoff
-    spec = message.spec
-    kind, body = (_KIND_FRAME, message.payload) if isinstance(message, Frame) else (_KIND_PLACE, _ids(message))
-    header = _HEADER.pack(
-        _MAGIC, kind, 0, spec.plane, spec.layers.start, spec.layers.stop, spec.blocks.start, spec.blocks.stop,
-        message.index, message.digest, len(body),
+    if isinstance(message, Frame):
+        return b"".join(
+            (frame_header(message.index, message.spec, message.digest, len(message.payload)), message.payload)
+        )
+    body = _ids(message)
+    return frame_header(message.index, message.spec, message.digest, len(body), _KIND_PLACE) + body
+
+
+def frame_header(index: int, spec: FrameSpec, digest: int, size_bytes: int, kind: int = _KIND_FRAME) -> bytes:
+    """What stands before a payload of so many bytes."""
+    return _HEADER.pack(
+        _MAGIC, kind, 0, spec.plane, spec.layers.start, spec.layers.stop, spec.blocks.start, spec.blocks.stop, index,
+        digest, size_bytes,
     )  # fmt: skip
-    return b"".join((header, body))
 
 
 def decode(data: Buffer) -> Frame | Place | Commit:

@@ -174,6 +174,7 @@ LOCAL_PIPES = (
     "engine/step_runner.py",
     "engine/process.py",
     "engine/follower.py",
+    "kv_transfer/carriers/dist/pipe.py",
 )  # between a parent and its own child: sockets, pickle
 MODEL_FETCHER = "engine/models/fetch.py"  # before an engine starts; imports its HTTP client when it needs it
 
@@ -213,7 +214,7 @@ SIMULATED = (
     "engine/scheduler.py", "engine/engine.py", "engine/prefix*.py", "engine/streams.py", "cluster/sides.py",
     "kv_transfer/*", "prefill_worker/*", "decode_worker/*", "router/*", "cluster/simulator/*",
 )  # fmt: skip
-REAL = tuple(f"kv_transfer/carriers/{name}*.py" for name in ("grpc", "shm", "door", "sample"))
+REAL = tuple(f"kv_transfer/carriers/{name}*.py" for name in ("grpc", "shm", "dist", "door", "sample"))
 
 CLOCKS = ("time", "threading", "random", "uuid", "secrets", "numpy.random")
 CLOCK_CALLS = (

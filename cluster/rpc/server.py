@@ -17,6 +17,7 @@ from engine.errors import SteelyardError
 from engine.streams import StreamBatch
 from engine.types import Key, Move, Submission
 from kv_transfer.carrier import Producer
+from kv_transfer.carriers.dist.service import DistService, dist_handler
 from kv_transfer.carriers.grpc import kv_handler
 from kv_transfer.carriers.sample import Sample
 from kv_transfer.carriers.status import abort_with
@@ -127,12 +128,16 @@ class WorkerServer:
             port = self._server.add_secure_port(f"{host}:0", self._credentials)
         return f"{host}:{port}"
 
-    async def start(self, worker: WorkerCalls, producer: Producer, sample: Sample) -> None:
+    async def start(
+        self, worker: WorkerCalls, producer: Producer, sample: Sample, dist: DistService | None = None
+    ) -> None:
         """Begin to answer."""
         request_pb2_grpc.add_RequestsServicer_to_server(_Requests(worker), self._server)
         token_pb2_grpc.add_TokensServicer_to_server(_Tokens(worker), self._server)
         control_pb2_grpc.add_ControlServicer_to_server(_Control(worker), self._server)
         self._server.add_generic_rpc_handlers((kv_handler(producer, sample),))
+        if dist is not None:
+            self._server.add_generic_rpc_handlers((dist_handler(dist),))
         await self._server.start()
 
     async def stop(self) -> None:

@@ -1,11 +1,13 @@
 """The choice of a carrier, for each pair of workers: measured at first contact, fastest first, with a way back.
 
 1. at the first lease of a producer's life its paths are measured with the sample: grpc always, shm where the producer's
-   pool can be mapped. What is too slow (`min_gb_per_s`), or fails, is not used; the log says which and why;
+   pool can be mapped, dist over a link between two movers where the configuration wants it. What is too slow
+   (`min_gb_per_s`), or fails, is not used; the log says which and why;
 2. a pull takes the fastest. What fails is tried once more, then the next one goes on at the frame that is missing, and
-   the log and the totals say so; the failed one is left alone until the pair is measured anew;
-3. a pair that was idle for IDLE_S, or whose producer has begun a new life, is forgotten, and what was mapped of it is
-   let go of.
+   the log and the totals say so; the failed one is left alone until the pair is measured anew. Only dist comes back by
+   itself, with new movers: AGAIN_S later it is measured beside the next pull;
+3. a pair that was idle for IDLE_S, or whose producer has begun a new life, is forgotten, and what was mapped or linked
+   is let go of.
 """
 
 from __future__ import annotations
@@ -16,10 +18,14 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
+import grpc
+
 from engine.errors import LeaseLost, TransferFailed
 from engine.planes import CacheLayout
 from engine.runs import Runs
 from engine.types import KvPath
+from kv_transfer.carriers.dist.carrier import DistCarrier, DistLink
+from kv_transfer.carriers.dist.movers import Movers
 from kv_transfer.carriers.door import OpenPool, open_pool
 from kv_transfer.carriers.grpc import Channels, GrpcCarrier, probe
 from kv_transfer.carriers.shm import ShmCarrier, copy_rate
@@ -28,6 +34,7 @@ from kv_transfer.frames import Message
 from kv_transfer.lease import Lease
 
 IDLE_S = 60.0
+AGAIN_S = 5.0  # after dist has failed
 TRIES = 2  # of one carrier, in one pull
 GB = 1e9
 
@@ -41,13 +48,22 @@ class Pair:
     worker_id: str
     rates: dict[str, float] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)  # why
+    digest: int = 0  # of the producer's sample
     opened: OpenPool | None = None
+    link: DistLink | None = None
+    linking: asyncio.Task[None] | None = None
+    link_again_at: float | None = None
     num_pulls: int = 0  # under way
     used_at: float = 0.0
 
     @property
     def fastest_first(self) -> list[str]:
         return sorted(self.rates, key=lambda name: self.rates[name], reverse=True)
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Its only carrier was a link that is over."""
+        return self.link is not None and self.link.is_over and self.fastest_first == [DistCarrier.name]
 
     def refuse(self, name: str, reason: str) -> None:
         self.rates.pop(name, None)
@@ -57,13 +73,21 @@ class Pair:
         if self.opened is not None:
             self.opened.close()
             self.opened = None
+        if self.linking is not None:
+            self.linking.cancel()
+        if self.link is not None:
+            self.link.close()
+            self.link = None
 
 
 class ChosenCarriers:
     """Implements kv_transfer.carrier.CarrierPool."""
 
-    def __init__(self, channels: Channels, layout: CacheLayout, token: str, config: TransferConfig) -> None:
+    def __init__(
+        self, channels: Channels, layout: CacheLayout, token: str, config: TransferConfig, movers: Movers | None = None
+    ) -> None:
         self.channels = channels
+        self._movers = movers
         self._layout = layout
         self._token = token
         self._config = config
@@ -89,6 +113,7 @@ class ChosenCarriers:
             pair.close()
             reasons = "; ".join(f"{name}: {reason}" for name, reason in pair.refused.items())
             raise TransferFailed(f"no carrier from {lease.worker_id}: {reasons}")
+        self._link_again(pair, lease)
         return pair
 
     def paths(self) -> tuple[KvPath, ...]:
@@ -100,6 +125,8 @@ class ChosenCarriers:
         log.warning("KV from %s comes by another carrier: %s failed: %s", pair.worker_id, name, reason)
         pair.refuse(name, f"it failed: {reason}")
         self.num_fallbacks[name] = self.num_fallbacks.get(name, 0) + 1
+        if name == DistCarrier.name:
+            pair.link_again_at = asyncio.get_running_loop().time() + AGAIN_S
 
     async def close(self) -> None:
         for task in self._pairs.values():
@@ -110,31 +137,34 @@ class ChosenCarriers:
         self._pairs.clear()
 
     def _forget(self, lease: Lease) -> None:
-        """Those that are idle, and earlier lives of this producer, whose memory would else be kept from the system."""
+        """Those that are idle or cut off, and earlier lives of this producer, whose memory would else be kept from the
+        system."""
         now = asyncio.get_running_loop().time()
         for name, task in list(self._pairs.items()):
             if not _has_result(task) or task.result().num_pulls:
                 continue
             pair = task.result()
             is_over = pair.worker_id == lease.worker_id and name != (lease.address, lease.incarnation)
-            if is_over or now - pair.used_at > IDLE_S:
+            if is_over or pair.is_cut_off or now - pair.used_at > IDLE_S:
                 del self._pairs[name]
                 pair.close()
 
     # --- measuring -----------------------------------------------------------------------------------------
 
     async def _measured(self, lease: Lease) -> Pair:
-        pair, wanted = Pair(lease.worker_id, used_at=asyncio.get_running_loop().time()), self._config.carrier
+        pair, wanted = Pair(lease.worker_id, used_at=asyncio.get_running_loop().time()), self._config.carriers
         try:
-            digest, rate = await probe(self.channels(lease.address, lease.incarnation))
+            pair.digest, rate = await probe(self.channels(lease.address, lease.incarnation))
         except LeaseLost:
             raise
         except TransferFailed as error:
             pair.refuse("grpc", error.message)
             return pair
-        self._take(pair, "grpc", rate, wanted in ("auto", "grpc"))
-        if wanted in ("auto", "shm"):
-            await self._measure_shm(pair, lease, digest)
+        self._take(pair, "grpc", rate, "grpc" in wanted)
+        if "shm" in wanted:
+            await self._measure_shm(pair, lease, pair.digest)
+        if "dist" in wanted:
+            await self._measure_dist(pair, lease)
         rates = ", ".join(f"{name} {pair.rates[name] / GB:.2f} GB/s" for name in pair.fastest_first)
         refused = "".join(f"; not {name}: {reason}" for name, reason in pair.refused.items())
         log.info("KV from %s (%s): %s%s", lease.worker_id, lease.address, rates or "no carrier", refused)
@@ -146,6 +176,33 @@ class ChosenCarriers:
             self._take(pair, "shm", copy_rate(pair.opened, digest), True)
         except TransferFailed as error:
             pair.refuse("shm", error.message)
+
+    async def _measure_dist(self, pair: Pair, lease: Lease) -> None:
+        try:
+            if self._movers is None:
+                raise TransferFailed("this worker has no mover")
+            channel = self.channels(lease.address, lease.incarnation)
+            pair.link = await DistLink.open(channel, self._movers)
+            self._take(pair, "dist", await pair.link.rate(pair.digest), True)
+        except TransferFailed as error:
+            pair.refuse("dist", error.message)
+
+    def _link_again(self, pair: Pair, lease: Lease) -> None:
+        """Beside the pulls, which go by others meanwhile."""
+        now = asyncio.get_running_loop().time()
+        if pair.link_again_at is not None and pair.link_again_at <= now:
+            pair.link_again_at = None
+            pair.linking = asyncio.get_running_loop().create_task(self._measure_dist_again(pair, lease))
+
+    async def _measure_dist_again(self, pair: Pair, lease: Lease) -> None:
+        if pair.link is not None:
+            pair.link.close()
+        await self._measure_dist(pair, lease)
+        if "dist" in pair.rates:
+            del pair.refused["dist"]
+            log.info("KV from %s can come by dist again: %.2f GB/s", pair.worker_id, pair.rates["dist"] / GB)
+        else:
+            pair.link_again_at = asyncio.get_running_loop().time() + AGAIN_S
 
     def _take(self, pair: Pair, name: str, rate: float, is_wanted: bool) -> None:
         floor = self._config.min_gb_per_s * GB
@@ -162,8 +219,8 @@ class ChosenCarrier:
 
     def __init__(self, carriers: ChosenCarriers, lease: Lease) -> None:
         self._carriers = carriers
-        self._base = GrpcCarrier(carriers.channels(lease.address, lease.incarnation))
         self._to = lease
+        self._base = GrpcCarrier(self._channel())
         self.name = ""  # of what carried last
         self._num_tries = 0  # of it
         self._failure = "what came was not what was sent"  # unless it is known better
@@ -197,8 +254,13 @@ class ChosenCarrier:
         self._num_tries = self._num_tries + 1 if name == self.name else 1
         self.name = name
         if name == ShmCarrier.name and pair.opened is not None:
-            return ShmCarrier(self._carriers.channels(self._to.address, self._to.incarnation), pair.opened.pool)
+            return ShmCarrier(self._channel(), pair.opened.pool)
+        if name == DistCarrier.name and pair.link is not None:
+            return DistCarrier(self._channel(), pair.link)
         return self._base
+
+    def _channel(self) -> grpc.aio.Channel:
+        return self._carriers.channels(self._to.address, self._to.incarnation)
 
 
 def _has_result(task: asyncio.Task[Pair]) -> bool:

@@ -40,12 +40,12 @@ def kv_handler(producer: Producer, sample: Sample | None = None) -> grpc.Generic
     """Serves a producer's outbox, and a sample."""
 
     async def pull(data: bytes, context: grpc.aio.ServicerContext) -> AsyncGenerator[bytes]:
-        async with aclosing(_sent(producer.messages, data, context)) as messages:
+        async with aclosing(sent(producer.messages, data, context)) as messages:
             async for message in messages:
                 yield message
 
     async def places(data: bytes, context: grpc.aio.ServicerContext) -> AsyncGenerator[bytes]:
-        async with aclosing(_sent(producer.places, data, context)) as messages:
+        async with aclosing(sent(producer.places, data, context)) as messages:
             async for message in messages:
                 yield message
 
@@ -83,11 +83,12 @@ def kv_handler(producer: Producer, sample: Sample | None = None) -> grpc.Generic
     return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
 
-async def _sent(
+async def sent(
     source: Callable[[Lease, int, Runs], AsyncGenerator[Frame | tuple[Place, ...] | Commit]],
     data: bytes,
     context: grpc.aio.ServicerContext,
 ) -> AsyncGenerator[bytes]:
+    """What answers a pull: the encoded messages of `source`, or its error."""
     try:
         leases, first_frame, present = _unpack(data)
         async with aclosing(source(leases[0], first_frame, present)) as messages:
@@ -124,11 +125,12 @@ class GrpcCarrier:
                     yield message
 
     async def _received(
-        self, method: grpc.aio.UnaryStreamMultiCallable, lease: Lease, first_frame: int, present: Runs
-    ) -> AsyncGenerator[bytes]:
+        self, method: grpc.aio.UnaryStreamMultiCallable, lease: Lease, first_frame: int, present: Runs,
+        before: bytes = b"",
+    ) -> AsyncGenerator[bytes]:  # fmt: skip
         try:
             with typed_errors():
-                call = method(_pack((lease,), first_frame, present))
+                call = method(before + _pack((lease,), first_frame, present))
                 try:
                     async for data in call:
                         yield data

@@ -54,7 +54,7 @@ def wanted(model: Path) -> list[str]:
     return asyncio.run(alone())
 
 
-@pytest.mark.parametrize("carrier", ["grpc", "shm"])
+@pytest.mark.parametrize("carrier", ["grpc", "shm", "dist"])
 @pytest.mark.parametrize(("prefill", "decode"), [(1, 1), (2, 1), (1, 2)])
 async def test_tokens_are_those_of_one_engine(
     model: Path, wanted: list[str], prefill: int, decode: int, carrier: str

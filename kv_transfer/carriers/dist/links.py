@@ -1,0 +1,182 @@
+"""The mover's links: threads that send, or receive, over a group of two. Loads torch.
+
+A link begins in a thread of its own, says Opened, does its work, and says Ended, whatever the reason. Nothing but that
+thread, and the works that it waits for, keeps the group: when it returns, the connection closes.
+"""
+
+from __future__ import annotations
+
+import queue
+import re
+import threading
+from collections import deque
+from collections.abc import Callable
+
+import torch
+
+from kv_transfer.carriers.dist.group import CONSUMER, PRODUCER, Expected, Group, ToldStore, Underway
+from kv_transfer.carriers.dist.records import (
+    NUM_SLOTS,
+    Arrived,
+    Ended,
+    Keys,
+    MoverSetup,
+    News,
+    Open,
+    Opened,
+    Said,
+    Sending,
+    Sent,
+)
+from kv_transfer.frames import HEADER_BYTES
+
+MAX_UNDERWAY = 4  # frames that are being sent at one time
+
+Emit = Callable[[News], None]
+Payload = Callable[[Sending], tuple[bytes, torch.Tensor]]  # the header and the bytes that an order is about
+
+
+class Link:
+    """What both ends have in common."""
+
+    rank: int
+
+    def __init__(self, order: Open, setup: MoverSetup, emit: Emit) -> None:
+        self.name = order.link
+        self._order = order
+        self._setup = setup
+        self._emit = emit
+        self._join_timeout_s = setup.timeout_s / 2  # the worker's patience is longer
+        self._store = ToldStore(order.keys, self._say, self._join_timeout_s)
+        self._thread = threading.Thread(target=self._live, name=f"link {order.link}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def told(self, keys: Keys) -> None:
+        self._store.told(keys)
+
+    def _say(self, keys: Keys) -> None:
+        self._emit(Said(self.name, keys))
+
+    def _live(self) -> None:
+        reason = "the peer's end was closed"
+        try:
+            self._work(self._joined())
+        except Exception as error:  # whatever it was, the worker hears of it
+            reason = _in_short(error)
+        self._emit(Ended(self.name, reason))
+
+    def _joined(self) -> Group:
+        group = Group(self._store, self.rank, self._setup.host, self._join_timeout_s)
+        group.greet(self._order.token)
+        if self._setup.device == "cuda":
+            from kv_transfer.carriers.dist.nccl import NcclLane
+
+            group.lane = NcclLane(group, self.rank, self._setup.host, self._setup.timeout_s)
+        self._emit(Opened(self.name))
+        return group
+
+    def _work(self, group: Group) -> None:
+        raise NotImplementedError
+
+
+class SendingLink(Link):
+    """The producer's end."""
+
+    rank = PRODUCER
+
+    def __init__(self, order: Open, setup: MoverSetup, emit: Emit, payload: Payload) -> None:
+        super().__init__(order, setup, emit)
+        self._payload = payload
+        self._orders: queue.SimpleQueue[Sending | None] = queue.SimpleQueue()
+
+    def send(self, order: Sending) -> None:
+        self._orders.put(order)
+
+    def _work(self, group: Group) -> None:
+        """Until the consumer says farewell, or the connection ends."""
+        threading.Thread(target=self._await_end, args=(group,), name=f"end of {self.name}", daemon=True).start()
+        underway: deque[Underway] = deque()
+        while (order := self._next(underway)) is not None:
+            header, payload = self._payload(order)
+            underway.append(group.send(order.pull, header, payload))
+            if len(underway) == MAX_UNDERWAY:
+                self._finish(underway)
+
+    def _next(self, underway: deque[Underway]) -> Sending | None:
+        """While there is none, what is underway is finished."""
+        while underway:
+            try:
+                return self._orders.get_nowait()
+            except queue.Empty:
+                self._finish(underway)
+        return self._orders.get()
+
+    def _finish(self, underway: deque[Underway]) -> None:
+        underway.popleft().wait()
+        self._emit(Sent(self.name))
+
+    def _await_end(self, group: Group) -> None:
+        try:
+            group.wait_for_farewell()
+        except RuntimeError:
+            pass  # who sends hears of it too
+        finally:
+            self._orders.put(None)
+
+
+class ReceivingLink(Link):
+    """The consumer's end. `slots`: its row of the ring, [NUM_SLOTS, slot_bytes]."""
+
+    rank = CONSUMER
+
+    def __init__(self, order: Open, setup: MoverSetup, emit: Emit, slots: torch.Tensor) -> None:
+        super().__init__(order, setup, emit)
+        self._slots = slots
+        self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._is_closing = threading.Event()
+        for slot in range(NUM_SLOTS):
+            self.free(slot)
+
+    def free(self, slot: int) -> None:
+        self._free.put(slot)
+
+    def close(self) -> None:
+        self._store.give_up()
+        self._is_closing.set()
+
+    def _work(self, group: Group) -> None:
+        """Until the connection ends: after a farewell the producer's end closes it."""
+        threading.Thread(target=self._part, args=(group,), name=f"end of {self.name}", daemon=True).start()
+        expected: deque[tuple[int, Expected]] = deque()
+        try:
+            while True:
+                self._expect(group, expected)
+                slot, one = expected.popleft()
+                pull, length = one.wait()
+                self._emit(Arrived(self.name, pull, slot, HEADER_BYTES + length))
+        finally:
+            self._is_closing.set()
+
+    def _expect(self, group: Group, expected: deque[tuple[int, Expected]]) -> None:
+        """Every slot that is free is posted; if none is, one has to become so first."""
+        while True:
+            try:
+                slot = self._free.get(block=not expected)
+            except queue.Empty:
+                return
+            expected.append((slot, group.expect(self._slots[slot])))
+
+    def _part(self, group: Group) -> None:
+        self._is_closing.wait()
+        try:
+            group.say_farewell().wait()
+        except RuntimeError:
+            pass  # it has ended already
+
+
+def _in_short(error: Exception) -> str:
+    """Gloo's messages begin with a file of its own, and end with advice."""
+    line = str(error).split("\n")[0] or repr(error)
+    return re.sub(r"^\[[^ ]*\] ", "", line).split(". ")[0]

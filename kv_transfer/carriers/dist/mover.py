@@ -1,0 +1,130 @@
+"""The mover: `python -m kv_transfer.carriers.dist.mover SOCKET_FD RING_FD SAMPLE_FD POOL_FD...`, a child of one worker.
+
+1. reads a MoverSetup from the socket, maps the worker's pools and sample to read them, and the ring to write arrivals there;
+2. says Ready, and obeys orders until the socket is closed, which also happens when the worker dies;
+3. ends at once, whatever its links are waiting for. Loads torch.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+import socket
+import sys
+import warnings
+
+import torch
+
+from engine.pool import SharedPool, records_in_place
+from engine.rank_pools import RankPools, worker_pool
+from kv_transfer.carriers.dist.links import ReceivingLink, SendingLink
+from kv_transfer.carriers.dist.pipe import MoverPipe
+from kv_transfer.carriers.dist.records import (
+    NUM_SLOTS,
+    Close,
+    Ended,
+    Free,
+    MoverSetup,
+    News,
+    Open,
+    Ping,
+    Pong,
+    Ready,
+    SendBytes,
+    Sending,
+    SendRecords,
+    SendSample,
+    Told,
+)
+from kv_transfer.frames import HEADER_BYTES
+
+
+class Memory:
+    """What a mover has mapped."""
+
+    def __init__(self, setup: MoverSetup, ring_fd: int, sample_fd: int, pool_fds: list[int]) -> None:
+        ring = mmap.mmap(ring_fd, setup.ring_bytes)
+        self.rows = torch.frombuffer(ring, dtype=torch.uint8).view(-1, NUM_SLOTS, setup.slot_bytes)
+        self._sample = mmap.mmap(sample_fd, os.fstat(sample_fd).st_size, access=mmap.ACCESS_READ)
+        self._pool: SharedPool | RankPools | None = None
+        if pool_fds:
+            self._pool = worker_pool(setup.layout, setup.num_blocks, len(pool_fds), pool_fds, mmap.ACCESS_READ)
+
+    def payload(self, order: Sending) -> tuple[bytes, torch.Tensor]:
+        """Where it lies, if that is in one run."""
+        if isinstance(order, SendSample):
+            part = memoryview(self._sample)[order.where.start : order.where.stop]
+            return bytes(HEADER_BYTES), torch.frombuffer(part, dtype=torch.uint8)
+        if isinstance(order, SendBytes):
+            return order.header, torch.frombuffer(order.payload, dtype=torch.uint8)
+        assert self._pool is not None, "records are sent out of mapped pools only"
+        pool, where = self._pool, (order.plane, order.layers, order.block_ids)
+        pieces = list(records_in_place(pool, *where)) if isinstance(pool, SharedPool) else []
+        run = pieces[0] if len(pieces) == 1 else pool.read(*where)
+        return order.header, torch.frombuffer(run, dtype=torch.uint8)
+
+
+class Mover:
+    def __init__(self, pipe: MoverPipe, setup: MoverSetup, memory: Memory) -> None:
+        self._pipe = pipe
+        self._setup = setup
+        self._memory = memory
+        self._sending: dict[str, SendingLink] = {}
+        self._receiving: dict[str, ReceivingLink] = {}
+
+    def serve(self) -> None:
+        """Raises EOFError or OSError when the worker is gone."""
+        self._pipe.write(Ready())
+        while True:
+            self._obey(self._pipe.read())
+
+    def _obey(self, order: object) -> None:
+        match order:
+            case SendRecords(link=name) | SendBytes(link=name) | SendSample(link=name) if name in self._sending:
+                self._sending[name].send(order)
+            case Free(link=name, slot=slot) if name in self._receiving:
+                self._receiving[name].free(slot)
+            case Close(link=name) if name in self._receiving:
+                self._receiving[name].close()
+            case Told(link=name, keys=keys) if name in self._receiving:
+                self._receiving[name].told(keys)
+            case Open():
+                self._open(order)
+            case Ping():
+                self._pipe.write(Pong())
+            case _:
+                pass  # about a link that has just ended
+
+    def _open(self, order: Open) -> None:
+        if order.row is None:
+            link = SendingLink(order, self._setup, self._emit, self._memory.payload)
+            self._sending[order.link] = link
+        else:
+            link = ReceivingLink(order, self._setup, self._emit, self._memory.rows[order.row])
+            self._receiving[order.link] = link
+        link.start()
+
+    def _emit(self, news: News) -> None:
+        """From the links' threads."""
+        if isinstance(news, Ended):
+            self._sending.pop(news.link, None)
+            self._receiving.pop(news.link, None)
+        self._pipe.write(news)
+
+
+def main(socket_fd: int, ring_fd: int, sample_fd: int, pool_fds: list[int]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches all; our parent decides
+    warnings.filterwarnings("ignore", "The given buffer is not writable")  # nor is it written to
+    torch.set_num_threads(1)
+    pipe = MoverPipe(socket.socket(fileno=socket_fd))
+    setup = pipe.read()
+    assert isinstance(setup, MoverSetup)
+    Mover(pipe, setup, Memory(setup, ring_fd, sample_fd, pool_fds)).serve()
+
+
+if __name__ == "__main__":
+    try:
+        main(*map(int, sys.argv[1:4]), pool_fds=list(map(int, sys.argv[4:])))
+    except (EOFError, OSError):
+        os._exit(0)  # links may wait for what never comes

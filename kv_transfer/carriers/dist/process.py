@@ -1,0 +1,293 @@
+"""A mover as its worker sees it: one child process, its links, and the deadlines that it keeps.
+
+1. `start` starts the child and waits until it is ready;
+2. `open_link` begins a link; what is told of it, sent over it and arrives by it goes through its LinkEnd;
+3. a mover that does not answer, or leaves a send or a farewell undone for `timeout_s`, is killed. However it ends, its
+   links end with it, and all who wait on them hear of it;
+4. `stop` ends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import mmap
+import os
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from engine.errors import TransferFailed
+from engine.pool import BlockBytes, SharedPool
+from engine.rank_pools import RankPools, pools_of
+from kv_transfer.carriers.dist.pipe import packed, read_record
+from kv_transfer.carriers.dist.records import (
+    HEAD_BYTES,
+    MAX_LINKS,
+    NUM_SLOTS,
+    Arrived,
+    Close,
+    Ended,
+    Free,
+    Keys,
+    MoverSetup,
+    Open,
+    Opened,
+    Order,
+    Ping,
+    Pong,
+    Ready,
+    Said,
+    Sending,
+    Sent,
+    Told,
+)
+from kv_transfer.frames import HEADER_BYTES, Commit
+
+START_TIMEOUT_S = 60.0  # torch is loaded meanwhile
+STOP_TIMEOUT_S = 3.0
+MAX_UNSENT = 8  # frames that a link's mover has been told to send
+CHECKS = 4  # in each timeout_s
+
+Item = Arrived | Commit | TransferFailed  # what comes to a pull
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class LinkEnd:
+    """One end of a link, here. `arrivals`: of each pull that somebody waits for; `unsent`: when each was ordered."""
+
+    name: str
+    row: int | None  # None: we are the producer
+    said: asyncio.Future[Keys]
+    opened: asyncio.Future[None]
+    reason: str | None = None  # why it has ended
+    unsent: deque[float] = field(default_factory=deque)
+    closing_since: float | None = None
+    num_pulls: int = 0
+    arrivals: dict[int, asyncio.Queue[Item]] = field(default_factory=dict)
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def wake(self) -> None:
+        self.news.set()
+        self.news = asyncio.Event()
+
+    def end(self, reason: str) -> None:
+        self.reason = reason
+        error = TransferFailed(f"the link between the movers is over: {reason}")
+        for future in (self.said, self.opened):
+            if not future.done():
+                future.set_exception(error)
+                future.exception()  # it is no fault if nobody waits
+        for queue in self.arrivals.values():
+            queue.put_nowait(error)
+        self.wake()
+
+
+class MoverProcess:
+    def __init__(
+        self, setup: MoverSetup, process: subprocess.Popen[bytes], ring: mmap.mmap, reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter, on_end: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self.setup = setup
+        self._process = process
+        self._ring = memoryview(ring)
+        self._reader = reader
+        self._writer = writer
+        self._on_end = on_end
+        self._links: dict[str, LinkEnd] = {}
+        self._pinged_at: float | None = None
+        self._verdict: str | None = None  # why it was killed
+        self.has_ended = False
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @classmethod
+    async def start(
+        cls, setup: MoverSetup, pool: BlockBytes, sample_fd: int, on_end: Callable[[str], None]
+    ) -> MoverProcess:
+        """`on_end` is told once, and why, when it has ended without `stop`. Raises TransferFailed if it does not start."""
+        ring_fd = os.memfd_create("steelyard-ring")
+        try:
+            os.ftruncate(ring_fd, setup.ring_bytes)
+            ring = mmap.mmap(ring_fd, setup.ring_bytes)
+            pools = pools_of(pool) if isinstance(pool, SharedPool | RankPools) else ()
+            process, ours = await asyncio.to_thread(_spawn, [ring_fd, sample_fd, *(one.fd for one in pools)])
+        finally:
+            os.close(ring_fd)
+        reader, writer = await asyncio.open_connection(sock=ours)
+        mover = cls(setup, process, ring, reader, writer, on_end)
+        try:
+            await mover._hand_over()
+        except BaseException:
+            await mover.stop()
+            raise
+        return mover
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    # --- links ---------------------------------------------------------------------------------------------
+
+    def open_link(self, name: str, token: bytes, is_producer: bool, keys: Keys = ()) -> LinkEnd:
+        """Raises TransferFailed if there are too many."""
+        if name in self._links or len(self._links) >= MAX_LINKS:
+            raise TransferFailed(f"the mover has {len(self._links)} links already")
+        loop = asyncio.get_running_loop()
+        taken = [end.row for end in self._links.values()]
+        row = None if is_producer else next(row for row in range(MAX_LINKS) if row not in taken)
+        end = self._links[name] = LinkEnd(name, row, loop.create_future(), loop.create_future())
+        self._write(Open(name, token, row, keys))
+        return end
+
+    def link(self, name: str) -> LinkEnd:
+        """Of which we are the producer. Raises TransferFailed if there is none."""
+        end = self._links.get(name)
+        if end is None or end.row is not None:
+            raise TransferFailed("there is no such link")
+        return end
+
+    def tell(self, end: LinkEnd, keys: Keys) -> None:
+        self._write(Told(end.name, keys))
+
+    async def send(self, end: LinkEnd, order: Sending) -> None:
+        """Returns when it may be sent soon. Raises TransferFailed when the link has ended."""
+        while end.reason is None and len(end.unsent) >= MAX_UNSENT:
+            await end.news.wait()  # at the latest when the mover is killed
+        if end.reason is not None:
+            raise TransferFailed(f"the link between the movers is over: {end.reason}")
+        end.unsent.append(_now())
+        self._write(order)
+        with contextlib.suppress(OSError):  # it has ended, and its links with it
+            await self._writer.drain()
+
+    def arrived(self, end: LinkEnd, one: Arrived) -> memoryview:
+        """A frame's header and payload, until it is freed."""
+        assert end.row is not None, "frames arrive at the consumer's end"
+        start = (end.row * NUM_SLOTS + one.slot) * self.setup.slot_bytes + HEAD_BYTES - HEADER_BYTES
+        return self._ring[start : start + one.size_bytes]
+
+    def free(self, end: LinkEnd, one: Arrived) -> None:
+        self._write(Free(end.name, one.slot))
+
+    def close_link(self, end: LinkEnd) -> None:
+        """Say farewell. Closing one that has ended is no error."""
+        if end.reason is None and end.closing_since is None:
+            end.closing_since = _now()
+            self._write(Close(end.name))
+
+    # --- life ----------------------------------------------------------------------------------------------
+
+    async def stop(self) -> None:
+        """Closing the pipe ends the child; if not in time, a signal does."""
+        self._on_end = _nobody
+        self._writer.close()
+        try:
+            await asyncio.to_thread(self._process.wait, STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            await asyncio.to_thread(self._process.wait)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._end_all("its mover was stopped")
+
+    async def _hand_over(self) -> None:
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                self._write(self.setup)
+                ready = await read_record(self._reader)
+        except (EOFError, OSError, TimeoutError):
+            raise TransferFailed(f"the mover process {self.pid} did not start") from None
+        assert isinstance(ready, Ready)
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._listen()), loop.create_task(self._watch())]
+
+    async def _listen(self) -> None:
+        try:
+            while True:
+                self._take(await read_record(self._reader))
+        except (EOFError, OSError):
+            self._writer.close()
+            await asyncio.to_thread(self._process.wait)
+            reason = f"the mover process {self.pid} {self._verdict or 'ended by itself'}"
+            self._end_all(reason)
+            self._on_end(reason)
+
+    def _take(self, news: object) -> None:
+        if isinstance(news, Pong):
+            self._pinged_at = None
+            return
+        assert isinstance(news, Said | Opened | Sent | Arrived | Ended)
+        end = self._links.get(news.link)
+        if end is None:
+            return
+        match news:
+            case Said(keys=keys) if not end.said.done():
+                end.said.set_result(keys)
+            case Opened():
+                end.opened.set_result(None)
+            case Sent():
+                end.unsent.popleft()
+                end.wake()
+            case Arrived(pull=pull) if pull in end.arrivals:
+                end.arrivals[pull].put_nowait(news)
+            case Arrived():  # nobody waits for it any more
+                self.free(end, news)
+            case Ended(reason=reason):
+                del self._links[end.name]
+                end.end(reason)
+
+    def _end_all(self, reason: str) -> None:
+        self.has_ended = True
+        for end in self._links.values():
+            end.end(reason)
+        self._links.clear()
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(self.setup.timeout_s / CHECKS)
+            self._verdict = self._fault(_now() - self.setup.timeout_s)
+            if self._verdict is not None:
+                log.warning("the mover process %d %s", self.pid, self._verdict)
+                self._process.kill()  # which works on a stopped one too
+                return
+            if self._pinged_at is None:
+                self._pinged_at = _now()
+                self._write(Ping())
+
+    def _fault(self, limit: float) -> str | None:
+        """Why it is to be killed, if something has waited since before `limit`."""
+        if self._pinged_at is not None and self._pinged_at < limit:
+            return "did not answer in time and was killed"
+        if any(end.unsent and end.unsent[0] < limit for end in self._links.values()):
+            return "did not end a send in time and was killed"
+        if any(end.closing_since is not None and end.closing_since < limit for end in self._links.values()):
+            return "did not end a link in time and was killed"
+        return None
+
+    def _write(self, record: Order | MoverSetup) -> None:
+        self._writer.write(packed(record))
+
+
+def _spawn(fds: list[int]) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        fds = [theirs.fileno(), *fds]
+        command = [sys.executable, "-m", "kv_transfer.carriers.dist.mover", *map(str, fds)]
+        paths = [path for path in sys.path if path] + [os.getcwd()]
+        env = dict(os.environ) | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(command, pass_fds=fds, env=env), ours
+
+
+def _nobody(_: str) -> None:
+    return
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -1,0 +1,178 @@
+"""The producer's end of the dist carrier, as other workers call it: over the worker's own gRPC server, behind its checks.
+
+`Meet` opens a link, `Sample` sends known bytes over it, and `Pull` sends a lease's frames and answers with the COMMIT.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from functools import partial
+from typing import cast
+
+import grpc
+import msgpack
+
+from engine.errors import InvalidRequest, SteelyardError, TransferFailed
+from engine.planes import CacheLayout
+from engine.runs import Runs
+from kv_transfer.carrier import Producer
+from kv_transfer.carriers.dist.movers import Movers
+from kv_transfer.carriers.dist.process import LinkEnd, MoverProcess
+from kv_transfer.carriers.dist.records import TOKEN_BYTES, Keys, SendBytes, SendRecords, SendSample
+from kv_transfer.carriers.grpc import sent
+from kv_transfer.carriers.status import abort_with
+from kv_transfer.frames import HEADER_BYTES, Commit, Place, encode, frame_header, payload_bytes
+from kv_transfer.lease import Lease
+
+SERVICE = "steelyard.KVDist"
+NAME_BYTES = 16
+MAX_KEYS, MAX_KEY_BYTES = 16, 4096
+_WANTED = struct.Struct(f"<{NAME_BYTES}sI")  # name of the link, number of the pull; behind it, the lease
+
+
+def pack_meeting(link: str, token: bytes, frame_bytes: int, keys: Keys) -> bytes:
+    return cast(bytes, msgpack.packb([link, token, frame_bytes, keys]))
+
+
+def unpack_meeting(data: bytes) -> tuple[str, bytes, int, Keys]:
+    """Raises InvalidRequest for anything else than what pack_meeting makes."""
+    try:
+        link, token, frame_bytes, keys = msgpack.unpackb(data)
+        if not (_is_name(link) and _is_token(token) and isinstance(frame_bytes, int)):
+            raise ValueError("name, token or size of frames is none")
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise InvalidRequest(f"malformed meeting: {error}", param="link") from None
+    return link, token, frame_bytes, _checked_keys(keys)
+
+
+def pack_keys(keys: Keys) -> bytes:
+    return cast(bytes, msgpack.packb(keys))
+
+
+def unpack_keys(data: bytes) -> Keys:
+    """Raises InvalidRequest."""
+    try:
+        return _checked_keys(msgpack.unpackb(data))
+    except (ValueError, msgpack.UnpackException) as error:
+        raise InvalidRequest(f"malformed keys: {error}", param="keys") from None
+
+
+def pack_wanted(link: str, pull: int) -> bytes:
+    """What stands before a lease, and alone where a sample is wanted."""
+    return _WANTED.pack(link.encode(), pull)
+
+
+def unpack_wanted(data: bytes) -> tuple[str, int, bytes]:
+    """Link, number of the pull, and the rest. Raises InvalidRequest."""
+    try:
+        name, pull = _WANTED.unpack_from(data)
+        return name.decode("ascii"), pull, data[_WANTED.size :]
+    except (struct.error, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"malformed request: {error}", param="link") from None
+
+
+class DistService:
+    """What a producer does for those who pull from it."""
+
+    def __init__(self, producer: Producer, movers: Movers) -> None:
+        self._producer = producer
+        self._movers = movers
+
+    async def meet(self, data: bytes) -> bytes:
+        link, token, frame_bytes, keys = unpack_meeting(data)
+        if frame_bytes != self._movers.setup.frame_bytes:
+            raise TransferFailed(f"frames have up to {self._movers.setup.frame_bytes} bytes here, {frame_bytes} there")
+        mover = await self._movers.ready()
+        return pack_keys(await mover.open_link(link, token, True, keys).said)
+
+    async def sample(self, data: bytes) -> None:
+        name, pull, _ = unpack_wanted(data)
+        mover, end = self._link(name)
+        size, step = self._movers.sample_bytes, self._movers.setup.frame_bytes
+        for start in range(0, size, step):
+            await mover.send(end, SendSample(name, pull, range(start, min(start + step, size))))
+
+    async def moved(
+        self, name: str, pull: int, lease: Lease, first_frame: int, present: Runs
+    ) -> AsyncGenerator[Commit]:
+        """The frames go over the link; what is told is the COMMIT."""
+        mover, end = self._link(name)
+        if self._movers.is_mapped:
+            source = self._producer.places(lease, first_frame, present)
+        else:
+            source = self._producer.messages(lease, first_frame, present)
+        async with aclosing(source) as messages:
+            async for message in messages:
+                if isinstance(message, Commit):
+                    yield message
+                elif isinstance(message, tuple):
+                    for place in message:
+                        await mover.send(end, _of_place(name, pull, place, self._movers.setup.layout))
+                else:
+                    header = encode(message)[:HEADER_BYTES]
+                    await mover.send(end, SendBytes(name, pull, header, bytes(message.payload)))
+
+    def _link(self, name: str) -> tuple[MoverProcess, LinkEnd]:
+        mover = self._movers.present()
+        return mover, mover.link(name)
+
+
+def dist_handler(service: DistService) -> grpc.GenericRpcHandler:
+    async def meet(data: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        try:
+            return await service.meet(data)
+        except SteelyardError as error:
+            await abort_with(context, error)
+            raise
+
+    async def sample(data: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        try:
+            await service.sample(data)
+        except SteelyardError as error:
+            await abort_with(context, error)
+        return b""
+
+    async def pull(data: bytes, context: grpc.aio.ServicerContext) -> AsyncGenerator[bytes]:
+        try:
+            name, number, rest = unpack_wanted(data)
+        except InvalidRequest as error:
+            await abort_with(context, error)
+            return
+        async with aclosing(sent(partial(service.moved, name, number), rest, context)) as messages:
+            async for message in messages:
+                yield message
+
+    handlers = {
+        "Meet": grpc.unary_unary_rpc_method_handler(meet),
+        "Sample": grpc.unary_unary_rpc_method_handler(sample),
+        "Pull": grpc.unary_stream_rpc_method_handler(pull),
+    }
+    return grpc.method_handlers_generic_handler(SERVICE, handlers)
+
+
+def _of_place(link: str, pull: int, place: Place, layout: CacheLayout) -> SendRecords:
+    spec = place.spec
+    header = frame_header(place.index, spec, place.digest, payload_bytes(layout, spec))
+    return SendRecords(link, pull, header, spec.plane, spec.layers, place.block_ids)
+
+
+def _is_name(link: object) -> bool:
+    return isinstance(link, str) and link.isascii() and len(link) == NAME_BYTES
+
+
+def _is_token(token: object) -> bool:
+    return isinstance(token, bytes) and len(token) == TOKEN_BYTES
+
+
+def _checked_keys(keys: object) -> Keys:
+    if not isinstance(keys, list) or len(keys) > MAX_KEYS:
+        raise InvalidRequest(f"keys are no list of up to {MAX_KEYS}", param="keys")
+    checked = []
+    for pair in keys:
+        is_pair = isinstance(pair, list) and len(pair) == 2
+        if not (is_pair and isinstance(pair[0], str) and isinstance(pair[1], bytes) and len(pair[1]) <= MAX_KEY_BYTES):
+            raise InvalidRequest("a key is no name with its bytes", param="keys")
+        checked.append((pair[0], pair[1]))
+    return tuple(checked)
