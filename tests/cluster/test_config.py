@@ -129,13 +129,18 @@ FAULTS = {
     "kv_transfer: {frame_bytes: 100}": "kv_transfer.frame_bytes: must be at least 4096, got 100",
     "model: {name: ''}": "model.name: must not be empty",
     "model: {dtype: float16}": "model.dtype: expected 'float32' or 'bfloat16', got 'float16'",
-    "kv_transfer: {carrier: pigeon}": "kv_transfer.carrier: expected 'auto', 'grpc' or 'shm', got 'pigeon'",
+    "kv_transfer: {carrier: pigeon}": (
+        "kv_transfer.carrier: expected 'auto', 'all', 'grpc', 'shm' or 'dist', got 'pigeon'"
+    ),
     # impossible combinations
     "rpc: {tls: {ca_file: ca.pem, cert_file: node.pem}}": (
         "rpc.tls: give all of ca_file, cert_file and key_file, or none; missing: key_file"
     ),
     "rpc: {tls: {key_file: node.key}}": (
         "rpc.tls: give all of ca_file, cert_file and key_file, or none; missing: ca_file, cert_file"
+    ),
+    "{kv_transfer: {carrier: all}, rpc: {tls: {ca_file: a, cert_file: b, key_file: c}}}": (
+        "kv_transfer.carrier: all would send KV in plain text beside rpc.tls; use auto, grpc or shm"
     ),
     "kv_transfer: {heartbeat_s: 5}": (
         "kv_transfer: heartbeat_s (5) must be less than half of lease_ttl_s (10), or one lost heartbeat ends the lease"
