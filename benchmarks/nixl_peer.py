@@ -1,7 +1,7 @@
 """NIXL over UCX, for benchmarks.transfer: `PYTHON benchmarks/nixl_peer.py SIZE`, in an environment of its own.
 
 One process owns SIZE bytes of host memory, this one reads them: for each number of bytes that comes on a line, the
-seconds that it took go out on one. A read is one descriptor, all in one run, which is the best case; nothing is checked.
+seconds that it took go out on one. A read is one descriptor, in one run: the best case. Nothing is checked.
 """
 
 from __future__ import annotations

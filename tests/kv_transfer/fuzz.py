@@ -22,6 +22,7 @@ import msgpack
 
 from engine.errors import SteelyardError
 from engine.types import Key
+from kv_transfer.carriers.dist.service import pack_meeting, pack_wanted, unpack_meeting, unpack_wanted
 from kv_transfer.carriers.grpc import _pack, _unpack
 from kv_transfer.frames import HEADER_BYTES, Commit, Frame, FrameSpec, Place, decode, decode_places, encode
 from kv_transfer.handoff import HandOff
@@ -63,6 +64,11 @@ REQUESTS = [
     _pack((_lease("r"),), 5, (range(0, 2), range(7, 9))),
     _pack((_lease("r"), _lease("ü")), 2**32 - 1),
 ]
+MEETINGS = [
+    pack_meeting("0123456789abcdef", bytes(range(32)), 2**20, (("0/1", b"where"), ("0/2", b"\xff" * 170))),
+    pack_meeting("f" * 16, b"t" * 32, 4096, ()),
+]
+WANTED = [pack_wanted("0123456789abcdef", 2**32 - 1), pack_wanted("f" * 16, 1) + REQUESTS[1]]
 
 
 def _read_frame(data: bytes) -> tuple[bytes, bytes]:
@@ -84,6 +90,16 @@ def _read_request(data: bytes) -> tuple[bytes, bytes]:
     return once, _pack(*_unpack(once))
 
 
+def _read_meeting(data: bytes) -> tuple[bytes, bytes]:
+    once = pack_meeting(*unpack_meeting(data))
+    return once, pack_meeting(*unpack_meeting(once))
+
+
+def _read_wanted(data: bytes) -> tuple[bytes, bytes]:
+    link, pull, rest = unpack_wanted(data)
+    return data, pack_wanted(link, pull) + rest
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """`read` returns two encodings that have to be the same."""
@@ -98,6 +114,8 @@ TARGETS = {
     "decode_places": Target(PLACES, _read_places),
     "HandOff.decode": Target(HANDOFFS, _read_handoff, is_msgpack=True),
     "_unpack": Target(REQUESTS, _read_request, is_msgpack=True),
+    "unpack_meeting": Target(MEETINGS, _read_meeting, is_msgpack=True),
+    "unpack_wanted": Target(WANTED, _read_wanted),
 }
 
 

@@ -55,7 +55,7 @@ def unpack_keys(data: bytes) -> Keys:
     """Raises InvalidRequest."""
     try:
         return _checked_keys(msgpack.unpackb(data))
-    except (ValueError, msgpack.UnpackException) as error:
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise InvalidRequest(f"malformed keys: {error}", param="keys") from None
 
 
@@ -67,10 +67,13 @@ def pack_wanted(link: str, pull: int) -> bytes:
 def unpack_wanted(data: bytes) -> tuple[str, int, bytes]:
     """Link, number of the pull, and the rest. Raises InvalidRequest."""
     try:
-        name, pull = _WANTED.unpack_from(data)
-        return name.decode("ascii"), pull, data[_WANTED.size :]
+        encoded, pull = _WANTED.unpack_from(data)
+        name = encoded.decode("ascii")
     except (struct.error, UnicodeDecodeError) as error:
         raise InvalidRequest(f"malformed request: {error}", param="link") from None
+    if not name.isalnum():
+        raise InvalidRequest("no link has such a name", param="link")
+    return name, pull, data[_WANTED.size :]
 
 
 class DistService:
@@ -159,7 +162,7 @@ def _of_place(link: str, pull: int, place: Place, layout: CacheLayout) -> SendRe
 
 
 def _is_name(link: object) -> bool:
-    return isinstance(link, str) and link.isascii() and len(link) == NAME_BYTES
+    return isinstance(link, str) and link.isascii() and link.isalnum() and len(link) == NAME_BYTES
 
 
 def _is_token(token: object) -> bool:
