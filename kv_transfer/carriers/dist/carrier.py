@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 
 import grpc
@@ -88,10 +88,16 @@ class DistLink:
         if isinstance(one, TransferFailed):
             raise one
         assert isinstance(one, Arrived), "a sample has no COMMIT"
-        payload = self.mover.arrived(self.end, one)[HEADER_BYTES:]
-        found.update(payload)
+        parts = [part[HEADER_BYTES:] for part in self.frames(one)]
+        for part in parts:
+            found.update(part)
         self.mover.free(self.end, one)
-        return len(payload)
+        return sum(map(len, parts))
+
+    def frames(self, one: Arrived) -> Iterator[memoryview]:
+        """Headers and payloads, until they are freed."""
+        for slot, size_bytes in zip(one.slots, one.sizes, strict=True):
+            yield self.mover.arrived(self.end, slot, size_bytes)
 
     def begin(self) -> int:
         """The number of a new pull, for which what arrives is kept. Raises TransferFailed if the link is over."""
@@ -136,10 +142,11 @@ class DistCarrier(GrpcCarrier):
                     commit = item  # frames go another way, and may come later
                     continue
                 try:
-                    yield self._frame(item)
+                    for data in self._link.frames(item):
+                        yield _frame(data)
+                        index += 1
                 finally:
                     self._link.mover.free(self._link.end, item)
-                index += 1
             yield commit
         finally:
             asking.cancel()
@@ -161,11 +168,12 @@ class DistCarrier(GrpcCarrier):
         except TransferFailed as error:
             items.put_nowait(error)
 
-    def _frame(self, one: Arrived) -> Frame:
-        message = decode(self._link.mover.arrived(self._link.end, one))
-        if not isinstance(message, Frame):
-            raise FrameCorrupt("something else than a frame came over the link")
-        return message
+
+def _frame(data: memoryview) -> Frame:
+    message = decode(data)
+    if not isinstance(message, Frame):
+        raise FrameCorrupt("something else than a frame came over the link")
+    return message
 
 
 async def _call(channel: grpc.aio.Channel, method: str, data: bytes, timeout_s: float) -> bytes:

@@ -18,15 +18,16 @@ from typing import Protocol, cast
 import torch
 from torch.distributed import ProcessGroupGloo, Store, Work  # pyright: ignore[reportPrivateImportUsage]
 
-from kv_transfer.carriers.dist.records import HEAD_BYTES, Keys
+from kv_transfer.carriers.dist.records import MAX_BURST, Keys
 from kv_transfer.frames import HEADER_BYTES
 
 PRODUCER, CONSUMER = 0, 1
 FOREVER = datetime.timedelta(days=3650)  # an idle link may wait for so long
-HEAD = struct.Struct(f"<QQ{HEADER_BYTES}s")
+_BURST = struct.Struct("<QQ")  # the number of the pull, and of frames; then of each:
+_FRAME = struct.Struct(f"<Q{HEADER_BYTES}s")  # the payload's length, and the frame's header
+_HEAD_BYTES = _BURST.size + MAX_BURST * _FRAME.size
 _TAG_HELLO, _TAG_HEAD, _TAG_PAYLOAD, _TAG_FAREWELL = range(4)
 _NAMES = {PRODUCER: b"producer", CONSUMER: b"consumer"}
-assert HEAD.size == HEAD_BYTES
 
 
 class ToldStore(Store):
@@ -87,14 +88,15 @@ class PayloadLane(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Underway:
-    """A frame that is being sent. It keeps what is sent."""
+    """What is being sent, or received. It keeps the memory."""
 
     works: list[Work]
-    tensors: tuple[torch.Tensor, ...]
+    tensors: list[torch.Tensor]
 
-    def wait(self) -> None:
+    def wait(self, timeout: datetime.timedelta = FOREVER) -> None:
+        """Raises RuntimeError when the connection ends. Without a timeout the worker has the clock, and kills us."""
         for work in self.works:
-            work.wait(FOREVER)  # the worker has the clock, and kills us
+            work.wait(timeout)
 
 
 class Group:
@@ -126,14 +128,18 @@ class Group:
 
     # --- the producer's ------------------------------------------------------------------------------------
 
-    def send(self, pull: int, header: bytes, payload: torch.Tensor) -> Underway:
-        head = _tensor(HEAD.pack(pull, len(payload), header))
-        works = [self._gloo.send([head], CONSUMER, _TAG_HEAD)]
-        if self.lane is not None:
-            self.lane.send(payload)
-        else:
-            works.append(self._gloo.send([payload], CONSUMER, _TAG_PAYLOAD))
-        return Underway(works, (head, payload))
+    def send(self, pull: int, frames: list[tuple[bytes, torch.Tensor]]) -> Underway:
+        """Headers and payloads of up to MAX_BURST frames."""
+        parts = [_FRAME.pack(len(payload), header) for header, payload in frames]
+        tensors = [_tensor(b"".join((_BURST.pack(pull, len(frames)), *parts)))]
+        works = [self._gloo.send([tensors[0]], CONSUMER, _TAG_HEAD)]
+        for _, payload in frames:
+            tensors.append(payload)
+            if self.lane is not None:
+                self.lane.send(payload)
+            else:
+                works.append(self._gloo.send([payload], CONSUMER, _TAG_PAYLOAD))
+        return Underway(works, tensors)
 
     def wait_for_farewell(self) -> None:
         """Raises RuntimeError if the connection ends without one."""
@@ -141,39 +147,33 @@ class Group:
 
     # --- the consumer's ------------------------------------------------------------------------------------
 
-    def expect(self, slot: torch.Tensor) -> Expected:
-        """Take the next frame into this slot."""
-        head = self._gloo.recv([slot[:HEAD_BYTES]], PRODUCER, _TAG_HEAD)
-        payload = None if self.lane else self._gloo.recv([slot[HEAD_BYTES:]], PRODUCER, _TAG_PAYLOAD)
-        return Expected(slot, head, payload, self.lane, self._timeout)
+    def expect_head(self) -> Underway:
+        head = torch.zeros(_HEAD_BYTES, dtype=torch.uint8)
+        return Underway([self._gloo.recv([head], PRODUCER, _TAG_HEAD)], [head])
+
+    def expect_payload(self, into: torch.Tensor) -> Underway:
+        """The next one, which may be shorter."""
+        works = [] if self.lane else [self._gloo.recv([into], PRODUCER, _TAG_PAYLOAD)]
+        return Underway(works, [into])
+
+    def take_payload(self, expected: Underway, length: int) -> None:
+        """Once its head has come."""
+        expected.wait(self._timeout)
+        if self.lane is not None:
+            self.lane.receive(expected.tensors[0][:length])
 
     def say_farewell(self) -> Underway:
         nothing = torch.zeros(1, dtype=torch.uint8)
-        return Underway([self._gloo.send([nothing], PRODUCER, _TAG_FAREWELL)], (nothing,))
+        return Underway([self._gloo.send([nothing], PRODUCER, _TAG_FAREWELL)], [nothing])
 
 
-@dataclass(slots=True, eq=False)
-class Expected:
-    """A frame that will come."""
-
-    slot: torch.Tensor
-    head: Work
-    payload: Work | None
-    lane: PayloadLane | None
-    timeout: datetime.timedelta
-
-    def wait(self) -> tuple[int, int]:
-        """(number of the pull, bytes of the payload). Raises RuntimeError when the connection ends, ValueError if it is
-        no frame."""
-        self.head.wait(FOREVER)
-        pull, length, _ = HEAD.unpack(self.slot[:HEAD_BYTES].numpy().data)
-        if length > len(self.slot) - HEAD_BYTES:
-            raise ValueError(f"a frame of {length} bytes does not fit its slot")
-        if self.payload is not None:
-            self.payload.wait(self.timeout)
-        elif self.lane is not None:
-            self.lane.receive(self.slot[HEAD_BYTES : HEAD_BYTES + length])
-        return pull, length
+def read_head(expected: Underway) -> tuple[int, list[tuple[int, bytes]]]:
+    """(number of the pull, [(length of the payload, header)]) of a head that has come. Raises ValueError."""
+    head = expected.tensors[0].numpy().data
+    pull, num_frames = _BURST.unpack_from(head)
+    if not 0 < num_frames <= MAX_BURST:
+        raise ValueError(f"a burst of {num_frames} frames was announced")
+    return pull, [_FRAME.unpack_from(head, _BURST.size + index * _FRAME.size) for index in range(num_frames)]
 
 
 def _tensor(data: bytes) -> torch.Tensor:

@@ -10,11 +10,12 @@ import queue
 import re
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
 
-from kv_transfer.carriers.dist.group import CONSUMER, PRODUCER, Expected, Group, ToldStore, Underway
+from kv_transfer.carriers.dist.group import CONSUMER, PRODUCER, Group, ToldStore, Underway, read_head
 from kv_transfer.carriers.dist.records import (
     NUM_SLOTS,
     Arrived,
@@ -24,16 +25,18 @@ from kv_transfer.carriers.dist.records import (
     News,
     Open,
     Opened,
+    Outgoing,
     Said,
-    Sending,
+    Send,
     Sent,
 )
 from kv_transfer.frames import HEADER_BYTES
 
-MAX_UNDERWAY = 4  # frames that are being sent at one time
+MAX_UNDERWAY = 2  # bursts that are being sent at one time
+HEADS_AHEAD = 2
 
 Emit = Callable[[News], None]
-Payload = Callable[[Sending], tuple[bytes, torch.Tensor]]  # the header and the bytes that an order is about
+Memory = Callable[[Outgoing], tuple[bytes, torch.Tensor]]  # header and payload
 
 
 class Link:
@@ -86,12 +89,12 @@ class SendingLink(Link):
 
     rank = PRODUCER
 
-    def __init__(self, order: Open, setup: MoverSetup, emit: Emit, payload: Payload) -> None:
+    def __init__(self, order: Open, setup: MoverSetup, emit: Emit, memory: Memory) -> None:
         super().__init__(order, setup, emit)
-        self._payload = payload
-        self._orders: queue.SimpleQueue[Sending | None] = queue.SimpleQueue()
+        self._memory = memory
+        self._orders: queue.SimpleQueue[Send | None] = queue.SimpleQueue()
 
-    def send(self, order: Sending) -> None:
+    def send(self, order: Send) -> None:
         self._orders.put(order)
 
     def _work(self, group: Group) -> None:
@@ -99,12 +102,11 @@ class SendingLink(Link):
         threading.Thread(target=self._await_end, args=(group,), name=f"end of {self.name}", daemon=True).start()
         underway: deque[Underway] = deque()
         while (order := self._next(underway)) is not None:
-            header, payload = self._payload(order)
-            underway.append(group.send(order.pull, header, payload))
+            underway.append(group.send(order.pull, [self._memory(one) for one in order.frames]))
             if len(underway) == MAX_UNDERWAY:
                 self._finish(underway)
 
-    def _next(self, underway: deque[Underway]) -> Sending | None:
+    def _next(self, underway: deque[Underway]) -> Send | None:
         """While there is none, what is underway is finished."""
         while underway:
             try:
@@ -133,14 +135,15 @@ class ReceivingLink(Link):
 
     def __init__(self, order: Open, setup: MoverSetup, emit: Emit, slots: torch.Tensor) -> None:
         super().__init__(order, setup, emit)
-        self._slots = slots
+        self._headers = slots[:, :HEADER_BYTES].numpy()
+        self._payloads = [slot[HEADER_BYTES:] for slot in slots]
         self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._is_closing = threading.Event()
-        for slot in range(NUM_SLOTS):
-            self.free(slot)
+        self.free(range(NUM_SLOTS))
 
-    def free(self, slot: int) -> None:
-        self._free.put(slot)
+    def free(self, slots: Iterable[int]) -> None:
+        for slot in slots:
+            self._free.put(slot)
 
     def close(self) -> None:
         self._store.give_up()
@@ -149,24 +152,35 @@ class ReceivingLink(Link):
     def _work(self, group: Group) -> None:
         """Until the connection ends: after a farewell the producer's end closes it."""
         threading.Thread(target=self._part, args=(group,), name=f"end of {self.name}", daemon=True).start()
-        expected: deque[tuple[int, Expected]] = deque()
+        heads = deque(group.expect_head() for _ in range(HEADS_AHEAD))
+        expected: deque[tuple[int, Underway]] = deque()
         try:
             while True:
-                self._expect(group, expected)
-                slot, one = expected.popleft()
-                pull, length = one.wait()
-                self._emit(Arrived(self.name, pull, slot, HEADER_BYTES + length))
+                heads[0].wait()
+                pull, frames = read_head(heads.popleft())
+                heads.append(group.expect_head())
+                slots = tuple([self._take(group, expected, *frame) for frame in frames])
+                sizes = tuple([HEADER_BYTES + length for length, _ in frames])
+                self._emit(Arrived(self.name, pull, slots, sizes))
         finally:
             self._is_closing.set()
 
-    def _expect(self, group: Group, expected: deque[tuple[int, Expected]]) -> None:
+    def _take(self, group: Group, expected: deque[tuple[int, Underway]], length: int, header: bytes) -> int:
+        """The next payload, in its slot behind its header."""
+        self._expect(group, expected)
+        slot, one = expected.popleft()
+        group.take_payload(one, length)
+        self._headers[slot] = np.frombuffer(header, np.uint8)
+        return slot
+
+    def _expect(self, group: Group, expected: deque[tuple[int, Underway]]) -> None:
         """Every slot that is free is posted; if none is, one has to become so first."""
         while True:
             try:
                 slot = self._free.get(block=not expected)
             except queue.Empty:
                 return
-            expected.append((slot, group.expect(self._slots[slot])))
+            expected.append((slot, group.expect_payload(self._payloads[slot])))
 
     def _part(self, group: Group) -> None:
         self._is_closing.wait()

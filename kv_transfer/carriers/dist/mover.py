@@ -28,13 +28,13 @@ from kv_transfer.carriers.dist.records import (
     MoverSetup,
     News,
     Open,
+    Outgoing,
+    Payload,
     Ping,
     Pong,
     Ready,
-    SendBytes,
-    Sending,
-    SendRecords,
-    SendSample,
+    SamplePart,
+    Send,
     Told,
 )
 from kv_transfer.frames import HEADER_BYTES
@@ -51,18 +51,18 @@ class Memory:
         if pool_fds:
             self._pool = worker_pool(setup.layout, setup.num_blocks, len(pool_fds), pool_fds, mmap.ACCESS_READ)
 
-    def payload(self, order: Sending) -> tuple[bytes, torch.Tensor]:
-        """Where it lies, if that is in one run."""
-        if isinstance(order, SendSample):
-            part = memoryview(self._sample)[order.where.start : order.where.stop]
+    def frame(self, one: Outgoing) -> tuple[bytes, torch.Tensor]:
+        """Its header, and its payload: where that lies, if it is in one run."""
+        if isinstance(one, SamplePart):
+            part = memoryview(self._sample)[one.where.start : one.where.stop]
             return bytes(HEADER_BYTES), torch.frombuffer(part, dtype=torch.uint8)
-        if isinstance(order, SendBytes):
-            return order.header, torch.frombuffer(order.payload, dtype=torch.uint8)
+        if isinstance(one, Payload):
+            return one.header, torch.frombuffer(one.payload, dtype=torch.uint8)
         assert self._pool is not None, "records are sent out of mapped pools only"
-        pool, where = self._pool, (order.plane, order.layers, order.block_ids)
+        pool, where = self._pool, (one.plane, one.layers, one.block_ids)
         pieces = list(records_in_place(pool, *where)) if isinstance(pool, SharedPool) else []
         run = pieces[0] if len(pieces) == 1 else pool.read(*where)
-        return order.header, torch.frombuffer(run, dtype=torch.uint8)
+        return one.header, torch.frombuffer(run, dtype=torch.uint8)
 
 
 class Mover:
@@ -81,10 +81,10 @@ class Mover:
 
     def _obey(self, order: object) -> None:
         match order:
-            case SendRecords(link=name) | SendBytes(link=name) | SendSample(link=name) if name in self._sending:
+            case Send(link=name) if name in self._sending:
                 self._sending[name].send(order)
-            case Free(link=name, slot=slot) if name in self._receiving:
-                self._receiving[name].free(slot)
+            case Free(link=name, slots=slots) if name in self._receiving:
+                self._receiving[name].free(slots)
             case Close(link=name) if name in self._receiving:
                 self._receiving[name].close()
             case Told(link=name, keys=keys) if name in self._receiving:
@@ -98,7 +98,7 @@ class Mover:
 
     def _open(self, order: Open) -> None:
         if order.row is None:
-            link = SendingLink(order, self._setup, self._emit, self._memory.payload)
+            link = SendingLink(order, self._setup, self._emit, self._memory.frame)
             self._sending[order.link] = link
         else:
             link = ReceivingLink(order, self._setup, self._emit, self._memory.rows[order.row])

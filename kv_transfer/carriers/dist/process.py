@@ -26,7 +26,6 @@ from engine.pool import BlockBytes, SharedPool
 from engine.rank_pools import RankPools, pools_of
 from kv_transfer.carriers.dist.pipe import packed, read_record
 from kv_transfer.carriers.dist.records import (
-    HEAD_BYTES,
     MAX_LINKS,
     NUM_SLOTS,
     Arrived,
@@ -42,15 +41,15 @@ from kv_transfer.carriers.dist.records import (
     Pong,
     Ready,
     Said,
-    Sending,
+    Send,
     Sent,
     Told,
 )
-from kv_transfer.frames import HEADER_BYTES, Commit
+from kv_transfer.frames import Commit
 
 START_TIMEOUT_S = 60.0  # torch is loaded meanwhile
 STOP_TIMEOUT_S = 3.0
-MAX_UNSENT = 8  # frames that a link's mover has been told to send
+MAX_UNSENT = 4  # bursts that a link's mover has been told to send
 CHECKS = 4  # in each timeout_s
 
 Item = Arrived | Commit | TransferFailed  # what comes to a pull
@@ -155,7 +154,7 @@ class MoverProcess:
     def tell(self, end: LinkEnd, keys: Keys) -> None:
         self._write(Told(end.name, keys))
 
-    async def send(self, end: LinkEnd, order: Sending) -> None:
+    async def send(self, end: LinkEnd, order: Send) -> None:
         """Returns when it may be sent soon. Raises TransferFailed when the link has ended."""
         while end.reason is None and len(end.unsent) >= MAX_UNSENT:
             await end.news.wait()  # at the latest when the mover is killed
@@ -166,14 +165,14 @@ class MoverProcess:
         with contextlib.suppress(OSError):  # it has ended, and its links with it
             await self._writer.drain()
 
-    def arrived(self, end: LinkEnd, one: Arrived) -> memoryview:
-        """A frame's header and payload, until it is freed."""
+    def arrived(self, end: LinkEnd, slot: int, size_bytes: int) -> memoryview:
+        """What has arrived there, until it is freed."""
         assert end.row is not None, "frames arrive at the consumer's end"
-        start = (end.row * NUM_SLOTS + one.slot) * self.setup.slot_bytes + HEAD_BYTES - HEADER_BYTES
-        return self._ring[start : start + one.size_bytes]
+        start = (end.row * NUM_SLOTS + slot) * self.setup.slot_bytes
+        return self._ring[start : start + size_bytes]
 
     def free(self, end: LinkEnd, one: Arrived) -> None:
-        self._write(Free(end.name, one.slot))
+        self._write(Free(end.name, one.slots))
 
     def close_link(self, end: LinkEnd) -> None:
         """Say farewell. Closing one that has ended is no error."""

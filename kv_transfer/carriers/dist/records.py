@@ -1,4 +1,7 @@
-"""What a worker and its mover say to each other. These cross a local pipe, never a network."""
+"""What a worker and its mover say to each other. These cross a local pipe, never a network.
+
+They have no slots: there are a few for each frame, and pickle is several times faster without.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,9 @@ from typing import Literal
 from engine.planes import CacheLayout
 from kv_transfer.frames import HEADER_BYTES
 
-NUM_SLOTS = 8  # of a link: frames that are under way or wait to be taken
+NUM_SLOTS = 12  # of a link: frames that are under way or wait to be taken
 MAX_LINKS = 64  # of one mover
-HEAD_BYTES = 16 + HEADER_BYTES  # the number of the pull, the payload's length, and the frame's header
+MAX_BURST = 4  # frames that are ordered, announced and told of together, for each of that costs as much as to send one
 TOKEN_BYTES = 32
 
 Keys = tuple[tuple[str, bytes], ...]  # where the members of a group are, as they tell each other
@@ -31,7 +34,8 @@ class MoverSetup:
 
     @property
     def slot_bytes(self) -> int:
-        return HEAD_BYTES + self.frame_bytes
+        """A frame's header and payload."""
+        return HEADER_BYTES + self.frame_bytes
 
     @property
     def ring_bytes(self) -> int:
@@ -42,7 +46,7 @@ class MoverSetup:
 # --- from the worker ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Open:
     """Begin a link as its producer, or as its consumer with the slots of this row of the ring."""
 
@@ -52,7 +56,7 @@ class Open:
     keys: Keys
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Told:
     """What the other member has said."""
 
@@ -60,69 +64,74 @@ class Told:
     keys: Keys
 
 
-@dataclass(frozen=True, slots=True)
-class SendRecords:
+@dataclass(frozen=True)
+class Records:
     """A frame whose records lie in these blocks of the mapped pool."""
 
-    link: str
-    pull: int
     header: bytes
     plane: int
     layers: range
     block_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class SendBytes:
+@dataclass(frozen=True)
+class Payload:
     """A frame out of a pool that cannot be mapped."""
 
-    link: str
-    pull: int
     header: bytes
     payload: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class SendSample:
+@dataclass(frozen=True)
+class SamplePart:
     """These bytes of the worker's sample."""
 
-    link: str
-    pull: int
     where: range
 
 
-@dataclass(frozen=True, slots=True)
-class Free:
-    """What had arrived in this slot was taken."""
+Outgoing = Records | Payload | SamplePart
+
+
+@dataclass(frozen=True)
+class Send:
+    """Up to MAX_BURST frames of one pull."""
 
     link: str
-    slot: int
+    pull: int
+    frames: tuple[Outgoing, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
+class Free:
+    """What had arrived in these slots was taken."""
+
+    link: str
+    slots: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Close:
     """Say farewell to the producer."""
 
     link: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Ping:
     """Are you there?"""
 
 
-Sending = SendRecords | SendBytes | SendSample
-Order = Open | Told | Sending | Free | Close | Ping
+Order = Open | Told | Send | Free | Close | Ping
 
 # --- from the mover -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Ready:
     """The mover takes orders."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Said:
     """What the other member has to know."""
 
@@ -130,31 +139,31 @@ class Said:
     keys: Keys
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Opened:
     """Both members have shown that they know the token."""
 
     link: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Sent:
-    """The oldest of what was to be sent over this link has been."""
+    """The oldest burst that was to be sent over this link has been."""
 
     link: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Arrived:
-    """A frame of this pull is in this slot of the link's row: header and payload, `size_bytes` together."""
+    """Frames of this pull are in these slots of the link's row. `sizes`: of header and payload together."""
 
     link: str
     pull: int
-    slot: int
-    size_bytes: int
+    slots: tuple[int, ...]
+    sizes: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Ended:
     """The link is over."""
 
@@ -162,7 +171,7 @@ class Ended:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Pong:
     """I am."""
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import cast
@@ -20,10 +20,10 @@ from engine.runs import Runs
 from kv_transfer.carrier import Producer
 from kv_transfer.carriers.dist.movers import Movers
 from kv_transfer.carriers.dist.process import LinkEnd, MoverProcess
-from kv_transfer.carriers.dist.records import TOKEN_BYTES, Keys, SendBytes, SendRecords, SendSample
+from kv_transfer.carriers.dist.records import MAX_BURST, TOKEN_BYTES, Keys, Outgoing, Payload, Records, SamplePart, Send
 from kv_transfer.carriers.grpc import sent
 from kv_transfer.carriers.status import abort_with
-from kv_transfer.frames import HEADER_BYTES, Commit, Place, encode, frame_header, payload_bytes
+from kv_transfer.frames import Commit, Place, frame_header, payload_bytes
 from kv_transfer.lease import Lease
 
 SERVICE = "steelyard.KVDist"
@@ -94,8 +94,8 @@ class DistService:
         name, pull, _ = unpack_wanted(data)
         mover, end = self._link(name)
         size, step = self._movers.sample_bytes, self._movers.setup.frame_bytes
-        for start in range(0, size, step):
-            await mover.send(end, SendSample(name, pull, range(start, min(start + step, size))))
+        parts = [SamplePart(range(start, min(start + step, size))) for start in range(0, size, step)]
+        await _send(mover, end, pull, parts)
 
     async def moved(
         self, name: str, pull: int, lease: Lease, first_frame: int, present: Runs
@@ -111,11 +111,10 @@ class DistService:
                 if isinstance(message, Commit):
                     yield message
                 elif isinstance(message, tuple):
-                    for place in message:
-                        await mover.send(end, _of_place(name, pull, place, self._movers.setup.layout))
+                    await _send(mover, end, pull, [_records(place, self._movers.setup.layout) for place in message])
                 else:
-                    header = encode(message)[:HEADER_BYTES]
-                    await mover.send(end, SendBytes(name, pull, header, bytes(message.payload)))
+                    header = frame_header(message.index, message.spec, message.digest, len(message.payload))
+                    await _send(mover, end, pull, [Payload(header, bytes(message.payload))])
 
     def _link(self, name: str) -> tuple[MoverProcess, LinkEnd]:
         mover = self._movers.present()
@@ -155,10 +154,15 @@ def dist_handler(service: DistService) -> grpc.GenericRpcHandler:
     return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
 
-def _of_place(link: str, pull: int, place: Place, layout: CacheLayout) -> SendRecords:
+async def _send(mover: MoverProcess, end: LinkEnd, pull: int, frames: Sequence[Outgoing]) -> None:
+    for start in range(0, len(frames), MAX_BURST):
+        await mover.send(end, Send(end.name, pull, tuple(frames[start : start + MAX_BURST])))
+
+
+def _records(place: Place, layout: CacheLayout) -> Records:
     spec = place.spec
     header = frame_header(place.index, spec, place.digest, payload_bytes(layout, spec))
-    return SendRecords(link, pull, header, spec.plane, spec.layers, place.block_ids)
+    return Records(header, spec.plane, spec.layers, place.block_ids)
 
 
 def _is_name(link: object) -> bool:
