@@ -186,6 +186,7 @@ class ChosenCarriers:
             self._take(pair, "dist", await pair.link.rate(pair.digest), True)
         except TransferFailed as error:
             pair.refuse("dist", error.message)
+            pair.link_again_at = asyncio.get_running_loop().time() + AGAIN_S
 
     def _link_again(self, pair: Pair, lease: Lease) -> None:
         """Beside the pulls, which go by others meanwhile."""
@@ -199,10 +200,8 @@ class ChosenCarriers:
             pair.link.close()
         await self._measure_dist(pair, lease)
         if "dist" in pair.rates:
-            del pair.refused["dist"]
+            pair.refused.pop("dist", None)
             log.info("KV from %s can come by dist again: %.2f GB/s", pair.worker_id, pair.rates["dist"] / GB)
-        else:
-            pair.link_again_at = asyncio.get_running_loop().time() + AGAIN_S
 
     def _take(self, pair: Pair, name: str, rate: float, is_wanted: bool) -> None:
         floor = self._config.min_gb_per_s * GB

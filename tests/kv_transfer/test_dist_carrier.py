@@ -29,6 +29,7 @@ from engine.runs import Runs
 from kv_transfer.carriers import choice
 from kv_transfer.carriers.choice import ChosenCarriers, Pair
 from kv_transfer.carriers.dist.movers import Movers
+from kv_transfer.carriers.dist.process import LinkEnd
 from kv_transfer.carriers.dist.records import MAX_LINKS, TOKEN_BYTES, MoverSetup
 from kv_transfer.carriers.dist.service import NAME_BYTES, SERVICE, DistService, dist_handler, pack_meeting
 from kv_transfer.carriers.grpc import kv_handler
@@ -234,6 +235,22 @@ async def test_a_mover_has_so_many_links_and_those_that_never_meet_end(workers: 
     assert not consumer.has_ended
 
 
+async def test_slots_that_a_pull_still_reads_are_given_to_no_other_link(workers: Workers) -> None:
+    consumer = await workers.consumer.ready()
+
+    async def ended(name: str) -> LinkEnd:
+        end = consumer.open_link(name * NAME_BYTES, TOKEN, is_producer=False)
+        consumer.close_link(end)
+        await until(lambda: end.reason is not None)
+        return end
+
+    first = await ended("1")
+    first.arrivals[1] = asyncio.Queue()
+    assert (await ended("2")).row != first.row
+    del first.arrivals[1]
+    assert (await ended("3")).row == first.row
+
+
 MEETING = [NAME, TOKEN, 2**19, []]
 
 
@@ -332,7 +349,7 @@ async def test_a_mover_that_fails_in_the_midst_is_replaced_and_the_pull_goes_on(
         replaced = await workers.producer.ready()
         assert replaced.pid != failed.pid
         assert (await served.pull()).carrier == "grpc", "dist is measured beside it"
-        await until(lambda: "dist" in pair.rates, 10.0)
+        await until(lambda: "dist" in pair.rates, 30.0)
         await served.pair()
         assert (await served.pull()).carrier == "dist"
         assert all(served.case.arrived())

@@ -167,6 +167,8 @@ class ReceivingLink(Link):
 
     def _take(self, group: Group, expected: deque[tuple[int, Underway]], length: int, header: bytes) -> int:
         """The next payload, in its slot behind its header."""
+        if length > len(self._payloads[0]):
+            raise ValueError(f"a frame of {length} bytes was announced")
         self._expect(group, expected)
         slot, one = expected.popleft()
         group.take_payload(one, length)

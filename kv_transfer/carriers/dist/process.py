@@ -100,6 +100,7 @@ class MoverProcess:
         self._writer = writer
         self._on_end = on_end
         self._links: dict[str, LinkEnd] = {}
+        self._read_on: list[LinkEnd] = []  # that have ended, while pulls still read what has arrived
         self._pinged_at: float | None = None
         self._verdict: str | None = None  # why it was killed
         self.has_ended = False
@@ -135,10 +136,11 @@ class MoverProcess:
 
     def open_link(self, name: str, token: bytes, is_producer: bool, keys: Keys = ()) -> LinkEnd:
         """Raises TransferFailed if there are too many."""
-        if name in self._links or len(self._links) >= MAX_LINKS:
-            raise TransferFailed(f"the mover has {len(self._links)} links already")
+        self._read_on = [end for end in self._read_on if end.arrivals]
+        taken = [end.row for end in (*self._links.values(), *self._read_on)]
+        if name in self._links or len(taken) >= MAX_LINKS:
+            raise TransferFailed(f"the mover has {len(taken)} links already")
         loop = asyncio.get_running_loop()
-        taken = [end.row for end in self._links.values()]
         row = None if is_producer else next(row for row in range(MAX_LINKS) if row not in taken)
         end = self._links[name] = LinkEnd(name, row, loop.create_future(), loop.create_future())
         self._write(Open(name, token, row, keys))
@@ -239,7 +241,7 @@ class MoverProcess:
             case Arrived():  # nobody waits for it any more
                 self.free(end, news)
             case Ended(reason=reason):
-                del self._links[end.name]
+                self._read_on.append(self._links.pop(end.name))
                 end.end(reason)
 
     def _end_all(self, reason: str) -> None:
