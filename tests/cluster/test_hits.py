@@ -49,8 +49,9 @@ def needed(num_tokens: int, windowed: bool) -> range:
     return range(first, -(-num_tokens // BLOCK))
 
 
-@pytest.mark.parametrize("carrier", ["grpc", "shm"])
-@pytest.mark.parametrize("windowed", [False, True], ids=["full", "windows"])
+@pytest.mark.parametrize(
+    ("carrier", "windowed"), [("grpc", False), ("grpc", True), ("shm", False), ("shm", True), ("dist", False)]
+)
 async def test_a_second_turn_moves_only_what_decode_has_not_kept(tmp_path: Path, carrier: str, windowed: bool) -> None:
     model = (write_windowed_model if windowed else write_tiny_model)(tmp_path / "model")
     overrides = {

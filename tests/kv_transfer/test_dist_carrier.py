@@ -52,7 +52,7 @@ from tests.kv_transfer.fakes import (
     poisoned_pool,
     random_pool,
 )
-from tests.kv_transfer.test_shm_carrier import Misplaced, committed
+from tests.kv_transfer.test_shm_carrier import Misplaced, OutOfBounds, committed
 from tests.virtual import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -111,6 +111,7 @@ class Served:
 
 @asynccontextmanager
 async def serve(workers: Workers, carrier: str = "dist", has_dist: bool = True) -> AsyncIterator[Served]:
+    await asyncio.gather(workers.producer.ready(), workers.consumer.ready())
     order, ended = random.Random(0), []
     source_ids, target_ids = (tuple(order.sample(range(NUM_BLOCKS), NUM_TOKENS // LAYOUT.block_size)) for _ in range(2))
     outbox = Outbox(LAYOUT, workers.pool, FRAME_BYTES, TTL_S, lambda: "secret", ended.append)
@@ -287,12 +288,14 @@ async def test_malformed_and_unfitting_requests_are_typed_refusals(
 # --- failures --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", [Misplaced, OutOfBounds])
 async def test_wrong_bytes_are_found_out_and_another_carrier_goes_on(
-    workers: Workers, caplog: pytest.LogCaptureFixture
+    workers: Workers, kind: type[Outbox], caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Who orders what does not exist ends the mover."""
     async with serve(workers, "all") as served:
         await served.pair()
-        committed(served.case).outbox.__class__ = Misplaced
+        committed(served.case).outbox.__class__ = kind
         pulled = await served.pull()
         assert (pulled.carrier, pulled.num_resumes) == ("grpc", 2)
         assert all(served.case.arrived())

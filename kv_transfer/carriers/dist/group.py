@@ -22,6 +22,7 @@ from kv_transfer.carriers.dist.records import MAX_BURST, Keys
 from kv_transfer.frames import HEADER_BYTES
 
 PRODUCER, CONSUMER = 0, 1
+CONNECT_TRIES = 6  # gloo's, and one to spare: its time-out is that of each
 FOREVER = datetime.timedelta(days=3650)  # an idle link may wait for so long
 _BURST = struct.Struct("<QQ")  # the number of the pull, and of frames; then of each:
 _FRAME = struct.Struct(f"<Q{HEADER_BYTES}s")  # the payload's length, and the frame's header
@@ -105,10 +106,11 @@ class Group:
     def __init__(self, store: ToldStore, rank: int, host: str, timeout_s: float) -> None:
         options = ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
         options._devices = [ProcessGroupGloo.create_device(hostname=host)]
-        options._timeout = self._timeout = datetime.timedelta(seconds=timeout_s)
+        options._timeout = datetime.timedelta(seconds=timeout_s / CONNECT_TRIES)
         options._threads = 1
         self._gloo = cast(TwoSided, ProcessGroupGloo(store, rank, 2, options))
         self._rank = rank
+        self._timeout = datetime.timedelta(seconds=timeout_s)
         self.lane: PayloadLane | None = None
 
     def greet(self, token: bytes) -> None:
@@ -143,7 +145,8 @@ class Group:
 
     def wait_for_farewell(self) -> None:
         """Raises RuntimeError if the connection ends without one."""
-        self._gloo.recv([torch.zeros(1, dtype=torch.uint8)], CONSUMER, _TAG_FAREWELL).wait(FOREVER)
+        farewell = torch.zeros(1, dtype=torch.uint8)
+        self._gloo.recv([farewell], CONSUMER, _TAG_FAREWELL).wait(FOREVER)
 
     # --- the consumer's ------------------------------------------------------------------------------------
 
@@ -168,11 +171,11 @@ class Group:
 
 
 def read_head(expected: Underway) -> tuple[int, list[tuple[int, bytes]]]:
-    """(number of the pull, [(length of the payload, header)]) of a head that has come. Raises ValueError."""
+    """(number of the pull, [(length of the payload, header)]) of a head that has come. Raises ConnectionError."""
     head = expected.tensors[0].numpy().data
     pull, num_frames = _BURST.unpack_from(head)
     if not 0 < num_frames <= MAX_BURST:
-        raise ValueError(f"a burst of {num_frames} frames was announced")
+        raise ConnectionError(f"a burst of {num_frames} frames was announced")
     return pull, [_FRAME.unpack_from(head, _BURST.size + index * _FRAME.size) for index in range(num_frames)]
 
 

@@ -1,7 +1,8 @@
 """The mover's links: threads that send, or receive, over a group of two. Loads torch.
 
-A link begins in a thread of its own, says Opened, does its work, and says Ended, whatever the reason. Nothing but that
-thread, and the works that it waits for, keeps the group: when it returns, the connection closes.
+A link begins in a thread of its own, says Opened, does its work, and says Ended, when the peer is not found, is none or
+has gone. What is no fault of a peer ends the process (mover.py). Nothing but a link's threads keeps its group: when they
+have ended, the connection closes.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Link:
         reason = "the peer's end was closed"
         try:
             self._work(self._joined())
-        except Exception as error:  # whatever it was, the worker hears of it
+        except (RuntimeError, ConnectionError, TimeoutError) as error:
             reason = _in_short(error)
         self._emit(Ended(self.name, reason))
 
@@ -168,7 +169,7 @@ class ReceivingLink(Link):
     def _take(self, group: Group, expected: deque[tuple[int, Underway]], length: int, header: bytes) -> int:
         """The next payload, in its slot behind its header."""
         if length > len(self._payloads[0]):
-            raise ValueError(f"a frame of {length} bytes was announced")
+            raise ConnectionError(f"a frame of {length} bytes was announced")
         self._expect(group, expected)
         slot, one = expected.popleft()
         group.take_payload(one, length)

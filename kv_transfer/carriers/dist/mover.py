@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import warnings
 
 import torch
@@ -113,9 +114,16 @@ class Mover:
         self._pipe.write(news)
 
 
+def end_at_once(fault: threading.ExceptHookArgs) -> None:
+    """A thread that fails may leave a link open that nobody serves: the worker has to see that all are over."""
+    sys.__excepthook__(fault.exc_type, fault.exc_value or fault.exc_type(), fault.exc_traceback)
+    os._exit(1)
+
+
 def main(socket_fd: int, ring_fd: int, sample_fd: int, pool_fds: list[int]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches all; our parent decides
     warnings.filterwarnings("ignore", "The given buffer is not writable")  # nor is it written to
+    threading.excepthook = end_at_once
     torch.set_num_threads(1)
     pipe = MoverPipe(socket.socket(fileno=socket_fd))
     setup = pipe.read()

@@ -251,9 +251,13 @@ class MoverProcess:
         self._links.clear()
 
     async def _watch(self) -> None:
+        pause_s = self.setup.timeout_s / CHECKS
         while True:
-            await asyncio.sleep(self.setup.timeout_s / CHECKS)
-            self._verdict = self._fault(_now() - self.setup.timeout_s)
+            await asyncio.sleep(pause_s)
+            limit = _now() - self.setup.timeout_s
+            if self._fault(limit) is not None:
+                await asyncio.sleep(pause_s)  # what has come while we were busy ourselves is read first
+            self._verdict = self._fault(limit)
             if self._verdict is not None:
                 log.warning("the mover process %d %s", self.pid, self._verdict)
                 self._process.kill()  # which works on a stopped one too
