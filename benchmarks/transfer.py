@@ -2,13 +2,13 @@
 
     python -m benchmarks.transfer [--quick] [--nixl-python PATH] [--json FILE]
 
-The producer is a process with a real outbox, server, door and mover; here a real puller takes each transfer into a pool
-and checks it. A transfer is a hand-off of so many bytes whose blocks are all computed, in frames of the default size,
+The producer is a process with a real outbox, server, door and porter; here a real puller takes each transfer into a
+pool and checks it. A transfer is a hand-off of so many bytes whose blocks are all computed, in frames of the default size,
 from its lease to the verified COMMIT. Medians of 7, one of each kind in turn. With frame digests, and without: then the
 reader does not check them, but they are made all the same.
 Beside it: one copy of as many bytes by this process; as many through a bare TCP socket on loopback; and as many read by
 NIXL over UCX, unchecked, if PATH is a Python that has it (`python3 -m venv DIR && DIR/bin/pip install nixl numpy`).
-The first transfer of a new pair is of 1 MiB, and has the measuring of all paths in it. Movers are running by then.
+The first transfer of a new pair is of 1 MiB, and has the measuring of all paths in it. Porters are running by then.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.report import Row, Target, machine, median, print_table, print_targets, target, write_json
-from benchmarks.transfer_producer import HOST, INCARNATION, LAYOUT, SECRET, mover_setup, produce
+from benchmarks.transfer_producer import HOST, INCARNATION, LAYOUT, SECRET, porter_setup, produce
 from cluster.rpc.auth import call_token
 from cluster.rpc.channels import Channels
 from engine.pool import SharedPool
 from engine.types import Key
 from kv_transfer.carriers.choice import ChosenCarriers
-from kv_transfer.carriers.dist.movers import Movers
+from kv_transfer.carriers.dist.porters import Porters
 from kv_transfer.carriers.sample import Sample
 from kv_transfer.config import TransferConfig
 from kv_transfer.lease import Lease
@@ -141,18 +141,18 @@ class Measurement:
         num_blocks = max(self.sizes) // LAYOUT.bytes_per_block
         pool, sample = SharedPool(LAYOUT, num_blocks), Sample()
         pool.memory[:] = bytes(len(pool.memory))  # its pages are there before anything is timed
-        movers = Movers(mover_setup(num_blocks), pool, sample)
-        await movers.ready()
+        porters = Porters(porter_setup(num_blocks), pool, sample)
+        await porters.ready()
         try:
-            first_s = median([await self._first(pool, movers) for _ in range(self.rounds)])
-            return first_s, {size: await self._rates(size, pool, movers) for size in self.sizes}
+            first_s = median([await self._first(pool, porters) for _ in range(self.rounds)])
+            return first_s, {size: await self._rates(size, pool, porters) for size in self.sizes}
         finally:
             await self.channels.close()
-            await movers.stop()
+            await porters.stop()
 
-    async def _first(self, pool: SharedPool, movers: Movers) -> float:
+    async def _first(self, pool: SharedPool, porters: Porters) -> float:
         channels, lease = Channels(SECRET), await self._granted(1)
-        carriers = ChosenCarriers(channels, LAYOUT, call_token(SECRET), TransferConfig(carrier="all"), movers)
+        carriers = ChosenCarriers(channels, LAYOUT, call_token(SECRET), TransferConfig(carrier="all"), porters)
         begun = time.perf_counter()
         await Puller(LAYOUT, pool, [0], carriers.carrier(lease), lease).run(60.0)
         first_s = time.perf_counter() - begun
@@ -161,10 +161,10 @@ class Measurement:
         await channels.close()
         return first_s
 
-    async def _rates(self, size: int, pool: SharedPool, movers: Movers) -> dict[str, float]:
+    async def _rates(self, size: int, pool: SharedPool, porters: Porters) -> dict[str, float]:
         token, times = call_token(SECRET), dict[str, list[float]]()
         carriers = {
-            name: ChosenCarriers(self.channels, LAYOUT, token, TransferConfig(carrier=name), movers)
+            name: ChosenCarriers(self.channels, LAYOUT, token, TransferConfig(carrier=name), porters)
             for name in CARRIERS
         }
         for number in range(self.rounds + 1):

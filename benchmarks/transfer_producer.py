@@ -1,4 +1,4 @@
-"""The producer of benchmarks.transfer: a process with a real outbox, server, door and mover, and a bare socket."""
+"""The producer of benchmarks.transfer: a process with a real outbox, server, door and porter, and a bare socket."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from cluster.rpc.channels import OPTIONS
 from engine.planes import attention_layout
 from engine.pool import SharedPool
 from engine.types import Endpoint, Key, Request, SamplingParams
-from kv_transfer.carriers.dist.movers import Movers
-from kv_transfer.carriers.dist.records import MoverSetup
+from kv_transfer.carriers.dist.porters import Porters
+from kv_transfer.carriers.dist.records import PorterSetup
 from kv_transfer.carriers.dist.service import DistService, dist_handler
 from kv_transfer.carriers.door import PoolDoor
 from kv_transfer.carriers.grpc import kv_handler
@@ -32,8 +32,8 @@ SECRET, INCARNATION, HOST = b"b" * 32, "benchmark", "127.0.0.1"
 CONFIG = TransferConfig()
 
 
-def mover_setup(num_blocks: int) -> MoverSetup:
-    return MoverSetup(LAYOUT, num_blocks, 1, HOST, "cpu", CONFIG.frame_bytes, CONFIG.pull_timeout_s / 2)
+def porter_setup(num_blocks: int) -> PorterSetup:
+    return PorterSetup(LAYOUT, num_blocks, 1, HOST, "cpu", CONFIG.frame_bytes, CONFIG.pull_timeout_s / 2)
 
 
 def produce(pipe: Connection, num_blocks: int) -> None:
@@ -46,10 +46,10 @@ async def _serve(pipe: Connection, num_blocks: int) -> None:
     pool, sample = SharedPool(LAYOUT, num_blocks), Sample()
     pool.memory[:] = np.random.default_rng(0).bytes(pool.size_bytes)
     outbox = Outbox(LAYOUT, pool, CONFIG.frame_bytes, 600.0, lambda: "secret", lambda _key: None)
-    movers = Movers(mover_setup(num_blocks), pool, sample)
-    await movers.ready()
+    porters = Porters(porter_setup(num_blocks), pool, sample)
+    await porters.ready()
     server = grpc.aio.server(interceptors=[Gatekeeper(SECRET, INCARNATION)], options=OPTIONS)
-    server.add_generic_rpc_handlers((kv_handler(outbox, sample), dist_handler(DistService(outbox, movers))))
+    server.add_generic_rpc_handlers((kv_handler(outbox, sample), dist_handler(DistService(outbox, porters))))
     address = f"{HOST}:{server.add_insecure_port(f'{HOST}:0')}"
     await server.start()
     door = PoolDoor(pool, sample.fd, call_token(SECRET), INCARNATION)
@@ -67,7 +67,7 @@ async def _serve(pipe: Connection, num_blocks: int) -> None:
     bare.close()
     await door.close()
     await server.stop(grace=0)
-    await movers.stop()
+    await porters.stop()
 
 
 def _sender(pool: SharedPool) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any]:

@@ -27,8 +27,8 @@ from engine.setup import EngineSetup, plan_engine
 from engine.step_runner import ProcessStepRunner, StepRunner, ThreadStepRunner
 from engine.types import Endpoint
 from kv_transfer.carriers.choice import ChosenCarriers
-from kv_transfer.carriers.dist.movers import Movers
-from kv_transfer.carriers.dist.records import MoverSetup
+from kv_transfer.carriers.dist.porters import Porters
+from kv_transfer.carriers.dist.records import PorterSetup
 from kv_transfer.carriers.dist.service import DistService
 from kv_transfer.carriers.door import PoolDoor
 from kv_transfer.carriers.sample import Sample
@@ -47,7 +47,7 @@ class Worker:
         self._serving: asyncio.Task[None] | None = None
         self._failure: asyncio.Future[str] | None = None
         self._door: PoolDoor | None = None
-        self._movers: Movers | None = None
+        self._porters: Porters | None = None
 
     # --- life ----------------------------------------------------------------------------------------------
 
@@ -65,9 +65,9 @@ class Worker:
         token = call_token(self._secret)
         self._sample = Sample()
         if "dist" in self._config.kv_transfer.carriers:
-            self._movers = Movers(self._mover_setup(setup), self._block_bytes, self._sample)
-            self._movers.begin()
-        self._carriers = ChosenCarriers(self._channels, setup.layout, token, self._config.kv_transfer, self._movers)
+            self._porters = Porters(self._porter_setup(setup), self._block_bytes, self._sample)
+            self._porters.begin()
+        self._carriers = ChosenCarriers(self._channels, setup.layout, token, self._config.kv_transfer, self._porters)
         self._server = WorkerServer(self._secret, spec.incarnation, tls)
         me = Endpoint(spec.worker_id, spec.incarnation, self._server.bind(spec.host), setup.cohort)
         self._sides = WorkerSides(
@@ -81,7 +81,7 @@ class Worker:
         )
         if isinstance(self._block_bytes, SharedPool | RankPools):
             self._door = PoolDoor(self._block_bytes, self._sample.fd, token, spec.incarnation)
-        dist = DistService(self._sides.outbox, self._movers) if self._movers is not None else None
+        dist = DistService(self._sides.outbox, self._porters) if self._porters is not None else None
         await self._server.start(self._sides, self._sides.outbox, self._sample, dist)
         self._serving = asyncio.create_task(self._serve())
         return self._sides.member
@@ -102,8 +102,8 @@ class Worker:
             await self._door.close()
         await self._carriers.close()
         await self._channels.close()
-        if self._movers is not None:
-            await self._movers.stop()
+        if self._porters is not None:
+            await self._porters.stop()
         self._sample.close()
         await self._runner.stop()
         if self._pool is not None:
@@ -129,12 +129,12 @@ class Worker:
         self._block_bytes = pool or built.cache
         return ThreadStepRunner(built.engine, built.runner), None  # the tensors keep the memory
 
-    def _mover_setup(self, setup: EngineSetup) -> MoverSetup:
-        """The worker's patience with its mover is shorter than a pull's with the worker."""
+    def _porter_setup(self, setup: EngineSetup) -> PorterSetup:
+        """The worker's patience with its porter is shorter than a pull's with the worker."""
         pool, transfer = self._block_bytes, self._config.kv_transfer
         num_pools = len(pools_of(pool)) if isinstance(pool, SharedPool | RankPools) else 0
         frame_bytes = max(transfer.frame_bytes, *(plane.bytes_per_block for plane in setup.layout.planes))
-        return MoverSetup(
+        return PorterSetup(
             setup.layout, setup.spec.num_blocks, num_pools, self._spec.host, self._config.engine.device, frame_bytes,
             transfer.pull_timeout_s / 2,
         )  # fmt: skip

@@ -1,11 +1,11 @@
 """The choice of a carrier, for each pair of workers: measured at first contact, fastest first, with a way back.
 
 1. at the first lease of a producer's life its paths are measured with the sample: grpc always, shm where the producer's
-   pool can be mapped, dist over a link between two movers where the configuration wants it. What is too slow
+   pool can be mapped, dist over a link between two porters where the configuration wants it. What is too slow
    (`min_gb_per_s`), or fails, is not used; the log says which and why;
 2. a pull takes the fastest. What fails is tried once more, then the next one goes on at the frame that is missing, and
    the log and the totals say so; the failed one is left alone until the pair is measured anew. Only dist comes back by
-   itself, with new movers: AGAIN_S later it is measured beside the next pull;
+   itself, with new porters: AGAIN_S later it is measured beside the next pull;
 3. a pair that was idle for IDLE_S, or whose producer has begun a new life, is forgotten, and what was mapped or linked
    is let go of.
 """
@@ -25,7 +25,7 @@ from engine.planes import CacheLayout
 from engine.runs import Runs
 from engine.types import KvPath
 from kv_transfer.carriers.dist.carrier import DistCarrier, DistLink
-from kv_transfer.carriers.dist.movers import Movers
+from kv_transfer.carriers.dist.porters import Porters
 from kv_transfer.carriers.door import OpenPool, open_pool
 from kv_transfer.carriers.grpc import Channels, GrpcCarrier, probe
 from kv_transfer.carriers.shm import ShmCarrier, copy_rate
@@ -84,10 +84,15 @@ class ChosenCarriers:
     """Implements kv_transfer.carrier.CarrierPool."""
 
     def __init__(
-        self, channels: Channels, layout: CacheLayout, token: str, config: TransferConfig, movers: Movers | None = None
+        self,
+        channels: Channels,
+        layout: CacheLayout,
+        token: str,
+        config: TransferConfig,
+        porters: Porters | None = None,
     ) -> None:
         self.channels = channels
-        self._movers = movers
+        self._porters = porters
         self._layout = layout
         self._token = token
         self._config = config
@@ -179,10 +184,10 @@ class ChosenCarriers:
 
     async def _measure_dist(self, pair: Pair, lease: Lease) -> None:
         try:
-            if self._movers is None:
-                raise TransferFailed("this worker has no mover")
+            if self._porters is None:
+                raise TransferFailed("this worker has no porter")
             channel = self.channels(lease.address, lease.incarnation)
-            pair.link = await DistLink.open(channel, self._movers)
+            pair.link = await DistLink.open(channel, self._porters)
             self._take(pair, "dist", await pair.link.rate(pair.digest), True)
         except TransferFailed as error:
             pair.refuse("dist", error.message)

@@ -44,8 +44,8 @@ async def answer(cluster: LocalCluster, request: Request, every: int = 0) -> tup
 
 @pytest.mark.parametrize(
     ("carrier", "ranks", "windowed"),
-    [("grpc", 1, False), ("shm", 1, False), ("shm", 2, False), ("shm", 1, True)],
-    ids=["grpc", "shm", "two ranks", "windows"],
+    [("grpc", 1, False), ("shm", 1, False), ("dist", 1, False), ("shm", 2, False), ("shm", 1, True)],
+    ids=["grpc", "shm", "dist", "two ranks", "windows"],
 )
 async def test_a_stream_that_moves_every_ten_tokens_is_the_same(
     tmp_path: Path, carrier: str, ranks: int, windowed: bool

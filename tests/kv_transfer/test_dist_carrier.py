@@ -1,7 +1,7 @@
-"""The dist carrier between two movers on loopback: real processes, real gloo, a real server; and what follows faults.
+"""The dist carrier between two porters on loopback: real processes, real gloo, a real server; and what follows faults.
 
-Movers take seconds to load torch, so all tests share two of them, and one event loop. What one test kills is there
-again for the next: a worker's Movers see to it.
+Porters take seconds to load torch, so all tests share two of them, and one event loop. What one test kills is there
+again for the next: a worker's Porters see to it.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from engine.pool import SharedPool
 from engine.runs import Runs
 from kv_transfer.carriers import choice
 from kv_transfer.carriers.choice import ChosenCarriers, Pair
-from kv_transfer.carriers.dist.movers import Movers
+from kv_transfer.carriers.dist.porters import Porters
 from kv_transfer.carriers.dist.process import LinkEnd
-from kv_transfer.carriers.dist.records import MAX_LINKS, TOKEN_BYTES, MoverSetup
+from kv_transfer.carriers.dist.records import MAX_LINKS, TOKEN_BYTES, PorterSetup
 from kv_transfer.carriers.dist.service import NAME_BYTES, SERVICE, DistService, dist_handler, pack_meeting
 from kv_transfer.carriers.grpc import kv_handler
 from kv_transfer.carriers.sample import Sample
@@ -58,32 +58,32 @@ from tests.virtual import until
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 SECRET = b"s" * 32
-MOVER_TIMEOUT_S = 1.5
+PORTER_TIMEOUT_S = 1.5
 NUM_TOKENS = 60  # 15 of the 16 blocks
 NAME, TOKEN = "n" * NAME_BYTES, b"t" * TOKEN_BYTES
 
 
 @dataclass(eq=False)
 class Workers:
-    """Their movers, and the producer's pool."""
+    """Their porters, and the producer's pool."""
 
     pool: SharedPool
     sample: Sample
-    producer: Movers
-    consumer: Movers
+    producer: Porters
+    consumer: Porters
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def workers() -> AsyncIterator[Workers]:
     samples, pools = [Sample(), Sample()], [random_pool(), random_pool(seed=1)]
-    setup = MoverSetup(LAYOUT, NUM_BLOCKS, 1, "127.0.0.1", "cpu", 2**19, MOVER_TIMEOUT_S)
-    both = [Movers(setup, pool, sample) for pool, sample in zip(pools, samples, strict=True)]
-    for movers in both:
-        movers.begin()
-    await asyncio.gather(*(movers.ready() for movers in both))
+    setup = PorterSetup(LAYOUT, NUM_BLOCKS, 1, "127.0.0.1", "cpu", 2**19, PORTER_TIMEOUT_S)
+    both = [Porters(setup, pool, sample) for pool, sample in zip(pools, samples, strict=True)]
+    for porters in both:
+        porters.begin()
+    await asyncio.gather(*(porters.ready() for porters in both))
     yield Workers(pools[0], samples[0], *both)
-    for movers in both:
-        await movers.stop()
+    for porters in both:
+        await porters.stop()
     for each in (*pools, *samples):
         each.close()
 
@@ -204,7 +204,7 @@ async def test_a_lease_that_is_over_is_lost(workers: Workers) -> None:
             await served.pull()
 
 
-async def test_who_has_no_movers_is_pulled_from_by_another_carrier(
+async def test_who_has_no_porters_is_pulled_from_by_another_carrier(
     workers: Workers, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "kv_transfer")
@@ -225,7 +225,7 @@ async def test_members_that_do_not_know_the_same_token_part_at_once(workers: Wor
     assert [end.row for end in consumer._links.values()] == []
 
 
-async def test_a_mover_has_so_many_links_and_those_that_never_meet_end(workers: Workers) -> None:
+async def test_a_porter_has_so_many_links_and_those_that_never_meet_end(workers: Workers) -> None:
     consumer = await workers.consumer.ready()
     ends = [consumer.open_link(f"{index:016}", TOKEN, is_producer=False) for index in range(MAX_LINKS)]
     with pytest.raises(TransferFailed, match="64 links already"):
@@ -292,7 +292,7 @@ async def test_malformed_and_unfitting_requests_are_typed_refusals(
 async def test_wrong_bytes_are_found_out_and_another_carrier_goes_on(
     workers: Workers, kind: type[Outbox], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Who orders what does not exist ends the mover."""
+    """Who orders what does not exist ends the porter."""
     async with serve(workers, "all") as served:
         await served.pair()
         committed(served.case).outbox.__class__ = kind
@@ -328,7 +328,7 @@ async def test_whatever_happens_to_the_rpc_beside_the_link(workers: Workers, kin
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "silent"])
-async def test_a_mover_that_fails_in_the_midst_is_replaced_and_the_pull_goes_on(
+async def test_a_porter_that_fails_in_the_midst_is_replaced_and_the_pull_goes_on(
     workers: Workers, sign: signal.Signals, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
@@ -345,7 +345,7 @@ async def test_a_mover_that_fails_in_the_midst_is_replaced_and_the_pull_goes_on(
         pulled = await pull
         assert (pulled.carrier, served.carriers.num_fallbacks) == ("grpc", {"dist": 1})
         assert all(served.case.arrived())
-        assert f"the mover process {failed.pid} " in caplog.text
+        assert f"the porter process {failed.pid} " in caplog.text
         assert "another one is started" in caplog.text
         with pytest.raises(ProcessLookupError):
             os.kill(failed.pid, 0)
@@ -369,15 +369,15 @@ async def test_a_link_that_was_the_only_way_is_made_anew(workers: Workers) -> No
         assert all(served.case.arrived())
 
 
-async def test_nothing_is_left_of_movers_that_were_stopped(workers: Workers) -> None:
+async def test_nothing_is_left_of_porters_that_were_stopped(workers: Workers) -> None:
     pids = []
     async with serve(workers) as served:
         committed(served.case)
         await served.pull()
-        for movers in (workers.consumer, workers.producer):
-            pids.append((await movers.ready()).pid)
-            await movers.stop()
-        with pytest.raises(TransferFailed, match="the movers were stopped"):
+        for porters in (workers.consumer, workers.producer):
+            pids.append((await porters.ready()).pid)
+            await porters.stop()
+        with pytest.raises(TransferFailed, match="the porters were stopped"):
             await served.pull(timeout_s=0.5)
     for pid in pids:
         with pytest.raises(ProcessLookupError):

@@ -1,4 +1,4 @@
-"""The consumer's end of the dist carrier: frames come out of the mover's ring, the COMMIT by RPC."""
+"""The consumer's end of the dist carrier: frames come out of the porter's ring, the COMMIT by RPC."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import xxhash
 from engine.errors import FrameCorrupt, SteelyardError, TransferFailed
 from engine.runs import Runs
 from kv_transfer.carrier import as_transfer_error
-from kv_transfer.carriers.dist.movers import Movers
-from kv_transfer.carriers.dist.process import LinkEnd, MoverProcess
+from kv_transfer.carriers.dist.porters import Porters
+from kv_transfer.carriers.dist.process import LinkEnd, PorterProcess
 from kv_transfer.carriers.dist.records import TOKEN_BYTES, Arrived
 from kv_transfer.carriers.dist.service import NAME_BYTES, SERVICE, pack_meeting, pack_wanted, unpack_keys
 from kv_transfer.carriers.grpc import GrpcCarrier
@@ -23,36 +23,36 @@ from kv_transfer.carriers.status import typed_errors
 from kv_transfer.frames import HEADER_BYTES, Commit, Frame, Message, decode
 from kv_transfer.lease import Lease
 
-MEET_TIMEOUT_S = 10.0  # both movers may have to start first
+MEET_TIMEOUT_S = 10.0  # both porters may have to start first
 SAMPLE_TIMEOUT_S = 5.0
 
 class DistLink:
-    """An open link to the mover of one life of one producer, until `close`."""
+    """An open link to the porter of one life of one producer, until `close`."""
 
-    def __init__(self, channel: grpc.aio.Channel, mover: MoverProcess, end: LinkEnd) -> None:
+    def __init__(self, channel: grpc.aio.Channel, porter: PorterProcess, end: LinkEnd) -> None:
         self._channel = channel
-        self.mover = mover
+        self.porter = porter
         self.end = end
 
     @classmethod
-    async def open(cls, channel: grpc.aio.Channel, movers: Movers) -> DistLink:
-        """Raises TransferFailed if the two movers do not find each other in time."""
+    async def open(cls, channel: grpc.aio.Channel, porters: Porters) -> DistLink:
+        """Raises TransferFailed if the two porters do not find each other in time."""
         name, token = secrets.token_hex(NAME_BYTES // 2), secrets.token_bytes(TOKEN_BYTES)
         try:
             async with asyncio.timeout(MEET_TIMEOUT_S):
-                mover = await movers.ready()
-                end = mover.open_link(name, token, is_producer=False)
+                porter = await porters.ready()
+                end = porter.open_link(name, token, is_producer=False)
                 try:
-                    about = pack_meeting(name, token, mover.setup.frame_bytes, await end.said)
+                    about = pack_meeting(name, token, porter.setup.frame_bytes, await end.said)
                     answer = await _call(channel, "Meet", about, MEET_TIMEOUT_S)
-                    mover.tell(end, unpack_keys(answer))
+                    porter.tell(end, unpack_keys(answer))
                     await end.opened
                 except BaseException:
-                    mover.close_link(end)
+                    porter.close_link(end)
                     raise
         except TimeoutError:
-            raise TransferFailed(f"the movers did not meet within {MEET_TIMEOUT_S:g} s") from None
-        return cls(channel, mover, end)
+            raise TransferFailed(f"the porters did not meet within {MEET_TIMEOUT_S:g} s") from None
+        return cls(channel, porter, end)
 
     @property
     def is_over(self) -> bool:
@@ -91,18 +91,18 @@ class DistLink:
         parts = [part[HEADER_BYTES:] for part in self.frames(one)]
         for part in parts:
             found.update(part)
-        self.mover.free(self.end, one)
+        self.porter.free(self.end, one)
         return sum(map(len, parts))
 
     def frames(self, one: Arrived) -> Iterator[memoryview]:
         """Headers and payloads, until they are freed."""
         for slot, size_bytes in zip(one.slots, one.sizes, strict=True):
-            yield self.mover.arrived(self.end, slot, size_bytes)
+            yield self.porter.arrived(self.end, slot, size_bytes)
 
     def begin(self) -> int:
         """The number of a new pull, for which what arrives is kept. Raises TransferFailed if the link is over."""
         if self.end.reason is not None:
-            raise TransferFailed(f"the link between the movers is over: {self.end.reason}")
+            raise TransferFailed(f"the link between the porters is over: {self.end.reason}")
         self.end.num_pulls += 1
         self.end.arrivals[self.end.num_pulls] = asyncio.Queue()
         return self.end.num_pulls
@@ -112,10 +112,10 @@ class DistLink:
         left = self.end.arrivals.pop(number)
         while not left.empty():
             if isinstance(one := left.get_nowait(), Arrived):
-                self.mover.free(self.end, one)
+                self.porter.free(self.end, one)
 
     def close(self) -> None:
-        self.mover.close_link(self.end)
+        self.porter.close_link(self.end)
 
 
 class DistCarrier(GrpcCarrier):
@@ -146,7 +146,7 @@ class DistCarrier(GrpcCarrier):
                         yield _frame(data)
                         index += 1
                 finally:
-                    self._link.mover.free(self._link.end, item)
+                    self._link.porter.free(self._link.end, item)
             yield commit
         finally:
             asking.cancel()

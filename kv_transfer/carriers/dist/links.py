@@ -1,7 +1,7 @@
-"""The mover's links: threads that send, or receive, over a group of two. Loads torch.
+"""The porter's links: threads that send, or receive, over a group of two. Loads torch.
 
 A link begins in a thread of its own, says Opened, does its work, and says Ended, when the peer is not found, is none or
-has gone. What is no fault of a peer ends the process (mover.py). Nothing but a link's threads keeps its group: when they
+has gone. What is no fault of a peer ends the process (porter.py). Nothing but a link's threads keeps its group: when they
 have ended, the connection closes.
 """
 
@@ -22,7 +22,7 @@ from kv_transfer.carriers.dist.records import (
     Arrived,
     Ended,
     Keys,
-    MoverSetup,
+    PorterSetup,
     News,
     Open,
     Opened,
@@ -45,7 +45,7 @@ class Link:
 
     rank: int
 
-    def __init__(self, order: Open, setup: MoverSetup, emit: Emit) -> None:
+    def __init__(self, order: Open, setup: PorterSetup, emit: Emit) -> None:
         self.name = order.link
         self._order = order
         self._setup = setup
@@ -90,7 +90,7 @@ class SendingLink(Link):
 
     rank = PRODUCER
 
-    def __init__(self, order: Open, setup: MoverSetup, emit: Emit, memory: Memory) -> None:
+    def __init__(self, order: Open, setup: PorterSetup, emit: Emit, memory: Memory) -> None:
         super().__init__(order, setup, emit)
         self._memory = memory
         self._orders: queue.SimpleQueue[Send | None] = queue.SimpleQueue()
@@ -134,7 +134,7 @@ class ReceivingLink(Link):
 
     rank = CONSUMER
 
-    def __init__(self, order: Open, setup: MoverSetup, emit: Emit, slots: torch.Tensor) -> None:
+    def __init__(self, order: Open, setup: PorterSetup, emit: Emit, slots: torch.Tensor) -> None:
         super().__init__(order, setup, emit)
         self._headers = slots[:, :HEADER_BYTES].numpy()
         self._payloads = [slot[HEADER_BYTES:] for slot in slots]

@@ -1,7 +1,7 @@
 """Payloads from one GPU to another by NCCL, beside a gloo group that carries the heads. Loads torch.
 
 Not run on two GPUs yet. NCCL has no tags and its receives must know their size, so each payload is received when its head
-has come. What hangs is ended by NCCL's own watchdog, which ends the process; the worker then replaces the mover.
+has come. What hangs is ended by NCCL's own watchdog, which ends the process; the worker then replaces the porter.
 """
 
 from __future__ import annotations

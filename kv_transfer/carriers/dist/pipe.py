@@ -1,4 +1,4 @@
-"""The pipe between a worker and its mover: pickled records over a socket pair that nobody else can reach."""
+"""The pipe between a worker and its porter: pickled records over a socket pair that nobody else can reach."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def packed(record: object) -> bytes:
 
 
 async def read_record(reader: asyncio.StreamReader) -> object:
-    """The worker's end. Raises EOFError or OSError once the mover is gone."""
+    """The worker's end. Raises EOFError or OSError once the porter is gone."""
     (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
     return pickle.loads(await reader.readexactly(length))
 
 
-class MoverPipe:
-    """The mover's end. Records may be written from any thread."""
+class PorterPipe:
+    """The porter's end. Records may be written from any thread."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock

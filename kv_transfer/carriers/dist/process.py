@@ -1,8 +1,8 @@
-"""A mover as its worker sees it: one child process, its links, and the deadlines that it keeps.
+"""A porter as its worker sees it: one child process, its links, and the deadlines that it keeps.
 
 1. `start` starts the child and waits until it is ready;
 2. `open_link` begins a link; what is told of it, sent over it and arrives by it goes through its LinkEnd;
-3. a mover that does not answer, or leaves a send or a farewell undone for `timeout_s`, is killed. However it ends, its
+3. a porter that does not answer, or leaves a send or a farewell undone for `timeout_s`, is killed. However it ends, its
    links end with it, and all who wait on them hear of it;
 4. `stop` ends it.
 """
@@ -33,7 +33,7 @@ from kv_transfer.carriers.dist.records import (
     Ended,
     Free,
     Keys,
-    MoverSetup,
+    PorterSetup,
     Open,
     Opened,
     Order,
@@ -49,7 +49,7 @@ from kv_transfer.frames import Commit
 
 START_TIMEOUT_S = 60.0  # torch is loaded meanwhile
 STOP_TIMEOUT_S = 3.0
-MAX_UNSENT = 4  # bursts that a link's mover has been told to send
+MAX_UNSENT = 4  # bursts that a link's porter has been told to send
 CHECKS = 4  # in each timeout_s
 
 Item = Arrived | Commit | TransferFailed  # what comes to a pull
@@ -78,7 +78,7 @@ class LinkEnd:
 
     def end(self, reason: str) -> None:
         self.reason = reason
-        error = TransferFailed(f"the link between the movers is over: {reason}")
+        error = TransferFailed(f"the link between the porters is over: {reason}")
         for future in (self.said, self.opened):
             if not future.done():
                 future.set_exception(error)
@@ -88,9 +88,9 @@ class LinkEnd:
         self.wake()
 
 
-class MoverProcess:
+class PorterProcess:
     def __init__(
-        self, setup: MoverSetup, process: subprocess.Popen[bytes], ring: mmap.mmap, reader: asyncio.StreamReader,
+        self, setup: PorterSetup, process: subprocess.Popen[bytes], ring: mmap.mmap, reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter, on_end: Callable[[str], None],
     ) -> None:  # fmt: skip
         self.setup = setup
@@ -108,8 +108,8 @@ class MoverProcess:
 
     @classmethod
     async def start(
-        cls, setup: MoverSetup, pool: BlockBytes, sample_fd: int, on_end: Callable[[str], None]
-    ) -> MoverProcess:
+        cls, setup: PorterSetup, pool: BlockBytes, sample_fd: int, on_end: Callable[[str], None]
+    ) -> PorterProcess:
         """`on_end` is told once, and why, when it has ended without `stop`. Raises TransferFailed if it does not start."""
         ring_fd = os.memfd_create("steelyard-ring")
         try:
@@ -120,13 +120,13 @@ class MoverProcess:
         finally:
             os.close(ring_fd)
         reader, writer = await asyncio.open_connection(sock=ours)
-        mover = cls(setup, process, ring, reader, writer, on_end)
+        porter = cls(setup, process, ring, reader, writer, on_end)
         try:
-            await mover._hand_over()
+            await porter._hand_over()
         except BaseException:
-            await mover.stop()
+            await porter.stop()
             raise
-        return mover
+        return porter
 
     @property
     def pid(self) -> int:
@@ -139,7 +139,7 @@ class MoverProcess:
         self._read_on = [end for end in self._read_on if end.arrivals]
         taken = [end.row for end in (*self._links.values(), *self._read_on)]
         if name in self._links or len(taken) >= MAX_LINKS:
-            raise TransferFailed(f"the mover has {len(taken)} links already")
+            raise TransferFailed(f"the porter has {len(taken)} links already")
         loop = asyncio.get_running_loop()
         row = None if is_producer else next(row for row in range(MAX_LINKS) if row not in taken)
         end = self._links[name] = LinkEnd(name, row, loop.create_future(), loop.create_future())
@@ -159,9 +159,9 @@ class MoverProcess:
     async def send(self, end: LinkEnd, order: Send) -> None:
         """Returns when it may be sent soon. Raises TransferFailed when the link has ended."""
         while end.reason is None and len(end.unsent) >= MAX_UNSENT:
-            await end.news.wait()  # at the latest when the mover is killed
+            await end.news.wait()  # at the latest when the porter is killed
         if end.reason is not None:
-            raise TransferFailed(f"the link between the movers is over: {end.reason}")
+            raise TransferFailed(f"the link between the porters is over: {end.reason}")
         end.unsent.append(_now())
         self._write(order)
         with contextlib.suppress(OSError):  # it has ended, and its links with it
@@ -196,7 +196,7 @@ class MoverProcess:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._end_all("its mover was stopped")
+        self._end_all("its porter was stopped")
 
     async def _hand_over(self) -> None:
         try:
@@ -204,7 +204,7 @@ class MoverProcess:
                 self._write(self.setup)
                 ready = await read_record(self._reader)
         except (EOFError, OSError, TimeoutError):
-            raise TransferFailed(f"the mover process {self.pid} did not start") from None
+            raise TransferFailed(f"the porter process {self.pid} did not start") from None
         assert isinstance(ready, Ready)
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._listen()), loop.create_task(self._watch())]
@@ -216,7 +216,7 @@ class MoverProcess:
         except (EOFError, OSError):
             self._writer.close()
             await asyncio.to_thread(self._process.wait)
-            reason = f"the mover process {self.pid} {self._verdict or 'ended by itself'}"
+            reason = f"the porter process {self.pid} {self._verdict or 'ended by itself'}"
             self._end_all(reason)
             self._on_end(reason)
 
@@ -259,7 +259,7 @@ class MoverProcess:
                 await asyncio.sleep(pause_s)  # what has come while we were busy ourselves is read first
             self._verdict = self._fault(limit)
             if self._verdict is not None:
-                log.warning("the mover process %d %s", self.pid, self._verdict)
+                log.warning("the porter process %d %s", self.pid, self._verdict)
                 self._process.kill()  # which works on a stopped one too
                 return
             if self._pinged_at is None:
@@ -276,7 +276,7 @@ class MoverProcess:
             return "did not end a link in time and was killed"
         return None
 
-    def _write(self, record: Order | MoverSetup) -> None:
+    def _write(self, record: Order | PorterSetup) -> None:
         self._writer.write(packed(record))
 
 
@@ -284,7 +284,7 @@ def _spawn(fds: list[int]) -> tuple[subprocess.Popen[bytes], socket.socket]:
     ours, theirs = socket.socketpair()
     with theirs:
         fds = [theirs.fileno(), *fds]
-        command = [sys.executable, "-m", "kv_transfer.carriers.dist.mover", *map(str, fds)]
+        command = [sys.executable, "-m", "kv_transfer.carriers.dist.porter", *map(str, fds)]
         paths = [path for path in sys.path if path] + [os.getcwd()]
         env = dict(os.environ) | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(command, pass_fds=fds, env=env), ours

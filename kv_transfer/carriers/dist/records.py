@@ -1,4 +1,4 @@
-"""What a worker and its mover say to each other. These cross a local pipe, never a network.
+"""What a worker and its porter say to each other. These cross a local pipe, never a network.
 
 They have no slots: there are a few for each frame, and pickle is several times faster without.
 """
@@ -12,7 +12,7 @@ from engine.planes import CacheLayout
 from kv_transfer.frames import HEADER_BYTES
 
 NUM_SLOTS = 12  # of a link: frames that are under way or wait to be taken
-MAX_LINKS = 64  # of one mover
+MAX_LINKS = 64  # of one porter
 MAX_BURST = 4  # frames that are ordered, announced and told of together, for each of that costs as much as to send one
 TOKEN_BYTES = 32
 
@@ -20,8 +20,8 @@ Keys = tuple[tuple[str, bytes], ...]  # where the members of a group are, as the
 
 
 @dataclass(frozen=True, slots=True)
-class MoverSetup:
-    """What a mover is told at its start. `host`: the address on which its groups meet; `frame_bytes`: most of a frame's
+class PorterSetup:
+    """What a porter is told at its start. `host`: the address on which its groups meet; `frame_bytes`: most of a frame's
     payload; `num_pools`: ranks whose pools it maps, 0 if they cannot be."""
 
     layout: CacheLayout
@@ -123,12 +123,12 @@ class Ping:
 
 Order = Open | Told | Send | Free | Close | Ping
 
-# --- from the mover -----------------------------------------------------------------------------------------------
+# --- from the porter -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Ready:
-    """The mover takes orders."""
+    """The porter takes orders."""
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from engine.errors import InvalidRequest, SteelyardError, TransferFailed
 from engine.planes import CacheLayout
 from engine.runs import Runs
 from kv_transfer.carrier import Producer
-from kv_transfer.carriers.dist.movers import Movers
-from kv_transfer.carriers.dist.process import LinkEnd, MoverProcess
+from kv_transfer.carriers.dist.porters import Porters
+from kv_transfer.carriers.dist.process import LinkEnd, PorterProcess
 from kv_transfer.carriers.dist.records import MAX_BURST, TOKEN_BYTES, Keys, Outgoing, Payload, Records, SamplePart, Send
 from kv_transfer.carriers.grpc import sent
 from kv_transfer.carriers.status import abort_with
@@ -79,30 +79,30 @@ def unpack_wanted(data: bytes) -> tuple[str, int, bytes]:
 class DistService:
     """What a producer does for those who pull from it."""
 
-    def __init__(self, producer: Producer, movers: Movers) -> None:
+    def __init__(self, producer: Producer, porters: Porters) -> None:
         self._producer = producer
-        self._movers = movers
+        self._porters = porters
 
     async def meet(self, data: bytes) -> bytes:
         link, token, frame_bytes, keys = unpack_meeting(data)
-        if frame_bytes != self._movers.setup.frame_bytes:
-            raise TransferFailed(f"frames have up to {self._movers.setup.frame_bytes} bytes here, {frame_bytes} there")
-        mover = await self._movers.ready()
-        return pack_keys(await mover.open_link(link, token, True, keys).said)
+        if frame_bytes != self._porters.setup.frame_bytes:
+            raise TransferFailed(f"frames have up to {self._porters.setup.frame_bytes} bytes here, {frame_bytes} there")
+        porter = await self._porters.ready()
+        return pack_keys(await porter.open_link(link, token, True, keys).said)
 
     async def sample(self, data: bytes) -> None:
         name, pull, _ = unpack_wanted(data)
-        mover, end = self._link(name)
-        size, step = self._movers.sample_bytes, self._movers.setup.frame_bytes
+        porter, end = self._link(name)
+        size, step = self._porters.sample_bytes, self._porters.setup.frame_bytes
         parts = [SamplePart(range(start, min(start + step, size))) for start in range(0, size, step)]
-        await _send(mover, end, pull, parts)
+        await _send(porter, end, pull, parts)
 
     async def moved(
         self, name: str, pull: int, lease: Lease, first_frame: int, present: Runs
     ) -> AsyncGenerator[Commit]:
         """The frames go over the link; what is told is the COMMIT."""
-        mover, end = self._link(name)
-        if self._movers.is_mapped:
+        porter, end = self._link(name)
+        if self._porters.is_mapped:
             source = self._producer.places(lease, first_frame, present)
         else:
             source = self._producer.messages(lease, first_frame, present)
@@ -111,14 +111,14 @@ class DistService:
                 if isinstance(message, Commit):
                     yield message
                 elif isinstance(message, tuple):
-                    await _send(mover, end, pull, [_records(place, self._movers.setup.layout) for place in message])
+                    await _send(porter, end, pull, [_records(place, self._porters.setup.layout) for place in message])
                 else:
                     header = frame_header(message.index, message.spec, message.digest, len(message.payload))
-                    await _send(mover, end, pull, [Payload(header, bytes(message.payload))])
+                    await _send(porter, end, pull, [Payload(header, bytes(message.payload))])
 
-    def _link(self, name: str) -> tuple[MoverProcess, LinkEnd]:
-        mover = self._movers.present()
-        return mover, mover.link(name)
+    def _link(self, name: str) -> tuple[PorterProcess, LinkEnd]:
+        porter = self._porters.present()
+        return porter, porter.link(name)
 
 
 def dist_handler(service: DistService) -> grpc.GenericRpcHandler:
@@ -154,9 +154,9 @@ def dist_handler(service: DistService) -> grpc.GenericRpcHandler:
     return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
 
-async def _send(mover: MoverProcess, end: LinkEnd, pull: int, frames: Sequence[Outgoing]) -> None:
+async def _send(porter: PorterProcess, end: LinkEnd, pull: int, frames: Sequence[Outgoing]) -> None:
     for start in range(0, len(frames), MAX_BURST):
-        await mover.send(end, Send(end.name, pull, tuple(frames[start : start + MAX_BURST])))
+        await porter.send(end, Send(end.name, pull, tuple(frames[start : start + MAX_BURST])))
 
 
 def _records(place: Place, layout: CacheLayout) -> Records:

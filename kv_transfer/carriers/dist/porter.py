@@ -1,6 +1,6 @@
-"""The mover: `python -m kv_transfer.carriers.dist.mover SOCKET_FD RING_FD SAMPLE_FD POOL_FD...`, a child of one worker.
+"""The porter: `python -m kv_transfer.carriers.dist.porter SOCKET_FD RING_FD SAMPLE_FD POOL_FD...`, a child of one worker.
 
-1. reads a MoverSetup from the socket, maps the worker's pools and sample to read them, and the ring to write arrivals there;
+1. reads a PorterSetup from the socket, maps the worker's pools and sample to read them, and the ring to write arrivals there;
 2. says Ready, and obeys orders until the socket is closed, which also happens when the worker dies;
 3. ends at once, whatever its links are waiting for. Loads torch.
 """
@@ -20,13 +20,13 @@ import torch
 from engine.pool import SharedPool, records_in_place
 from engine.rank_pools import RankPools, worker_pool
 from kv_transfer.carriers.dist.links import ReceivingLink, SendingLink
-from kv_transfer.carriers.dist.pipe import MoverPipe
+from kv_transfer.carriers.dist.pipe import PorterPipe
 from kv_transfer.carriers.dist.records import (
     NUM_SLOTS,
     Close,
     Ended,
     Free,
-    MoverSetup,
+    PorterSetup,
     News,
     Open,
     Outgoing,
@@ -42,9 +42,9 @@ from kv_transfer.frames import HEADER_BYTES
 
 
 class Memory:
-    """What a mover has mapped."""
+    """What a porter has mapped."""
 
-    def __init__(self, setup: MoverSetup, ring_fd: int, sample_fd: int, pool_fds: list[int]) -> None:
+    def __init__(self, setup: PorterSetup, ring_fd: int, sample_fd: int, pool_fds: list[int]) -> None:
         ring = mmap.mmap(ring_fd, setup.ring_bytes)
         self.rows = torch.frombuffer(ring, dtype=torch.uint8).view(-1, NUM_SLOTS, setup.slot_bytes)
         self._sample = mmap.mmap(sample_fd, os.fstat(sample_fd).st_size, access=mmap.ACCESS_READ)
@@ -66,8 +66,8 @@ class Memory:
         return one.header, torch.frombuffer(run, dtype=torch.uint8)
 
 
-class Mover:
-    def __init__(self, pipe: MoverPipe, setup: MoverSetup, memory: Memory) -> None:
+class Porter:
+    def __init__(self, pipe: PorterPipe, setup: PorterSetup, memory: Memory) -> None:
         self._pipe = pipe
         self._setup = setup
         self._memory = memory
@@ -125,10 +125,10 @@ def main(socket_fd: int, ring_fd: int, sample_fd: int, pool_fds: list[int]) -> N
     warnings.filterwarnings("ignore", "The given buffer is not writable")  # nor is it written to
     threading.excepthook = end_at_once
     torch.set_num_threads(1)
-    pipe = MoverPipe(socket.socket(fileno=socket_fd))
+    pipe = PorterPipe(socket.socket(fileno=socket_fd))
     setup = pipe.read()
-    assert isinstance(setup, MoverSetup)
-    Mover(pipe, setup, Memory(setup, ring_fd, sample_fd, pool_fds)).serve()
+    assert isinstance(setup, PorterSetup)
+    Porter(pipe, setup, Memory(setup, ring_fd, sample_fd, pool_fds)).serve()
 
 
 if __name__ == "__main__":
