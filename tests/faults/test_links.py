@@ -26,7 +26,7 @@ from tests.kv_transfer.fakes import PRODUCER, Transfer, transfer
 from tests.kv_transfer.test_shm_carrier import serve
 from tests.virtual import until
 
-# Whatever is added here goes through all of this; dist, whose processes are shared, in kv_transfer/test_dist_carrier.py.
+# Whatever is added here goes through all of this. dist does in tests/kv_transfer/test_dist_carrier.py.
 CARRIERS = ("grpc", "shm")
 PULL_TIMEOUT_S = 0.3
 LIMIT_S = 10.0  # far more than all tries of a pull together
