@@ -4,8 +4,8 @@
 
 The producer is a process with a real outbox, server, door and porter; here a real puller takes each transfer into a
 pool and checks it. A transfer is a hand-off of so many bytes whose blocks are all computed, in frames of the default
-size, from its lease to the verified COMMIT. Medians of 7, one of each kind in turn. With frame digests, and without: then
-the reader does not check them, but they are made all the same.
+size, from its lease to the verified COMMIT. Medians of 7, one of each kind in turn. With frame digests, and without:
+then the reader does not check them, but they are made all the same.
 Beside it: one copy of as many bytes by this process; as many through a bare TCP socket on loopback; and as many read by
 NIXL over UCX, unchecked, if PATH is a Python that has it (`python3 -m venv DIR && DIR/bin/pip install nixl numpy`).
 The first transfer of a new pair is of 1 MiB, and has the measuring of all paths in it. Porters are running by then.

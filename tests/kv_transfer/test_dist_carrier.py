@@ -369,6 +369,18 @@ async def test_a_link_that_was_the_only_way_is_made_anew(workers: Workers) -> No
         assert all(served.case.arrived())
 
 
+async def test_porters_that_cannot_start_fail_each_transfer_and_say_why(
+    workers: Workers, caplog: pytest.LogCaptureFixture
+) -> None:
+    setup = replace(workers.producer.setup, frame_bytes=2**50)  # no memory for its ring
+    porters = Porters(setup, workers.pool, workers.sample)
+    for _ in range(2):
+        with pytest.raises(TransferFailed, match="a porter process could not be started"):
+            await porters.ready()
+    assert "KV cannot go by dist: " in caplog.text
+    await porters.stop()
+
+
 async def test_nothing_is_left_of_porters_that_were_stopped(workers: Workers) -> None:
     pids = []
     async with serve(workers) as served:

@@ -31,6 +31,7 @@ class Porters:
         """Start one, while nobody needs it yet."""
         start = PorterProcess.start(self.setup, self._pool, self._sample.fd, self._on_end)
         self._starting = asyncio.get_running_loop().create_task(start)
+        self._starting.add_done_callback(_log_failure)
 
     async def ready(self) -> PorterProcess:
         """The present one, once it is ready; what did not start is started anew. Raises TransferFailed."""
@@ -61,3 +62,8 @@ class Porters:
     def _on_end(self, reason: str) -> None:
         log.warning("%s; another one is started", reason)
         self.begin()
+
+
+def _log_failure(starting: asyncio.Task[PorterProcess]) -> None:
+    if not starting.cancelled() and (error := starting.exception()) is not None:
+        log.warning("KV cannot go by dist: %s", error)

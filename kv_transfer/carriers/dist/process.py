@@ -117,6 +117,8 @@ class PorterProcess:
             ring = mmap.mmap(ring_fd, setup.ring_bytes)
             pools = pools_of(pool) if isinstance(pool, SharedPool | RankPools) else ()
             process, ours = await asyncio.to_thread(_spawn, [ring_fd, sample_fd, *(one.fd for one in pools)])
+        except (OSError, ValueError) as error:
+            raise TransferFailed(f"a porter process could not be started: {error}") from None
         finally:
             os.close(ring_fd)
         reader, writer = await asyncio.open_connection(sock=ours)
