@@ -33,7 +33,7 @@ from cluster.rpc.channels import Channels
 from engine.pool import SharedPool
 from engine.types import Key
 from kv_transfer.carriers.choice import ChosenCarriers
-from kv_transfer.carriers.dist.porters import Porters
+from kv_transfer.carriers.distributed.porters import Porters
 from kv_transfer.carriers.sample import Sample
 from kv_transfer.config import TransferConfig
 from kv_transfer.lease import Lease

@@ -17,9 +17,9 @@ from cluster.rpc.channels import OPTIONS
 from engine.planes import attention_layout
 from engine.pool import SharedPool
 from engine.types import Endpoint, Key, Request, SamplingParams
-from kv_transfer.carriers.dist.porters import Porters
-from kv_transfer.carriers.dist.records import PorterSetup
-from kv_transfer.carriers.dist.service import DistService, dist_handler
+from kv_transfer.carriers.distributed.porters import Porters
+from kv_transfer.carriers.distributed.records import PorterSetup
+from kv_transfer.carriers.distributed.service import DistService, dist_handler
 from kv_transfer.carriers.door import PoolDoor
 from kv_transfer.carriers.grpc import kv_handler
 from kv_transfer.carriers.sample import Sample

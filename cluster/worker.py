@@ -27,9 +27,9 @@ from engine.setup import EngineSetup, plan_engine
 from engine.step_runner import ProcessStepRunner, StepRunner, ThreadStepRunner
 from engine.types import Endpoint
 from kv_transfer.carriers.choice import ChosenCarriers
-from kv_transfer.carriers.dist.porters import Porters
-from kv_transfer.carriers.dist.records import PorterSetup
-from kv_transfer.carriers.dist.service import DistService
+from kv_transfer.carriers.distributed.porters import Porters
+from kv_transfer.carriers.distributed.records import PorterSetup
+from kv_transfer.carriers.distributed.service import DistService
 from kv_transfer.carriers.door import PoolDoor
 from kv_transfer.carriers.sample import Sample
 from router.membership import Member

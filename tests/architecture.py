@@ -174,7 +174,7 @@ LOCAL_PIPES = (
     "engine/step_runner.py",
     "engine/process.py",
     "engine/follower.py",
-    "kv_transfer/carriers/dist/pipe.py",
+    "kv_transfer/carriers/distributed/pipe.py",
 )  # between a parent and its own child: sockets, pickle
 MODEL_FETCHER = "engine/models/fetch.py"  # before an engine starts; imports its HTTP client when it needs it
 

@@ -17,7 +17,7 @@ from engine.errors import SteelyardError
 from engine.streams import StreamBatch
 from engine.types import Key, Move, Submission
 from kv_transfer.carrier import Producer
-from kv_transfer.carriers.dist.service import DistService, dist_handler
+from kv_transfer.carriers.distributed.service import DistService, dist_handler
 from kv_transfer.carriers.grpc import kv_handler
 from kv_transfer.carriers.sample import Sample
 from kv_transfer.carriers.status import abort_with

@@ -24,8 +24,8 @@ from engine.errors import LeaseLost, TransferFailed
 from engine.planes import CacheLayout
 from engine.runs import Runs
 from engine.types import KvPath
-from kv_transfer.carriers.dist.carrier import DistCarrier, DistLink
-from kv_transfer.carriers.dist.porters import Porters
+from kv_transfer.carriers.distributed.carrier import DistCarrier, DistLink
+from kv_transfer.carriers.distributed.porters import Porters
 from kv_transfer.carriers.door import OpenPool, open_pool
 from kv_transfer.carriers.grpc import Channels, GrpcCarrier, probe
 from kv_transfer.carriers.shm import ShmCarrier, copy_rate

@@ -22,7 +22,7 @@ import msgpack
 
 from engine.errors import SteelyardError
 from engine.types import Key
-from kv_transfer.carriers.dist.service import pack_meeting, pack_wanted, unpack_meeting, unpack_wanted
+from kv_transfer.carriers.distributed.service import pack_meeting, pack_wanted, unpack_meeting, unpack_wanted
 from kv_transfer.carriers.grpc import _pack, _unpack
 from kv_transfer.frames import HEADER_BYTES, Commit, Frame, FrameSpec, Place, decode, decode_places, encode
 from kv_transfer.handoff import HandOff

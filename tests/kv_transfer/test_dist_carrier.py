@@ -28,10 +28,10 @@ from engine.pool import SharedPool
 from engine.runs import Runs
 from kv_transfer.carriers import choice
 from kv_transfer.carriers.choice import ChosenCarriers, Pair
-from kv_transfer.carriers.dist.porters import Porters
-from kv_transfer.carriers.dist.process import LinkEnd
-from kv_transfer.carriers.dist.records import MAX_LINKS, TOKEN_BYTES, PorterSetup
-from kv_transfer.carriers.dist.service import NAME_BYTES, SERVICE, DistService, dist_handler, pack_meeting
+from kv_transfer.carriers.distributed.link_end import LinkEnd
+from kv_transfer.carriers.distributed.porters import Porters
+from kv_transfer.carriers.distributed.records import MAX_LINKS, TOKEN_BYTES, PorterSetup
+from kv_transfer.carriers.distributed.service import NAME_BYTES, SERVICE, DistService, dist_handler, pack_meeting
 from kv_transfer.carriers.grpc import kv_handler
 from kv_transfer.carriers.sample import Sample
 from kv_transfer.config import TransferConfig

@@ -1,7 +1,7 @@
 """Payloads from one GPU to another by NCCL, beside a gloo group that carries the heads. Loads torch.
 
-Not run on two GPUs yet. NCCL has no tags and its receives must know their size, so each payload is received when its head
-has come. What hangs is ended by NCCL's own watchdog, which ends the process; the worker then replaces the porter.
+Not run on two GPUs yet. NCCL has no tags and its receives must know their size, so each payload is received when its
+head has come. What hangs is ended by NCCL's own watchdog, which ends the process; the worker then replaces the porter.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import cast
 import torch
 from torch.distributed import ProcessGroupNCCL, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from kv_transfer.carriers.dist.group import CONSUMER, PRODUCER, Group, TwoSided
+from kv_transfer.carriers.distributed.group import CONSUMER, PRODUCER, Group, TwoSided
 
 _ADDRESS_BYTES = 256
 
 
 class NcclLane:
-    """Implements kv_transfer.carriers.dist.group.PayloadLane."""
+    """Implements kv_transfer.carriers.distributed.group.PayloadLane."""
 
     def __init__(self, group: Group, rank: int, host: str, timeout_s: float) -> None:
         """Both members at once. The store's port is told over the group, whose members have shown who they are."""

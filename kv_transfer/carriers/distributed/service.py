@@ -1,4 +1,4 @@
-"""The producer's end of the dist carrier, as other workers call it: over the worker's own gRPC server, behind its checks.
+"""The producer's end of the dist carrier, as others call it: over the worker's own gRPC server, behind its checks.
 
 `Meet` opens a link, `Sample` sends known bytes over it, and `Pull` sends a lease's frames and answers with the COMMIT.
 """
@@ -18,9 +18,19 @@ from engine.errors import InvalidRequest, SteelyardError, TransferFailed
 from engine.planes import CacheLayout
 from engine.runs import Runs
 from kv_transfer.carrier import Producer
-from kv_transfer.carriers.dist.porters import Porters
-from kv_transfer.carriers.dist.process import LinkEnd, PorterProcess
-from kv_transfer.carriers.dist.records import MAX_BURST, TOKEN_BYTES, Keys, Outgoing, Payload, Records, SamplePart, Send
+from kv_transfer.carriers.distributed.link_end import LinkEnd
+from kv_transfer.carriers.distributed.porters import Porters
+from kv_transfer.carriers.distributed.process import PorterProcess
+from kv_transfer.carriers.distributed.records import (
+    MAX_BURST,
+    TOKEN_BYTES,
+    Keys,
+    Outgoing,
+    Payload,
+    Records,
+    SamplePart,
+    Send,
+)
 from kv_transfer.carriers.grpc import sent
 from kv_transfer.carriers.status import abort_with
 from kv_transfer.frames import Commit, Place, frame_header, payload_bytes

@@ -21,8 +21,8 @@ Keys = tuple[tuple[str, bytes], ...]  # where the members of a group are, as the
 
 @dataclass(frozen=True, slots=True)
 class PorterSetup:
-    """What a porter is told at its start. `host`: the address on which its groups meet; `frame_bytes`: most of a frame's
-    payload; `num_pools`: ranks whose pools it maps, 0 if they cannot be."""
+    """What a porter is told at its start. `host`: the address on which its groups meet; `frame_bytes`: most of a
+    frame's payload; `num_pools`: ranks whose pools it maps, 0 if they cannot be."""
 
     layout: CacheLayout
     num_blocks: int

@@ -17,15 +17,14 @@ import os
 import socket
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from engine.errors import TransferFailed
 from engine.pool import BlockBytes, SharedPool
 from engine.rank_pools import RankPools, pools_of
-from kv_transfer.carriers.dist.pipe import packed, read_record
-from kv_transfer.carriers.dist.records import (
+from kv_transfer.carriers.distributed.link_end import LinkEnd
+from kv_transfer.carriers.distributed.pipe import packed, read_record
+from kv_transfer.carriers.distributed.records import (
     MAX_LINKS,
     NUM_SLOTS,
     Arrived,
@@ -33,59 +32,25 @@ from kv_transfer.carriers.dist.records import (
     Ended,
     Free,
     Keys,
-    PorterSetup,
     Open,
     Opened,
     Order,
     Ping,
     Pong,
+    PorterSetup,
     Ready,
     Said,
     Send,
     Sent,
     Told,
 )
-from kv_transfer.frames import Commit
 
 START_TIMEOUT_S = 60.0  # torch is loaded meanwhile
 STOP_TIMEOUT_S = 3.0
 MAX_UNSENT = 4  # bursts that a link's porter has been told to send
 CHECKS = 4  # in each timeout_s
 
-Item = Arrived | Commit | TransferFailed  # what comes to a pull
-
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True, eq=False)
-class LinkEnd:
-    """One end of a link, here. `arrivals`: of each pull that somebody waits for; `unsent`: when each was ordered."""
-
-    name: str
-    row: int | None  # None: we are the producer
-    said: asyncio.Future[Keys]
-    opened: asyncio.Future[None]
-    reason: str | None = None  # why it has ended
-    unsent: deque[float] = field(default_factory=deque)
-    closing_since: float | None = None
-    num_pulls: int = 0
-    arrivals: dict[int, asyncio.Queue[Item]] = field(default_factory=dict)
-    news: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def wake(self) -> None:
-        self.news.set()
-        self.news = asyncio.Event()
-
-    def end(self, reason: str) -> None:
-        self.reason = reason
-        error = TransferFailed(f"the link between the porters is over: {reason}")
-        for future in (self.said, self.opened):
-            if not future.done():
-                future.set_exception(error)
-                future.exception()  # it is no fault if nobody waits
-        for queue in self.arrivals.values():
-            queue.put_nowait(error)
-        self.wake()
 
 
 class PorterProcess:
@@ -110,7 +75,8 @@ class PorterProcess:
     async def start(
         cls, setup: PorterSetup, pool: BlockBytes, sample_fd: int, on_end: Callable[[str], None]
     ) -> PorterProcess:
-        """`on_end` is told once, and why, when it has ended without `stop`. Raises TransferFailed if it does not start."""
+        """`on_end` is told once, and why, when it has ended without `stop`. Raises TransferFailed if it does not
+        start."""
         ring_fd = os.memfd_create("steelyard-ring")
         try:
             os.ftruncate(ring_fd, setup.ring_bytes)
@@ -286,7 +252,7 @@ def _spawn(fds: list[int]) -> tuple[subprocess.Popen[bytes], socket.socket]:
     ours, theirs = socket.socketpair()
     with theirs:
         fds = [theirs.fileno(), *fds]
-        command = [sys.executable, "-m", "kv_transfer.carriers.dist.porter", *map(str, fds)]
+        command = [sys.executable, "-m", "kv_transfer.carriers.distributed.porter", *map(str, fds)]
         paths = [path for path in sys.path if path] + [os.getcwd()]
         env = dict(os.environ) | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(command, pass_fds=fds, env=env), ours

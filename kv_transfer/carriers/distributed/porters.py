@@ -8,8 +8,8 @@ import logging
 from engine.errors import TransferFailed
 from engine.pool import BlockBytes, SharedPool
 from engine.rank_pools import RankPools
-from kv_transfer.carriers.dist.process import PorterProcess
-from kv_transfer.carriers.dist.records import PorterSetup
+from kv_transfer.carriers.distributed.process import PorterProcess
+from kv_transfer.carriers.distributed.records import PorterSetup
 from kv_transfer.carriers.sample import Sample
 
 log = logging.getLogger(__name__)

@@ -13,10 +13,11 @@ import xxhash
 from engine.errors import FrameCorrupt, SteelyardError, TransferFailed
 from engine.runs import Runs
 from kv_transfer.carrier import as_transfer_error
-from kv_transfer.carriers.dist.porters import Porters
-from kv_transfer.carriers.dist.process import LinkEnd, PorterProcess
-from kv_transfer.carriers.dist.records import TOKEN_BYTES, Arrived
-from kv_transfer.carriers.dist.service import NAME_BYTES, SERVICE, pack_meeting, pack_wanted, unpack_keys
+from kv_transfer.carriers.distributed.link_end import LinkEnd
+from kv_transfer.carriers.distributed.porters import Porters
+from kv_transfer.carriers.distributed.process import PorterProcess
+from kv_transfer.carriers.distributed.records import TOKEN_BYTES, Arrived
+from kv_transfer.carriers.distributed.service import NAME_BYTES, SERVICE, pack_meeting, pack_wanted, unpack_keys
 from kv_transfer.carriers.grpc import GrpcCarrier
 from kv_transfer.carriers.sample import SAMPLE_BYTES
 from kv_transfer.carriers.status import typed_errors
@@ -25,6 +26,7 @@ from kv_transfer.lease import Lease
 
 MEET_TIMEOUT_S = 10.0  # both porters may have to start first
 SAMPLE_TIMEOUT_S = 5.0
+
 
 class DistLink:
     """An open link to the porter of one life of one producer, until `close`."""

@@ -1,6 +1,7 @@
-"""The porter: `python -m kv_transfer.carriers.dist.porter SOCKET_FD RING_FD SAMPLE_FD POOL_FD...`, a child of one worker.
+"""The porter, a child of one worker: `python -m kv_transfer.carriers.distributed.porter SOCKET RING SAMPLE POOL...`,
+each a descriptor.
 
-1. reads a PorterSetup from the socket, maps the worker's pools and sample to read them, and the ring to write arrivals there;
+1. reads a PorterSetup from the socket, maps the worker's pools and sample to read them, and the ring for what arrives;
 2. says Ready, and obeys orders until the socket is closed, which also happens when the worker dies;
 3. ends at once, whatever its links are waiting for. Loads torch.
 """
@@ -19,20 +20,20 @@ import torch
 
 from engine.pool import SharedPool, records_in_place
 from engine.rank_pools import RankPools, worker_pool
-from kv_transfer.carriers.dist.links import ReceivingLink, SendingLink
-from kv_transfer.carriers.dist.pipe import PorterPipe
-from kv_transfer.carriers.dist.records import (
+from kv_transfer.carriers.distributed.links import ReceivingLink, SendingLink
+from kv_transfer.carriers.distributed.pipe import PorterPipe
+from kv_transfer.carriers.distributed.records import (
     NUM_SLOTS,
     Close,
     Ended,
     Free,
-    PorterSetup,
     News,
     Open,
     Outgoing,
     Payload,
     Ping,
     Pong,
+    PorterSetup,
     Ready,
     SamplePart,
     Send,

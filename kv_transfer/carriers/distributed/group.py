@@ -1,8 +1,9 @@
 """A group of two over gloo: a producer, rank 0, and a consumer, rank 1. Loads torch.
 
-What gloo does, as of torch 2.13, and this relies on: a receive takes a send that is shorter than it, and one that is longer
-ends the process; a receive that was posted before its send costs no round trip; a group that nobody refers to any more
-closes its connection, and the other member's receives fail at once; one that waits cannot be called off otherwise.
+What gloo does, as of torch 2.13, and this relies on: a receive takes a send that is shorter than it, and one that is
+longer ends the process; a receive that was posted before its send costs no round trip; a group that nobody refers to
+any more closes its connection, and the other member's receives fail at once; one that waits cannot be called off
+otherwise.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Protocol, cast
 import torch
 from torch.distributed import ProcessGroupGloo, Store, Work  # pyright: ignore[reportPrivateImportUsage]
 
-from kv_transfer.carriers.dist.records import MAX_BURST, Keys
+from kv_transfer.carriers.distributed.records import MAX_BURST, Keys
 from kv_transfer.frames import HEADER_BYTES
 
 PRODUCER, CONSUMER = 0, 1
@@ -32,7 +33,7 @@ _NAMES = {PRODUCER: b"producer", CONSUMER: b"consumer"}
 
 
 class ToldStore(Store):
-    """The store at which the two find each other: what one sets is handed to `say`, what the other has said is `told`."""
+    """The store at which the two find each other: what one sets goes to `say`, what the other has said is `told`."""
 
     def __init__(self, keys: Keys, say: Callable[[Keys], None], timeout_s: float) -> None:
         super().__init__()

@@ -1,12 +1,13 @@
 """The porter's links: threads that send, or receive, over a group of two. Loads torch.
 
 A link begins in a thread of its own, says Opened, does its work, and says Ended, when the peer is not found, is none or
-has gone. What is no fault of a peer ends the process (porter.py). Nothing but a link's threads keeps its group: when they
-have ended, the connection closes.
+has gone. What is no fault of a peer ends the process (porter.py). Nothing but a link's threads keeps its group: when
+they have ended, the connection closes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import re
 import threading
@@ -16,17 +17,17 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import torch
 
-from kv_transfer.carriers.dist.group import CONSUMER, PRODUCER, Group, ToldStore, Underway, read_head
-from kv_transfer.carriers.dist.records import (
+from kv_transfer.carriers.distributed.group import CONSUMER, PRODUCER, Group, ToldStore, Underway, read_head
+from kv_transfer.carriers.distributed.records import (
     NUM_SLOTS,
     Arrived,
     Ended,
     Keys,
-    PorterSetup,
     News,
     Open,
     Opened,
     Outgoing,
+    PorterSetup,
     Said,
     Send,
     Sent,
@@ -75,7 +76,7 @@ class Link:
         group = Group(self._store, self.rank, self._setup.host, self._join_timeout_s)
         group.greet(self._order.token)
         if self._setup.device == "cuda":
-            from kv_transfer.carriers.dist.nccl import NcclLane
+            from kv_transfer.carriers.distributed.nccl import NcclLane
 
             group.lane = NcclLane(group, self.rank, self._setup.host, self._setup.timeout_s)
         self._emit(Opened(self.name))
@@ -187,10 +188,8 @@ class ReceivingLink(Link):
 
     def _part(self, group: Group) -> None:
         self._is_closing.wait()
-        try:
+        with contextlib.suppress(RuntimeError):  # it has ended already
             group.say_farewell().wait()
-        except RuntimeError:
-            pass  # it has ended already
 
 
 def _in_short(error: Exception) -> str:
