@@ -23,6 +23,7 @@ from cluster.spec import WorkerSpec
 from engine.errors import WorkerLost
 from engine.pool import BlockBytes, SharedPool
 from engine.rank_pools import RankPools, pools_of, worker_pool
+from engine.ring import RingPool, new_ring
 from engine.setup import EngineSetup, plan_engine
 from engine.step_runner import ProcessStepRunner, StepRunner, ThreadStepRunner
 from engine.types import Endpoint
@@ -79,7 +80,7 @@ class Worker:
             self._config,
             new_secret=lambda: secrets.token_hex(16),
         )
-        if isinstance(self._block_bytes, SharedPool | RankPools):
+        if isinstance(self._block_bytes, SharedPool | RankPools | RingPool):
             self._door = PoolDoor(self._block_bytes, self._sample.fd, token, spec.incarnation)
         dist = DistService(self._sides.outbox, self._porters) if self._porters is not None else None
         await self._server.start(self._sides, self._sides.outbox, self._sample, dist)
@@ -108,6 +109,8 @@ class Worker:
         await self._runner.stop()
         if self._pool is not None:
             self._pool.close()
+        if isinstance(self._block_bytes, RingPool):
+            self._block_bytes.close()
 
     async def status(self) -> dict[str, object]:
         """For operators: load, leases and transfers."""
@@ -122,11 +125,16 @@ class Worker:
             runner = await ProcessStepRunner.start(setup, pool, self._config.cluster.start_timeout_s)
             self._block_bytes: BlockBytes = pool
             return runner, pool
-        from engine.build import build_engine  # torch is only needed here
+        from engine.build import behind_ring, build_engine  # torch is only needed here
 
-        pool = SharedPool(setup.layout, setup.spec.num_blocks) if setup.config.device == "cpu" else None
+        pool = None if setup.config.has_ring else SharedPool(setup.layout, setup.spec.num_blocks)
         built = await asyncio.to_thread(build_engine, setup, pool)
-        self._block_bytes = pool or built.cache
+        if pool is None:
+            transfer = self._config.kv_transfer
+            ring = new_ring(setup.layout, transfer.ring_bytes, transfer.frame_bytes)
+            self._block_bytes = behind_ring(built.cache, ring, setup.config.device)
+        else:
+            self._block_bytes = pool
         return ThreadStepRunner(built.engine, built.runner), None  # the tensors keep the memory
 
     def _porter_setup(self, setup: EngineSetup) -> PorterSetup:

@@ -13,8 +13,10 @@ from engine.kv_cache import DTYPES, KVCache
 from engine.model_runner import TorchRunner, build_model
 from engine.models.split import split_config, split_weights
 from engine.models.weights import load_weights
+from engine.pinned import pin
 from engine.pool import BlockBytes, SharedPool
 from engine.ranks import ONE_RANK, Ranks
+from engine.ring import RingPool, StagingRing
 from engine.setup import EngineSetup
 from engine.shares import rank_layout
 
@@ -43,6 +45,11 @@ def build_model_runner(setup: EngineSetup, pool: SharedPool | None, ranks: Ranks
         model = build_model(split_config(setup.model, share), weights, block_size, setup.batch_invariant, ranks)
         cache = KVCache(rank_layout(setup.layout, share), setup.spec.num_blocks, device, pool)
     return TorchRunner(model, cache, block_size, device)
+
+
+def behind_ring(cache: KVCache, ring: StagingRing, device: str) -> RingPool:
+    """The cache as transfers see it, which read and write it through this ring. Raises ModelError."""
+    return RingPool(cache, ring) if device == "cpu" else RingPool(cache, ring, pin(ring.memory))
 
 
 def host_tier(setup: EngineSetup, pool: BlockBytes) -> HostTier | None:

@@ -52,6 +52,9 @@ class EngineConfig(StrictModel):
     runner: Literal["process", "thread"] = Field(
         default="process", description="where steps run: a process of their own, or a thread"
     )
+    pool: Literal["auto", "mapped", "ring"] = Field(
+        default="auto", description="mapped: peers map the KV pool; ring: they read it through a ring; auto: by device"
+    )
     threads: int = Field(default=1, ge=1, description="CPU threads of one engine")
 
     @model_validator(mode="after")
@@ -64,4 +67,13 @@ class EngineConfig(StrictModel):
             raise ValueError("host_tier_folder needs host_tier_bytes")
         if self.device == "cuda" and self.runner == "process":
             raise ValueError("runner 'process' shares KV by memory, which a cuda pool cannot; use runner: thread")
+        if self.device == "cuda" and self.pool == "mapped":
+            raise ValueError("a cuda pool cannot be mapped by others; use pool: ring")
+        if self.pool == "ring" and self.runner == "process":
+            raise ValueError("a pool behind a ring belongs to a thread of the worker; use runner: thread")
         return self
+
+    @property
+    def has_ring(self) -> bool:
+        """Is the pool read through a ring only?"""
+        return self.pool == "ring" or (self.pool == "auto" and self.device == "cuda")

@@ -9,13 +9,15 @@ import torch
 
 from engine.planes import CacheLayout
 from engine.pool import SharedPool, check_length
+from kernels.dispatch import record_copies
 from kernels.reference.layers import copy_blocks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class KVCache:
-    """Tensors over a SharedPool (CPU) or on a device of their own (where `pool` is None)."""
+    """Tensors over a SharedPool (CPU) or of their own, on any device (where `pool` is None). Implements
+    engine.ring.UnmappedPool, for those."""
 
     def __init__(self, layout: CacheLayout, num_blocks: int, device: str, pool: SharedPool | None) -> None:
         self.layout = layout
@@ -46,6 +48,35 @@ class KVCache:
         new = torch.frombuffer(bytearray(payload), dtype=tensor.dtype)
         shape = (len(layers), len(block_ids), *tensor.shape[2:])
         tensor[layers.start : layers.stop, list(block_ids)] = new.view(shape).to(tensor.device)
+
+    @torch.inference_mode()
+    def gather(self, plane: int, layers: range, block_ids: BlockIds[int], slot: memoryview) -> None:
+        """Records [layers, blocks] of one plane into a slot of their length; returns when they are there."""
+        check_length(self.layout.planes[plane], layers, block_ids, slot)
+        records, target = self._flat(plane), self._in_slot(plane, layers, slot)
+        made = target if records.device == target.device else torch.empty_like(target, device=records.device)
+        ids = torch.tensor(block_ids, device=records.device)
+        record_copies(records.device).gather(records, layers.start, ids, made)
+        if made is not target:
+            target.copy_(made)  # waits for the device; faster where the ring is pinned
+
+    @torch.inference_mode()
+    def scatter(self, plane: int, layers: range, block_ids: BlockIds[int], slot: memoryview) -> None:
+        """The inverse; returns when the slot may be used again."""
+        check_length(self.layout.planes[plane], layers, block_ids, slot)
+        records = self._flat(plane)
+        new = self._in_slot(plane, layers, slot).to(records.device)
+        record_copies(records.device).scatter(records, layers.start, torch.tensor(block_ids, device=new.device), new)
+
+    def _flat(self, plane: int) -> torch.Tensor:
+        """[layers, blocks, elements of a record] of one plane, where they lie."""
+        return self.planes[self.layout.planes[plane].name].flatten(2)
+
+    def _in_slot(self, plane: int, layers: range, slot: memoryview) -> torch.Tensor:
+        """[layers, blocks, elements of a record], where a slot's bytes lie."""
+        about = self.layout.planes[plane]
+        dtype = DTYPES[about.dtype]
+        return torch.frombuffer(slot, dtype=dtype).view(len(layers), -1, about.bytes_per_block // dtype.itemsize)
 
     def _records(self, plane: int, layers: range, block_ids: BlockIds[int]) -> torch.Tensor:
         return self.planes[self.layout.planes[plane].name][layers.start : layers.stop, list(block_ids)]

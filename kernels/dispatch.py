@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 
 from kernels.cpu import attention as cpu_attention
 from kernels.cpu.packed import PackedMatrix, can_pack
+from kernels.reference import records
 from kernels.reference.attention import weigh_by_tiles
 from kernels.reference.ladder import Weigh
 from kernels.reference.matrix import Matrix, PlainMatrix
@@ -14,6 +18,25 @@ from kernels.reference.matrix import Matrix, PlainMatrix
 # elsewhere few launches matter more.
 _CPU_QUERY_TILE = 64
 _QUERY_TILE = 256
+
+CopyRecords = Callable[[torch.Tensor, int, torch.Tensor, torch.Tensor], None]
+
+
+@dataclass(frozen=True, slots=True)
+class RecordCopies:
+    """Between a plane's scattered blocks and a contiguous slot (kernels/reference/records.py)."""
+
+    gather: CopyRecords
+    scatter: CopyRecords
+
+
+def record_copies(device: torch.device) -> RecordCopies:
+    """How records leave and enter a pool there."""
+    if device.type == "cuda":
+        from kernels.triton import records as fast  # Triton is there where CUDA is
+
+        return RecordCopies(fast.gather_records, fast.scatter_records)
+    return RecordCopies(records.gather_records, records.scatter_records)
 
 
 def prepare(weight: torch.Tensor) -> Matrix:

@@ -29,6 +29,9 @@ class TransferConfig(StrictModel):
         default=2**20, ge=0,
         description="KV leaves while its step is computed, by layers of so many bytes; 0, or on a GPU: after the step",
     )  # fmt: skip
+    ring_bytes: int = Field(
+        default=64 * 2**20, ge=1, description="host memory through which a pool is read that cannot be mapped"
+    )
     pull_timeout_s: float = Field(default=30.0, gt=0, description="a pull that moves no frame for this long has failed")
     digests: bool = Field(default=True, description="each frame carries a digest that the reader checks")
 
@@ -44,4 +47,6 @@ class TransferConfig(StrictModel):
                 f"heartbeat_s ({self.heartbeat_s:g}) must be less than half of lease_ttl_s ({self.lease_ttl_s:g}), "
                 "or one lost heartbeat ends the lease"
             )
+        if self.ring_bytes < 2 * self.frame_bytes:
+            raise ValueError(f"ring_bytes ({self.ring_bytes}) must be at least twice frame_bytes ({self.frame_bytes})")
         return self

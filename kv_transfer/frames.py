@@ -5,10 +5,11 @@ a range of the request's blocks (counted in the request, not in any pool), with 
 says of itself. The COMMIT carries the number of frames, a digest over their digests, and the HandOff. No block is
 usable before it.
 
-On one host a frame need not travel: a Place says in which blocks of the producer's pool its records lie.
+On one host a frame need not travel: a Place says in which blocks of the producer's pool its records lie, or where in
+the ring through which that pool is read.
 
-Wire form, little-endian: a 40-byte header, then the payload (frames), the encoded HandOff (commit) or the block ids
-(places).
+Wire form, little-endian: a 40-byte header, then the payload (frames), the encoded HandOff (commit), the block ids
+(places) or two offsets (places in a ring).
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ _HEADER = struct.Struct("<4sBBHHHIIIQQ")  # magic, kind, 0, plane, layers[2], bl
 HEADER_BYTES = _HEADER.size
 _PLACE = struct.Struct("<IHHHII")  # index, plane, layers[2], blocks[2]
 _MAGIC = b"SYF1"
-_KIND_FRAME, _KIND_COMMIT, _KIND_PLACE = 1, 2, 3
+_KIND_FRAME, _KIND_COMMIT, _KIND_PLACE, _KIND_STAGED = 1, 2, 3, 4
 _ID_BYTES = 4
+_STAGED = struct.Struct("<QQ")  # first byte in the ring, and the one after the last
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +68,14 @@ class Commit:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A frame that stays where it is: its records lie in these blocks of the producer's pool."""
+    """A frame that stays where it is: its records lie in these blocks of the producer's pool; or, one after the other,
+    in these bytes of its ring, until its reader comes back for more."""
 
     index: int
     spec: FrameSpec
     block_ids: tuple[int, ...]
     digest: int
+    staged: range | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +141,8 @@ def encode(message: Frame | Place | Commit) -> bytes:
         return b"".join(
             (frame_header(message.index, message.spec, message.digest, len(message.payload)), message.payload)
         )
-    body = _ids(message)
-    return frame_header(message.index, message.spec, message.digest, len(body), _KIND_PLACE) + body
+    kind, body = _whereabouts(message)
+    return frame_header(message.index, message.spec, message.digest, len(body), kind) + body
 
 
 def frame_header(index: int, spec: FrameSpec, digest: int, size_bytes: int, kind: int = _KIND_FRAME) -> bytes:
@@ -156,7 +160,7 @@ def decode(data: Buffer) -> Frame | Place | Commit:
     magic, kind, unused, plane, layer0, layer1, block0, block1, index, digest, length = _HEADER.unpack_from(data)
     if kind == _KIND_COMMIT:  # its header has no use for a spec
         unused |= plane | layer0 | layer1 | block0 | block1
-    if magic != _MAGIC or kind not in (_KIND_FRAME, _KIND_COMMIT, _KIND_PLACE) or unused:
+    if magic != _MAGIC or kind not in (_KIND_FRAME, _KIND_COMMIT, _KIND_PLACE, _KIND_STAGED) or unused:
         raise FrameCorrupt("message has an unknown header")
     body = memoryview(data)[HEADER_BYTES:]
     if len(body) != length:
@@ -166,6 +170,8 @@ def decode(data: Buffer) -> Frame | Place | Commit:
     spec = FrameSpec(plane, range(layer0, layer1), range(block0, block1))
     if kind == _KIND_FRAME:
         return Frame(index, spec, body, digest)
+    if kind == _KIND_STAGED:
+        return Place(index, spec, (), digest, _staged(body))
     if length != _ID_BYTES * len(spec.blocks):
         raise FrameCorrupt(f"a place of {len(spec.blocks)} blocks has {length} bytes of block ids")
     return Place(index, spec, struct.unpack(f"<{len(spec.blocks)}I", body), digest)
@@ -185,5 +191,17 @@ def decode_places(data: Buffer) -> list[Place | Commit]:
     return found
 
 
-def _ids(place: Place) -> bytes:
-    return struct.pack(f"<{len(place.block_ids)}I", *place.block_ids)
+def _whereabouts(place: Place) -> tuple[int, bytes]:
+    """A place's kind and body."""
+    if place.staged is not None:
+        return _KIND_STAGED, _STAGED.pack(place.staged.start, place.staged.stop)
+    return _KIND_PLACE, struct.pack(f"<{len(place.block_ids)}I", *place.block_ids)
+
+
+def _staged(body: memoryview) -> range:
+    if len(body) != _STAGED.size:
+        raise FrameCorrupt(f"a place in a ring has {len(body)} bytes of offsets")
+    start, stop = _STAGED.unpack(body)
+    if start > stop:
+        raise FrameCorrupt(f"a place in a ring ends at {stop}, before it begins at {start}")
+    return range(start, stop)

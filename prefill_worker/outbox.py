@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from engine.errors import FrameCorrupt, InvalidRequest, LeaseLost
 from engine.planes import CacheLayout
 from engine.pool import BlockBytes, records_in_place
+from engine.ring import RingPool
 from engine.runs import Runs, gaps
 from engine.types import Endpoint, Key
 from kv_transfer.frames import (
@@ -33,6 +34,7 @@ from kv_transfer.frames import (
     pieces_digest,
 )
 from kv_transfer.lease import Lease
+from prefill_worker.staging import Staging
 from prefill_worker.stored import NOTHING, Stored, newly_stored
 
 PLACES_AT_ONCE = 8  # in one message: each costs far more to send than to make
@@ -67,6 +69,7 @@ class Outbox:
     ) -> None:  # fmt: skip
         self._layout = layout
         self._pool = pool
+        self._staging = Staging(pool) if isinstance(pool, RingPool) else None
         self._frame_bytes = frame_bytes
         self.ttl_s = ttl_s
         self._new_secret = new_secret
@@ -116,6 +119,8 @@ class Outbox:
         if entry is not None:
             entry.ended = True
             entry.wake()
+            if self._staging is not None:
+                self._staging.give_back(key)
 
     def expire(self) -> list[Key]:
         """End the leases whose owner has been silent for too long; returns their keys."""
@@ -137,9 +142,15 @@ class Outbox:
     async def places(
         self, lease: Lease, first_frame: int, present: Runs = ()
     ) -> AsyncGenerator[tuple[Place, ...] | Commit]:
+        """Of a pool behind a ring so many as there are slots for, once: who comes back has copied them."""
         entry = self._begin(lease, first_frame, present)
+        if self._staging is not None:
+            self._staging.give_back(lease.key)
         async with aclosing(self._readable(entry, first_frame, PLACES_AT_ONCE)) as readable:
             async for indexes in readable:
+                if self._staging is not None:
+                    yield await self._stage(entry, indexes, self._staging)
+                    return
                 yield tuple([self._place(entry, index) for index in indexes])
         yield self._commit_message(entry)
 
@@ -219,6 +230,27 @@ class Outbox:
             pieces = records_in_place(self._pool, spec.plane, spec.layers, block_ids)
             entry.digests.append(pieces_digest(index, spec, pieces))
         return Place(index, spec, block_ids, entry.digests[index])
+
+    async def _stage(self, entry: _Entry, indexes: range, staging: Staging) -> tuple[Place, ...]:
+        """The first of these frames, or more, in slots of the ring; waits while it is full."""
+        await staging.room(lambda: entry.ended)
+        places: list[Place] = []
+        for index in indexes:
+            slot = None if entry.ended else staging.take(entry.lease.key)
+            if slot is None:
+                break
+            places.append(self._staged_place(entry, index, slot, staging.pool))
+        if not places:
+            raise LeaseLost(f"the lease on {entry.lease.key} has ended")
+        return tuple(places)
+
+    def _staged_place(self, entry: _Entry, index: int, slot: int, pool: RingPool) -> Place:
+        spec, block_ids = self._records(entry, index)
+        payload = pool.stage(spec.plane, spec.layers, block_ids, slot)
+        if index == len(entry.digests):
+            entry.digests.append(frame_digest(index, spec, payload))
+        start = slot * pool.ring.slot_bytes
+        return Place(index, spec, (), entry.digests[index], range(start, start + len(payload)))
 
     def _records(self, entry: _Entry, index: int) -> tuple[FrameSpec, tuple[int, ...]]:
         """What a frame holds, and the blocks here that hold it."""

@@ -1,9 +1,10 @@
-"""The door of a pool: lets other processes of the same host read one worker's pool, without a copy between.
+"""The door of a pool: lets other processes of the same host read one worker's pool, without a copy between; or the ring
+through which it is read, where nobody can map the pool.
 
 1. a reader connects to the abstract socket that carries the incarnation's name: only this host has it;
 2. both show that they know the cluster's token, each by a MAC over both sides' nonces; the token never travels;
-3. the reader gets the number of blocks and descriptors that it cannot write to: the pool (of each rank), and a sample
-   of bytes to measure the path with.
+3. the reader gets the number of blocks, or of the ring's slots, and descriptors that it cannot write to: the pool (of
+   each rank) or the ring, and a sample of bytes to measure the path with.
 Who is another user, is silent for DOOR_TIMEOUT_S or shows a wrong MAC is sent away. Nothing is left on any disk.
 """
 
@@ -24,13 +25,14 @@ from engine.errors import TransferFailed
 from engine.planes import CacheLayout
 from engine.pool import SharedPool
 from engine.rank_pools import RankPools, pools_of, worker_pool
+from engine.ring import RingPool, StagingRing
 from engine.shares import Share, rank_layout
 
 DOOR_TIMEOUT_S = 2.0
 MAX_WAITING = 64
 ACCEPT_PAUSE_S = 1.0  # after a failure
 NONCE_BYTES = MAC_BYTES = 32
-_ANSWER = struct.Struct("<QQI")  # blocks of the pool, bytes of the sample, ranks
+_ANSWER = struct.Struct("<QQI")  # blocks of the pool, bytes of the sample, ranks; a ring: its slots, the same, 0
 MAX_RANKS = 64
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
@@ -39,9 +41,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class OpenPool:
-    """Another worker's pool, mapped here to be read."""
+    """Another worker's pool or ring, mapped here to be read."""
 
-    pool: SharedPool | RankPools
+    pool: SharedPool | RankPools | StagingRing
     sample: mmap.mmap
 
     def close(self) -> None:
@@ -52,11 +54,16 @@ class OpenPool:
 class PoolDoor:
     """The producer's end, from when it is made until `close`."""
 
-    def __init__(self, pool: SharedPool | RankPools, sample_fd: int, token: str, incarnation: str) -> None:
+    def __init__(self, pool: SharedPool | RankPools | RingPool, sample_fd: int, token: str, incarnation: str) -> None:
         self._token = token.encode()
-        pools = pools_of(pool)
-        self._answer = _ANSWER.pack(pool.num_blocks, os.fstat(sample_fd).st_size, len(pools))
-        self._fds = [*(_read_only(one.fd) for one in pools), _read_only(sample_fd)]
+        sample_bytes = os.fstat(sample_fd).st_size
+        if isinstance(pool, RingPool):
+            self._answer = _ANSWER.pack(pool.ring.num_slots, sample_bytes, 0)
+            shown = [pool.ring.fd]
+        else:
+            self._answer = _ANSWER.pack(pool.num_blocks, sample_bytes, len(pools_of(pool)))
+            shown = [one.fd for one in pools_of(pool)]
+        self._fds = [_read_only(fd) for fd in (*shown, sample_fd)]
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         self._listener.bind(_door_name(incarnation))
         self._listener.listen(MAX_WAITING)
@@ -135,6 +142,8 @@ def _mapped(layout: CacheLayout, data: bytes, fds: list[int]) -> OpenPool:
     if len(data) != _ANSWER.size or len(fds) < 2:
         raise TransferFailed("the door was shut before the pool came")
     num_blocks, sample_bytes, num_ranks = _ANSWER.unpack(data)
+    if num_ranks == 0:
+        return _mapped_ring(layout, num_blocks, sample_bytes, fds)
     shares = [Share(rank, num_ranks) for rank in range(num_ranks)]
     wanted = [rank_layout(layout, share).bytes_per_block * num_blocks for share in shares] + [sample_bytes]
     sizes = [os.fstat(fd).st_size for fd in fds]
@@ -149,6 +158,17 @@ def _mapped(layout: CacheLayout, data: bytes, fds: list[int]) -> OpenPool:
         sample = mmap.mmap(fds[-1], sample_bytes, access=mmap.ACCESS_READ)
         undo.pop_all()
     return OpenPool(pool, sample)
+
+
+def _mapped_ring(layout: CacheLayout, num_slots: int, sample_bytes: int, fds: list[int]) -> OpenPool:
+    """How large a slot is follows from the ring's size; one must have room for a record of each plane."""
+    sizes = [os.fstat(fd).st_size for fd in fds]
+    slot_bytes, rest = divmod(sizes[0], max(1, num_slots))
+    needed = max(plane.bytes_per_block for plane in layout.planes)
+    if sizes[1:] != [sample_bytes] or rest or slot_bytes < needed:
+        raise TransferFailed(f"ring and sample have {sizes} bytes, and not those of {num_slots} slots, {sample_bytes}")
+    ring = StagingRing(slot_bytes, num_slots, os.dup(fds[0]))
+    return OpenPool(ring, mmap.mmap(fds[1], sample_bytes, access=mmap.ACCESS_READ))
 
 
 async def _receive_fds(door: socket.socket) -> tuple[bytes, list[int]]:

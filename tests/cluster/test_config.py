@@ -149,6 +149,11 @@ FAULTS = {
     "engine: {device: cuda}": (
         "engine: runner 'process' shares KV by memory, which a cuda pool cannot; use runner: thread"
     ),
+    "engine: {device: cuda, runner: thread, pool: mapped}": (
+        "engine: a cuda pool cannot be mapped by others; use pool: ring"
+    ),
+    "engine: {pool: ring}": "engine: a pool behind a ring belongs to a thread of the worker; use runner: thread",
+    "kv_transfer: {ring_bytes: 4096}": "kv_transfer: ring_bytes (4096) must be at least twice frame_bytes (1048576)",
     "model: {max_context: 40000}": (
         "model.max_context: 40000 tokens do not fit in engine.num_blocks x engine.block_size = 32768; "
         "use num_blocks: 2500 or more"

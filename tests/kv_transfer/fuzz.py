@@ -51,6 +51,7 @@ FRAMES = [
     encode(Commit(8, 0x6412C991, handoff_of(5).encode())),
     encode(Place(9, FrameSpec(1, range(2, 4), range(5, 7)), (3, 70000), 8)),
     encode(Place(2**32 - 1, FrameSpec(0, range(3), range(40)), tuple(range(40)), 2**64 - 1)),
+    encode(Place(9, FrameSpec(1, range(2, 4), range(5, 7)), (), 8, range(2**20, 2**20 + 512))),
 ]
 PLACES = [*FRAMES[2:], b"".join(FRAMES[3:]), b"".join(FRAMES[3:] + FRAMES[2:3])]
 SIBLING = handoff_of(5).request.sibling(Key("s", 0), 1, (8,))

@@ -42,6 +42,9 @@ PLACES = st.builds(
     lambda index, plane, ids, digest: Place(index, FrameSpec(plane, range(1, 3), range(5, 5 + len(ids))), ids, digest),
     U32, U16, IDS, U64,
 )  # fmt: skip
+STAGED = st.builds(
+    lambda index, spec, digest, at: Place(index, spec, (), digest, at), U32, SPECS, U64, ranges(2**64 - 1)
+)
 COMMITS = st.builds(Commit, U32, U64, st.binary(max_size=300))
 
 
@@ -58,12 +61,12 @@ def layouts(draw: st.DrawFn) -> CacheLayout:
     return CacheLayout(planes, block_size, (Group((0,)),))
 
 
-@given(st.one_of(FRAMES, PLACES, COMMITS))
+@given(st.one_of(FRAMES, PLACES, STAGED, COMMITS))
 def test_what_is_encoded_decodes_to_the_same_message(message: Frame | Place | Commit) -> None:
     assert decode(encode(message)) == message
 
 
-@given(st.lists(st.one_of(PLACES, COMMITS)), st.integers(0, 400))
+@given(st.lists(st.one_of(PLACES, STAGED, COMMITS)), st.integers(0, 400))
 def test_several_places_in_one_message_are_found_again_and_a_cut_one_is_refused(
     messages: list[Place | Commit], cut: int
 ) -> None:
@@ -82,6 +85,13 @@ def test_a_place_with_more_or_fewer_block_ids_than_blocks_is_refused(place: Plac
         decode(encode(more))
 
 
+@pytest.mark.parametrize(("body", "problem"), [(b"7" * 15, "15 bytes of offsets"), (b"\x01" + bytes(15), "ends at 0")])
+def test_offsets_in_a_ring_that_make_no_sense_are_refused(body: bytes, problem: str) -> None:
+    data = encode(Place(0, FrameSpec(0, range(1), range(1)), (), 1, range(256)))[:HEADER_BYTES]
+    with pytest.raises(FrameCorrupt, match=problem):
+        decode(data[:-8] + len(body).to_bytes(8, "little") + body)
+
+
 @given(st.lists(st.binary(max_size=50)))
 def test_a_payload_in_pieces_has_the_digest_of_the_whole(pieces: list[bytes]) -> None:
     spec = FrameSpec(1, range(2, 4), range(5, 6))
@@ -94,14 +104,16 @@ def test_the_bytes_on_the_wire_change_only_with_the_wire_version() -> None:
     frame = Frame(7, spec, b"payload!", frame_digest(7, spec, b"payload!"))
     commit = Commit(8, commit_digest([frame.digest], b"handoff"), b"handoff")
     place = Place(9, FrameSpec(1, range(2, 4), range(5, 7)), (3, 70000), 1)
+    staged = replace(place, block_ids=(), staged=range(256, 768))
     golden = {
         4: (
             "535946310100010002000400050000000600000007000000167ba1e06c8ade7f08000000000000007061796c6f616421",
             "535946310200000000000000000000000000000008000000e8265191c9126403070000000000000068616e646f6666",
             "535946310300010002000400050000000700000009000000010000000000000008000000000000000300000070110100",
+            "5359463104000100020004000500000007000000090000000100000000000000100000000000000000010000000000000003000000000000",
         )
     }
-    assert (encode(frame).hex(), encode(commit).hex(), encode(place).hex()) == golden[WIRE_VERSION]
+    assert tuple(encode(one).hex() for one in (frame, commit, place, staged)) == golden[WIRE_VERSION]
 
 
 @given(layouts(), ranges(40), st.integers(1, 4000))
