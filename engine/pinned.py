@@ -16,6 +16,7 @@ def pin(memory: mmap.mmap) -> Callable[[], None]:
     Raises ModelError if the system does not allow it (`ulimit -l`)."""
     address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
     runtime = torch.cuda.cudart()
+    assert runtime is not None, "a device of this kind is there"
     error = runtime.cudaHostRegister(address, len(memory), 0)
     if error != runtime.cudaError.success:
         raise ModelError(f"{len(memory)} bytes of the ring cannot be pinned: {error}", param="kv_transfer.ring_bytes")

@@ -44,5 +44,6 @@ def _launch(plane: torch.Tensor, first_layer: int, block_ids: torch.Tensor, slot
     if slot.numel():
         grid = (num_layers * num_ids, triton.cdiv(width, TILE))
         _copy_records[grid](
-            plane, block_ids, slot, first_layer, num_ids, plane.stride(0), width, TO_SLOT=to_slot, TILE=TILE
-        )
+            plane, block_ids, slot, first_layer, num_ids, plane.stride(0), width,
+            to_slot, TILE,  # pyright: ignore[reportArgumentType] (Triton wraps them)
+        )  # fmt: skip

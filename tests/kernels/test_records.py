@@ -67,6 +67,6 @@ def test_every_architecture_that_we_name_compiles(tmp_path: Path, monkeypatch: p
     types |= {name: "i32" for name in ("first_layer", "num_ids", "width")} | {"layer_stride": "i64"}
     for capability in (80, 90):
         for to_slot in (True, False):
-            constants = {("TO_SLOT",): to_slot, ("TILE",): TILE}
+            constants = {"TO_SLOT": to_slot, "TILE": TILE}
             source = ASTSource(function, {name: types[name] for name in function.arg_names}, constants)
             assert compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]

@@ -9,7 +9,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
 import pytest
+import torch
 
+from engine import build
 from engine.errors import LeaseLost, TransferFailed
 from engine.kv_cache import KVCache
 from engine.pool import BlockBytes, SharedPool
@@ -41,9 +43,10 @@ OTHER = Key("other", 0)
 ALL = tuple(range(NUM_BLOCKS))
 
 
-def behind_ring(content: SharedPool) -> RingPool:
-    """The same bytes in private memory, behind a small ring. Takes the content's place."""
-    pool = RingPool(KVCache(LAYOUT, NUM_BLOCKS, "cpu", None), StagingRing(FRAME_BYTES, NUM_SLOTS))
+def behind_ring(content: SharedPool, device: str = "cpu") -> RingPool:
+    """The same bytes in private memory, or on a device, behind a small ring. Takes the content's place."""
+    cache, ring = KVCache(LAYOUT, NUM_BLOCKS, device, None), StagingRing(FRAME_BYTES, NUM_SLOTS)
+    pool = build.behind_ring(cache, ring, device)
     for plane, layer, first in every_two(content):
         pool.write(plane, layer, ALL[first : first + 2], memoryview(content.read(plane, layer, ALL[first : first + 2])))
     content.close()
@@ -113,6 +116,20 @@ async def case_of(carrier: str = "shm", kind: type[Outbox] = Outbox) -> AsyncIte
                 await door.close()
         outbox.close(base.lease.key)
         pool.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_a_pool_on_a_device_gives_and_takes_the_same_bytes_through_a_pinned_ring() -> None:
+    content, target = random_pool(), behind_ring(poisoned_pool(), "cuda")
+    wanted = {(plane, layer, first): content.read(plane, layer, [first]) for plane, layer, first in every_two(content)}
+    source = behind_ring(content, "cuda")
+    for (plane, layer, first), payload in wanted.items():
+        assert source.stage(plane, layer, [first], 1) == payload
+        target.write(plane, layer, [first + 1], memoryview(payload))
+        assert target.read(plane, layer, [first + 1]) == payload
+    source.close()
+    target.close()
 
 
 @pytest.mark.parametrize("carrier", ["shm", "grpc"])

@@ -10,7 +10,7 @@ A link's life, between the porters of one producer and one consumer:
 2. the members connect, and each shows by a MAC that it knows the token that only that RPC has told;
 3. the producer's worker tells its porter which records to send, at a consumer's request. The consumer's porter has
    posted receives ahead, into slots of a ring that its worker has mapped; frames come in bursts, behind a head that
-   names their pull. What nobody waits for any more is dropped, so a pull that was given up leaves nothing behind on the link;
+   names their pull. What nobody waits for any more is dropped, so a pull that was given up leaves nothing on the link;
 4. the consumer says farewell, or one of the processes ends: the connection closes, and both porters forget the link.
 
 Every operation has a deadline, and it is kept by the worker: a porter that does not answer, or does not end a send in
