@@ -96,8 +96,9 @@ class WorkerSides:
         self._intake = Intake(me, cache.layout, cache.pool, links.carriers, self.streams, send, config.decode, transfer)
         take = self._intake.take_loan
         fetcher = Fetcher(cache.hash_key, cache.layout.block_size, links.peers, links.carriers, take)
+        prefixes = fetcher if config.prefill.fetch_prefixes else None
         self._prefill = PrefillSide(
-            me, queue, self.outbox, self.streams, links.peers, send, fetcher, cache.layout.bytes_per_token
+            me, queue, self.outbox, self.streams, links.peers, send, prefixes, cache.layout.bytes_per_token
         )
         self._lender = Lender(me, self.outbox, self._intake.questions, send)
         self._mover = Mover(me, self._lender, self.outbox, self._intake.questions, self.streams, links.peers, send)

@@ -81,7 +81,7 @@ class _Live:
 class PrefillSide:
     def __init__(
         self, me: Endpoint, queue: PrefillQueue, outbox: Outbox, streams: TokenStreams, peers: DecodePeers,
-        send: Callable[[Command], None], prefixes: Prefixes, token_bytes: float,
+        send: Callable[[Command], None], prefixes: Prefixes | None, token_bytes: float,
     ) -> None:  # fmt: skip
         self._me = me
         self._prefixes = prefixes
@@ -182,7 +182,7 @@ class PrefillSide:
     def _start_fetch(self, submission: Submission) -> None:
         """While it waits in the queue; for no longer than to compute it would take."""
         request, source, token_s = submission.request, submission.source, self._pace.token_s
-        if source is None or token_s is None:
+        if self._prefixes is None or source is None or token_s is None:
             return
 
         def is_worth(num_tokens: int, bytes_per_s: float | None) -> bool:

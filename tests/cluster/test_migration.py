@@ -139,13 +139,15 @@ def test_a_client_that_leaves_takes_both_ends_along() -> None:
     asked = request(num_prompt=117, max_tokens=64)
 
     async def scenario(world: World) -> None:
+        moves: list[asyncio.Task[None]] = []
         async with aclosing(world.generate(asked)) as outputs:
             async for output in outputs:
                 if output.first_index == 20:
                     moving = world.dispatcher.migrate(asked.request_id, other(world, asked.request_id))
-                    move = asyncio.get_running_loop().create_task(moving)
+                    moves.append(asyncio.get_running_loop().create_task(moving))
                     await asyncio.sleep(0.002)
                     break
+        (move,) = moves
         with pytest.raises(SteelyardError):
             await move
 

@@ -30,6 +30,7 @@ from engine.types import (
     Key,
     KvPath,
     KvTransfer,
+    Move,
     Request,
     Role,
     SamplingParams,
@@ -38,7 +39,7 @@ from engine.types import (
     TransferReport,
 )
 from kv_transfer.carriers.sample import Sample
-from kv_transfer.lease import Lease, Offer
+from kv_transfer.lease import Lease, Loan, Offer
 from router.membership import Member
 from tests.kv_transfer.fakes import transfer
 from tests.strategies import SAMPLING_PARAMS, TOKEN_LOGPROBS
@@ -133,6 +134,7 @@ class Called:
     offer_may_return: asyncio.Event = field(default_factory=asyncio.Event)
     batches: list[StreamBatch] = field(default_factory=list)
     num_subscribers: int = 0
+    lent: Loan | None = None
 
     def submit(self, submission: Submission, role_epoch: int) -> None:
         self._note((submission, role_epoch))
@@ -143,6 +145,16 @@ class Called:
     async def take_offer(self, offer: Offer) -> None:
         self._note(offer)
         await self.offer_may_return.wait()
+
+    async def move(self, move: Move) -> None:
+        self._note(move)
+
+    async def copy(self, loan: Loan) -> None:
+        self._note(loan)
+
+    async def borrow(self, names: tuple[bytes, ...]) -> Loan | None:
+        self._note(names)
+        return self.lent
 
     async def subscribe(self, gateway_id: str) -> AsyncGenerator[StreamBatch]:
         self.num_subscribers += 1
@@ -207,6 +219,19 @@ async def test_calls_arrive_as_the_records_that_were_sent() -> None:
         await GrpcPeers(s.channels).offer(s.endpoint, OFFER, 5.0)
         assert s.worker.calls == [(SUBMISSION, 3), Key("r", 2), OFFER]
         assert await worker_status(s.channels, s.member.address, "i1", 5.0) == convert.status_to(STATUS)
+
+
+@pytest.mark.parametrize("loan", [None, Loan(OFFER.lease, (b"one", b"two"))])
+async def test_moves_and_loans_arrive_as_they_were_sent(loan: Loan | None) -> None:
+    move = Move(Key("r", 1), Endpoint("d1", "i2", "127.0.0.1:3", "c"), None if loan is None else Key("r", 2), 7.0)
+    async with serve() as s:
+        s.worker.lent = loan
+        peers = GrpcPeers(s.channels)
+        await s.client.move(move, 5.0)
+        assert await peers.borrow(s.endpoint, (b"a", b"b"), 5.0) == loan
+        if loan is not None:
+            await peers.copy(s.endpoint, loan, 5.0)
+        assert s.worker.calls == [move, (b"a", b"b"), *([loan] if loan is not None else [])]
 
 
 async def test_a_stream_of_batches_arrives_and_ends_at_the_worker_when_the_reader_leaves() -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from engine.errors import SteelyardError, WorkerLost
 from engine.streams import StreamBatch
-from engine.types import EngineStats, FinishReason, Key, Request, Role, SamplingParams, Submission, TokenOutput
+from engine.types import EngineStats, FinishReason, Key, Move, Request, Role, SamplingParams, Submission, TokenOutput
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.membership import Member, Membership
@@ -38,6 +38,8 @@ class FakeWorker:
     role_epochs: list[int] = field(default_factory=list)
     aborted: list[Key] = field(default_factory=list)
     refusals: list[SteelyardError] = field(default_factory=list)  # raised by the next submits
+    moves: list[Move] = field(default_factory=list)
+    move_error: SteelyardError | None = None
     num_streams: int = 0  # opened so far
     reachable: bool = True
     mute: bool = False  # its stream stays open and says nothing
@@ -53,6 +55,15 @@ class FakeWorker:
         self.role_epochs.append(role_epoch)
         if self.refusals:
             raise self.refusals.pop(0)
+
+    async def move(self, move: Move, timeout_s: float) -> None:
+        """It says that it is done at once."""
+        await asyncio.sleep(0)
+        if not self.reachable:
+            raise WorkerLost("not reachable")
+        self.moves.append(move)
+        if self.move_error is not None:
+            raise self.move_error
 
     async def abort(self, key: Key, timeout_s: float) -> None:
         await asyncio.sleep(0)
