@@ -112,11 +112,11 @@ async def timed(dispatcher: Dispatcher, request: Request) -> AsyncGenerator[tupl
 
 
 async def move(dispatcher: Dispatcher, request_id: str, found: Moves) -> None:
-    (here,) = [one.worker for one in dispatcher.generating() if one.request_id == request_id]
+    (here,) = [one.worker for one in dispatcher.moves.generating() if one.request_id == request_id]
     decode = [one.member for one in dispatcher.loads() if one.member.role is Role.DECODE]
     (there,) = [one for one in decode if one != here]
     begun = time.perf_counter()
-    await dispatcher.migrate(request_id, there)
+    await dispatcher.moves.migrate(request_id, there)
     found.whole.append(time.perf_counter() - begun)
 
 

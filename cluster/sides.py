@@ -17,9 +17,10 @@ from typing import Protocol
 
 from cluster.config import ClusterConfig
 from decode_worker.fetcher import Fetcher, Lenders
-from decode_worker.intake import Intake, TransferTotals
+from decode_worker.intake import Intake
 from decode_worker.lender import Lender
 from decode_worker.mover import MovePeers, Mover
+from decode_worker.totals import TransferTotals
 from engine.errors import StaleEpoch, WorkerLost
 from engine.planes import CacheLayout
 from engine.pool import BlockBytes

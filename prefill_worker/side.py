@@ -29,29 +29,17 @@ from engine.types import (
     Key,
     Progress,
     Release,
-    Request,
     StepOutputs,
     Submission,
     TokenOutput,
 )
 from kv_transfer.handoff import HandOff
 from kv_transfer.lease import Offer
-from prefill_worker.fetching import PrefillPace, is_worth_fetching
+from prefill_worker.fetching import Fetches, Prefixes
 from prefill_worker.outbox import Outbox
 from prefill_worker.queue import PrefillQueue, Waiting
 
 OFFER_TIMEOUT_S = 5.0
-
-
-class Prefixes(Protocol):
-    """Brings prefixes from other workers' caches into this one's."""
-
-    async def fetch(
-        self, request: Request, source: Endpoint, is_worth: Callable[[int, float | None], bool], timeout_s: float
-    ) -> None:
-        """Returns when what `source` has of the prompt is here, or will not be. `is_worth`: are so many tokens, over a
-        link of so many bytes/s, or None if it was never measured?"""
-        ...
 
 
 class DecodePeers(Protocol):
@@ -84,10 +72,7 @@ class PrefillSide:
         send: Callable[[Command], None], prefixes: Prefixes | None, token_bytes: float,
     ) -> None:  # fmt: skip
         self._me = me
-        self._prefixes = prefixes
-        self._token_bytes = token_bytes
-        self._pace = PrefillPace()
-        self._fetches: dict[Key, asyncio.Task[None]] = {}  # of prompts in the queue or given
+        self._fetches = Fetches(prefixes, token_bytes)
         self._queue = queue
         self._outbox = outbox
         self._streams = streams
@@ -109,7 +94,7 @@ class PrefillSide:
         self._queue.push(submission, self._now())
         for request in submission.requests:
             self._streams.register(request.key, submission.gateway_id)
-        self._start_fetch(submission)
+        self._fetches.start(submission)
         self._feed()
 
     def abort(self, key: Key) -> bool:
@@ -117,7 +102,7 @@ class PrefillSide:
         Aborting twice is no error."""
         self._streams.forget(key)
         if self._queue.remove(key):
-            self._stop_fetch(key)
+            self._fetches.stop(key)
             return True
         live = self._find(key)
         if live is None:
@@ -132,7 +117,7 @@ class PrefillSide:
     def on_outputs(self, outputs: StepOutputs) -> tuple[TokenOutput, ...]:
         """Take a turn's news of our submissions; returns the token outputs, with our stages on the first ones."""
         self._stats = outputs.stats
-        self._pace.learn(outputs.steps)
+        self._fetches.pace.learn(outputs.steps)
         tokens = tuple(self._on_token(output) for output in outputs.tokens)
         for progress in outputs.progress:
             self._on_progress(progress)
@@ -162,7 +147,7 @@ class PrefillSide:
 
     def _drop(self, waiting: Waiting) -> None:
         """Nobody waits for it any more."""
-        self._stop_fetch(waiting.submission.request.key)
+        self._fetches.stop(waiting.submission.request.key)
         error = ErrorInfo(DeadlineExceeded.code, "the deadline passed in the prefill queue")
         self._streams.fail([request.key for request in waiting.submission.requests], error)
 
@@ -172,30 +157,11 @@ class PrefillSide:
         wanted = [one.key for one in submission.requests]
         hands_off = submission.decode is not None and request.sampling.max_tokens > len(request.generated_ids) + 1
         live = self._live[request.key] = _Live(submission, waiting.arrived, self._now(), wanted, hands_off)
-        fetch = self._fetches.pop(request.key, None)
-        if fetch is None or fetch.done():
+        live.fetch = self._fetches.take(request.key)
+        if live.fetch is None:
             self._send(Add(request, hands_off, submission.siblings))
         else:
-            live.fetch = fetch
-            fetch.add_done_callback(lambda _: self._add_after_fetch(live))
-
-    def _start_fetch(self, submission: Submission) -> None:
-        """While it waits in the queue; for no longer than to compute it would take."""
-        request, source, token_s = submission.request, submission.source, self._pace.token_s
-        if self._prefixes is None or source is None or token_s is None:
-            return
-
-        def is_worth(num_tokens: int, bytes_per_s: float | None) -> bool:
-            return is_worth_fetching(num_tokens, self._token_bytes, bytes_per_s, token_s)
-
-        timeout_s = min(request.timeout_s, token_s * request.num_tokens)
-        fetch = self._prefixes.fetch(request, source, is_worth, timeout_s)
-        self._fetches[request.key] = asyncio.get_running_loop().create_task(fetch)
-
-    def _stop_fetch(self, key: Key) -> None:
-        fetch = self._fetches.pop(key, None)
-        if fetch is not None:
-            fetch.cancel()
+            live.fetch.add_done_callback(lambda _: self._add_after_fetch(live))
 
     def _add_after_fetch(self, live: _Live) -> None:
         """Unless it has ended meanwhile."""

@@ -19,7 +19,6 @@ import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Protocol
 
 from engine.errors import (
@@ -32,21 +31,21 @@ from engine.errors import (
     WorkerLost,
 )
 from engine.streams import StreamBatch
-from engine.types import Endpoint, Key, Move, Request, Submission, TokenOutput
+from engine.types import Endpoint, Key, Request, Submission, TokenOutput
 from router.api import HealthView, WorkerView
 from router.canary import Canary
 from router.config import RouterConfig
 from router.live import LiveRequest, Name
 from router.membership import Member, Membership
+from router.moves import Moves
 from router.policy import Placement, WorkerLoad, choose
-from router.rebalance import Rebalancer, Running
+from router.rebalance import Rebalancer
 from router.step_history import StepHistory
 from router.turns import Turns
 from router.workers import Connector, WorkerLink
 
 REFUSED_PAUSE_S = 0.05  # doubled at each refusal, up to
 LONGEST_PAUSE_S = 1.0
-MOVE_TIMEOUT_S = 30.0  # copying included; the stream stands still for a small part of it
 
 log = logging.getLogger(__name__)
 
@@ -78,12 +77,12 @@ class Dispatcher:
         self._background: list[asyncio.Task[None]] = []
         self._num_placed = 0
         self._num_retries: Counter[str] = Counter()  # by the code of what ended the placement before
-        self._num_migrations: Counter[str] = Counter()  # by outcome
         self._strays: dict[tuple[str, Key], None] = {}  # placements being aborted because their tokens still come
         self._closed = asyncio.Event()
         self._news = asyncio.Event()  # a worker has reported, or the membership has changed
         self.canary = Canary(self, config.canary_s)
-        self.rebalancer = Rebalancer(self, config.migrate_below, config.back_up_below)
+        self.moves = Moves(self._live, self._links)
+        self.rebalancer = Rebalancer(self.moves, self.loads, config.migrate_below, config.back_up_below)
         self._turns = Turns()
         self.step_history = StepHistory()
 
@@ -124,7 +123,7 @@ class Dispatcher:
             self._abandon(live)
         await asyncio.gather(*self._background, return_exceptions=True)
         closing = [link.close() for link in self._links.values()]
-        self._links = {}
+        self._links.clear()
         await asyncio.gather(*closing, return_exceptions=True)
 
     # --- requests ------------------------------------------------------------------------------------------
@@ -227,7 +226,7 @@ class Dispatcher:
         live.leave()
         for one in live.placed_together:
             one.place(placement)
-        decode = None if placement.decode is None else _endpoint(placement.decode)
+        decode = None if placement.decode is None else placement.decode.endpoint
         request, *siblings = (one.placed_request(self._now()) for one in live.placed_together)
         source = self._source_of(live.request, placement)
         submission = Submission(request, self._gateway_id, decode, tuple(siblings), source)
@@ -244,7 +243,7 @@ class Dispatcher:
         link = self._links.get(name) if name is not None else None
         if link is None or not link.connected:
             return None
-        return _endpoint(link.member) if link.member.cohort == placement.first.cohort else None
+        return link.member.endpoint if link.member.cohort == placement.first.cohort else None
 
     def _remember(self, live: LiveRequest) -> None:
         """Where the blocks of a request lie that has generated."""
@@ -300,49 +299,6 @@ class Dispatcher:
         except SteelyardError as error:
             log.warning("abort of %s on %s failed: %s", key, link.member.worker_id, error.message)
 
-    # --- migration -----------------------------------------------------------------------------------------
-
-    async def migrate(self, request_id: str, target: Member) -> None:
-        """Move a request that generates to another worker, while its stream goes on. Returns when it runs there. Raises
-        TransferFailed or Overloaded when it runs on where it was, InvalidRequest when it cannot move now."""
-        live = self._live.get(request_id)
-        source = live.decoder if live is not None else None
-        link = self._links.get((source.worker_id, source.incarnation)) if source is not None else None
-        if live is None or link is None or live.migration is not None or source == target:
-            raise InvalidRequest(f"request {request_id} does not generate on a worker that it could leave")
-        migration = live.begin_migration(target)
-        live.last_token_at = self._now()
-        move = Move(migration.before, _endpoint(target), migration.after, live.deadline - self._now())
-        moved, outcome = None, "in doubt"
-        try:
-            await link.client.move(move, min(MOVE_TIMEOUT_S, move.timeout_s))
-            moved, outcome = True, "moved"
-        except (TransferFailed, Overloaded) as error:
-            moved, outcome = False, error.code
-            raise
-        finally:
-            self._num_migrations[outcome] += 1
-            live.end_migration(migration, moved)
-
-    async def back_up(self, request_id: str, target: Member) -> None:
-        """Copy what a request that generates has stored to another worker, so that it could soon move there. Raises as
-        `migrate` does."""
-        live = self._live.get(request_id)
-        source = live.decoder if live is not None else None
-        link = self._links.get((source.worker_id, source.incarnation)) if source is not None else None
-        if live is None or link is None or source == target:
-            raise InvalidRequest(f"request {request_id} does not generate on a worker that it could leave")
-        move = Move(live.key, _endpoint(target), None, live.deadline - self._now())
-        await link.client.move(move, min(MOVE_TIMEOUT_S, move.timeout_s))
-
-    def generating(self) -> list[Running]:
-        """The requests that generate and do not move, as rebalancing sees them."""
-        return [
-            Running(name, live.decoder, len(live.request.prompt_ids) + len(live.tokens))
-            for name, live in self._live.items()
-            if live.decoder is not None and live.migration is None
-        ]
-
     # --- what workers say ----------------------------------------------------------------------------------
 
     def _on_batch(self, member: Member, batch: StreamBatch) -> None:
@@ -353,18 +309,8 @@ class Dispatcher:
             live = self._live.get(output.key.request_id)
             if live is None or live.is_stray(output):
                 self._abort_stray(member, output)
-            elif live.take(self._with_pause(live, output), member.worker_id) and live.handed_off:
+            elif live.take(self.moves.with_pause(live, output), member.worker_id) and live.handed_off:
                 self.canary.prove()
-
-    def _with_pause(self, live: LiveRequest, output: TokenOutput) -> TokenOutput:
-        """The first token after a migration tells how long the stream stood still."""
-        moving = live.migration
-        if moving is None or not live.follows(output):
-            return output
-        before, live.last_token_at = live.last_token_at, self._now()
-        if output.key != moving.after:
-            return output
-        return replace(output, stages=(*output.stages, ("migration_pause", live.last_token_at - before)))
 
     def _abort_stray(self, member: Member, output: TokenOutput) -> None:
         """Tokens that nobody wants: an abort came before what it was to end, or was lost. Once at a time."""
@@ -404,18 +350,13 @@ class Dispatcher:
         healthy, reason, age_s = self.canary.verdict()
         workers = tuple(_view(link) for link in self._links.values())
         return HealthView(
-            healthy, reason, age_s, self._membership.version, workers, len(self._live), self.retries, self.migrations
+            healthy, reason, age_s, self._membership.version, workers, len(self._live), self.retries, self.moves.counts
         )
 
     @property
     def retries(self) -> tuple[tuple[str, int], ...]:
         """See router.api.HealthView."""
         return tuple(sorted(self._num_retries.items()))
-
-    @property
-    def migrations(self) -> tuple[tuple[str, int], ...]:
-        """See router.api.HealthView."""
-        return tuple(sorted(self._num_migrations.items()))
 
     def _in_background(self, work: Coroutine[None, None, None]) -> None:
         self._background = [task for task in self._background if not task.done()]
@@ -428,10 +369,6 @@ class Dispatcher:
 def _count(error: SteelyardError, num_refusals: int, num_failures: int) -> tuple[int, int]:
     """A refusal for lack of room is no failure of the placement."""
     return (num_refusals + 1, num_failures) if isinstance(error, Overloaded) else (num_refusals, num_failures + 1)
-
-
-def _endpoint(member: Member) -> Endpoint:
-    return Endpoint(member.worker_id, member.incarnation, member.address, member.cohort)
 
 
 def _view(link: WorkerLink) -> WorkerView:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.planes import cohort_difference
-from engine.types import Role
+from engine.types import Endpoint, Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,10 @@ class Member:
     address: str  # host:port of its gRPC server
     cohort: str
     kv_token_bytes: int = 0  # KV of one token, over all layers
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return Endpoint(self.worker_id, self.incarnation, self.address, self.cohort)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,9 +42,7 @@ class Proposal:
 
 
 class Mobile(Protocol):
-    """What rebalancing needs of the dispatcher."""
-
-    def loads(self) -> list[WorkerLoad]: ...
+    """Requests that can be moved (router/moves.py)."""
 
     def generating(self) -> list[Running]: ...
 
@@ -56,8 +54,11 @@ class Mobile(Protocol):
 class Rebalancer:
     """Looks every PERIOD_S, and moves one request at a time."""
 
-    def __init__(self, mobile: Mobile, migrate_below: float, back_up_below: float) -> None:
+    def __init__(
+        self, mobile: Mobile, loads: Callable[[], list[WorkerLoad]], migrate_below: float, back_up_below: float
+    ) -> None:
         self._mobile = mobile
+        self._loads = loads
         self._migrate_below = migrate_below
         self._back_up_below = back_up_below
         self._backed_up: dict[Proposal, None] = {}
@@ -81,7 +82,7 @@ class Rebalancer:
                 log.info("a request stays where it is: %s", error.message)
 
     async def _look(self) -> None:
-        loads, running = self._mobile.loads(), self._mobile.generating()
+        loads, running = self._loads(), self._mobile.generating()
         move = choose_move(loads, running, self._migrate_below)
         if move is not None:
             await self._mobile.migrate(move.request_id, move.target)

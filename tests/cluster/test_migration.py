@@ -26,7 +26,7 @@ def member(world: World, worker_id: str) -> Member:
 
 def other(world: World, request_id: str) -> Member:
     """The decode worker on which the request does not run."""
-    here = next(one.worker.worker_id for one in world.dispatcher.generating() if one.request_id == request_id)
+    here = next(one.worker.worker_id for one in world.dispatcher.moves.generating() if one.request_id == request_id)
     return member(world, "decode-1" if here == "decode-0" else "decode-0")
 
 
@@ -58,7 +58,7 @@ def test_tokens_are_the_same_after_a_migration_at_every_tenth_token(prefix_cache
         async def act(world: World, output: TokenOutput) -> None:
             if 0 < output.first_index < LAST and output.first_index % 10 == shift:
                 target = other(world, asked.request_id)
-                await world.dispatcher.migrate(asked.request_id, target)
+                await world.dispatcher.moves.migrate(asked.request_id, target)
                 moved.append(target.worker_id)
 
         seen = await follow(world, asked, act)
@@ -66,7 +66,7 @@ def test_tokens_are_the_same_after_a_migration_at_every_tenth_token(prefix_cache
         assert len(moved) >= 4
         pauses = [name for output in seen for name, _ in output.stages if name == "migration_pause"]
         assert len(pauses) == len(moved)
-        assert world.dispatcher.migrations == (("moved", len(moved)),)
+        assert world.dispatcher.moves.counts == (("moved", len(moved)),)
         for one in ("decode-0", "decode-1"):
             totals = world.workers[one].sides.status().transfers
             assert totals.num_failed == 0
@@ -84,7 +84,7 @@ async def failing(world: World, asked: Request, hurt: Callable[[World], None], a
 
     async def act(world: World, output: TokenOutput) -> None:
         if output.first_index == after:
-            moving = world.dispatcher.migrate(asked.request_id, other(world, asked.request_id))
+            moving = world.dispatcher.moves.migrate(asked.request_id, other(world, asked.request_id))
             moves.append(asyncio.get_running_loop().create_task(moving))
             await asyncio.sleep(0.002)
             hurt(world)
@@ -123,12 +123,12 @@ def test_without_room_at_the_target_it_stays() -> None:
         async def act(world: World, output: TokenOutput) -> None:
             if output.first_index in (10, 20):
                 with pytest.raises(Overloaded) as caught:
-                    await world.dispatcher.migrate(asked.request_id, other(world, asked.request_id))
+                    await world.dispatcher.moves.migrate(asked.request_id, other(world, asked.request_id))
                 refused.append(caught.value.code)
 
         check(spec, asked, await follow(world, asked, act))
         assert refused == ["overloaded"] * 2
-        assert world.dispatcher.migrations == (("overloaded", 2),)
+        assert world.dispatcher.moves.counts == (("overloaded", 2),)
         await filling
 
     play(spec, scenario)
@@ -143,7 +143,7 @@ def test_a_client_that_leaves_takes_both_ends_along() -> None:
         async with aclosing(world.generate(asked)) as outputs:
             async for output in outputs:
                 if output.first_index == 20:
-                    moving = world.dispatcher.migrate(asked.request_id, other(world, asked.request_id))
+                    moving = world.dispatcher.moves.migrate(asked.request_id, other(world, asked.request_id))
                     moves.append(asyncio.get_running_loop().create_task(moving))
                     await asyncio.sleep(0.002)
                     break
@@ -160,12 +160,12 @@ def test_what_does_not_generate_cannot_move() -> None:
 
     async def scenario(world: World) -> None:
         with pytest.raises(InvalidRequest):
-            await world.dispatcher.migrate(asked.request_id, member(world, "decode-1"))
+            await world.dispatcher.moves.migrate(asked.request_id, member(world, "decode-1"))
 
         async def act(world: World, output: TokenOutput) -> None:
             if output.first_index == 0:
                 with pytest.raises(InvalidRequest):
-                    await world.dispatcher.migrate(asked.request_id, member(world, "decode-1"))
+                    await world.dispatcher.moves.migrate(asked.request_id, member(world, "decode-1"))
 
         check(spec, asked, await follow(world, asked, act))
 
@@ -185,6 +185,6 @@ def test_a_full_worker_gives_requests_away() -> None:
         world.add_worker(Role.DECODE, 1)
         for one, task in zip(asked, running, strict=True):
             assert await task == spec.weights.continuation(one)
-        assert dict(world.dispatcher.migrations).get("moved", 0) >= 1
+        assert dict(world.dispatcher.moves.counts).get("moved", 0) >= 1
 
     play(spec, scenario)

@@ -22,10 +22,10 @@ ASKED = Request("asked", tuple(7 + token % 90 for token in range(45)), SAMPLING)
 
 async def migrate(cluster: LocalCluster, request_id: str) -> None:
     """Unless it has just begun to do so, for these streams are fast."""
-    here = next((one.worker for one in cluster.dispatcher.generating() if one.request_id == request_id), None)
+    here = next((one.worker for one in cluster.dispatcher.moves.generating() if one.request_id == request_id), None)
     if here is not None:
         (there,) = [one for one in cluster.members.values() if one.role is Role.DECODE and one != here]
-        await cluster.dispatcher.migrate(request_id, there)
+        await cluster.dispatcher.moves.migrate(request_id, there)
 
 
 async def answer(cluster: LocalCluster, request: Request, every: int = 0) -> tuple[tuple[int, ...], list[TokenOutput]]:
@@ -61,7 +61,7 @@ async def test_a_stream_that_moves_every_ten_tokens_is_the_same(
         assert tokens == wanted
         moved = sum(name == "migration_pause" for output in seen for name, _ in output.stages)
         assert moved >= 4
-        assert dict(cluster.dispatcher.migrations) == {"moved": moved}
+        assert dict(cluster.dispatcher.moves.counts) == {"moved": moved}
         (left, _), (right, _) = await asyncio.gather(
             answer(cluster, replace(ASKED, request_id="one"), every=10),
             answer(cluster, replace(ASKED, request_id="two")),

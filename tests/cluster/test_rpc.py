@@ -17,7 +17,7 @@ from cluster.rpc.channels import Channels
 from cluster.rpc.client import GrpcConnector, GrpcPeers, GrpcWorkerClient, worker_status
 from cluster.rpc.server import WorkerServer
 from cluster.sides import WorkerStatus
-from decode_worker.intake import TransferTotals
+from decode_worker.totals import TransferTotals
 from engine.errors import ERRORS, DeadlineExceeded, StaleIncarnation, SteelyardError, Unavailable, WorkerLost
 from engine.step_shape import Chunk, StepRecord, StepShape
 from engine.streams import StreamBatch

@@ -66,7 +66,7 @@ class Client:
         wanted, name = self.asked.moves_after, self.asked.name
         if wanted is None or self._moving is not None or len(self._tokens[name]) <= wanted:
             return
-        here = next((one.worker for one in world.dispatcher.generating() if one.request_id == name), None)
+        here = next((one.worker for one in world.dispatcher.moves.generating() if one.request_id == name), None)
         others = [one.member for one in world.dispatcher.loads() if one.member.role is Role.DECODE]
         target = next((one for one in others if one != here), None)
         if here is not None and target is not None:
@@ -74,7 +74,7 @@ class Client:
 
     async def _move_to(self, world: World, target: Member) -> None:
         try:
-            await world.dispatcher.migrate(self.asked.name, target)
+            await world.dispatcher.moves.migrate(self.asked.name, target)
         except SteelyardError as error:
             if error.code not in (*HONEST_CODES, "invalid_request"):
                 self._watch.found("honest errors", f"the move of {self.asked.name} got {error.code}: {error.message}")
