@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import multiprocessing
+import os
+import signal
 import socket
 import subprocess
 import time
@@ -103,23 +105,28 @@ def _targets(rates: Rates, first_s: float) -> list[Target]:
 
 
 class Nixl:
-    """Two processes of another Python."""
+    """Two processes of another Python. Each has a thread that polls, so they stand still while others are measured."""
 
     def __init__(self, python: str, size: int) -> None:
         command = [python, str(NIXL_PEER), str(size)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
 
     def __enter__(self) -> Nixl:
         return self
 
     def __exit__(self, *_: object) -> None:
+        os.killpg(self._process.pid, signal.SIGCONT)
         self._process.communicate(timeout=30)
 
     def read(self, size: int) -> float:
         """Seconds."""
         assert self._process.stdin is not None and self._process.stdout is not None
+        os.killpg(self._process.pid, signal.SIGCONT)
         print(size, file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline()
+        os.killpg(self._process.pid, signal.SIGSTOP)
         if not answer:
             raise SystemExit("NIXL failed; its own words are above")
         return float(answer)

@@ -93,8 +93,9 @@ def records_in_place(pool: BlockBytes, plane: int, layers: range, block_ids: Blo
     if not isinstance(pool, SharedPool):
         yield pool.read(plane, layers, block_ids)
         return
+    runs = _runs(block_ids, block_ids)
     for layer in layers:
-        for first, _, count in _runs(block_ids, block_ids):
+        for first, _, count in runs:
             yield pool.record_run(plane, layer, first, count).reshape(-1).data
 
 
@@ -108,8 +109,9 @@ def copy_records(
         yield payload
         return
     num_records = max(1, PIECE_BYTES // source.layout.planes[plane].bytes_per_block)
+    runs = _runs(from_ids, to_ids)
     for layer in layers:
-        for first, to, count in _runs(from_ids, to_ids):
+        for first, to, count in runs:
             for start in range(0, count, num_records):
                 size = min(num_records, count - start)
                 arrived = target.record_run(plane, layer, to + start, size)
@@ -117,15 +119,10 @@ def copy_records(
                 yield arrived.reshape(-1).data
 
 
-def _runs(from_ids: BlockIds[int], to_ids: BlockIds[int]) -> Iterator[tuple[int, int, int]]:
+def _runs(from_ids: BlockIds[int], to_ids: BlockIds[int]) -> list[tuple[int, int, int]]:
     """(first, first, how many) of the blocks that are neighbours on both sides."""
-    start = 0
-    for index in range(1, len(from_ids) + 1):
-        goes_on = (
-            index < len(from_ids)
-            and from_ids[index] == from_ids[index - 1] + 1
-            and to_ids[index] == to_ids[index - 1] + 1
-        )
-        if not goes_on:
-            yield from_ids[start], to_ids[start], index - start
-            start = index
+    pairs = np.array((from_ids, to_ids))
+    breaks = np.flatnonzero((np.diff(pairs) != 1).any(axis=0)) + 1
+    starts = [0, *breaks.tolist()] if pairs.size else []
+    stops = [*starts[1:], len(from_ids)]
+    return [(from_ids[start], to_ids[start], stop - start) for start, stop in zip(starts, stops, strict=False)]

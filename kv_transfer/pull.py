@@ -142,7 +142,8 @@ class Puller:
 
     def _copy(self, frame: PlacedFrame) -> int:
         place, source, spec = frame.place, frame.source, frame.place.spec
-        if len(place.block_ids) != len(spec.blocks) or not all(0 <= one < source.num_blocks for one in place.block_ids):
+        ids = place.block_ids
+        if len(ids) != len(spec.blocks) or (ids and not 0 <= min(ids) <= max(ids) < source.num_blocks):
             raise FrameCorrupt(f"frame {place.index} lies in blocks that its producer does not have")
         arrived = copy_frame(source, self._pool, spec.plane, spec.layers, place.block_ids, self._ids(spec))
         if self._verify_digests:
