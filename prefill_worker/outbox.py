@@ -167,12 +167,14 @@ class Outbox:
         return entry
 
     async def _readable(self, entry: _Entry, first_frame: int, at_once: int) -> AsyncGenerator[range]:
-        """The numbers of frames that can be read, as they become so, until all of them have."""
-        index = first_frame
+        """The numbers of frames that can be read, as they become so, until all of them have: at first one, then twice as
+        many each time up to `at_once`, so that the reader begins at once. Out of a ring one message is all there is."""
+        index, size = first_frame, at_once if self._staging is not None else 1
         while True:
             news = entry.news
             while index < len(entry.frames) and not entry.ended:
-                stop = min(index + at_once, len(entry.frames))
+                stop = min(index + size, len(entry.frames))
+                size = min(2 * size, at_once)
                 yield range(index, stop)
                 entry.first_left = self._now() if entry.first_left is None else entry.first_left
                 index = stop
