@@ -167,8 +167,9 @@ class Outbox:
         return entry
 
     async def _readable(self, entry: _Entry, first_frame: int, at_once: int) -> AsyncGenerator[range]:
-        """The numbers of frames that can be read, as they become so, until all of them have: at first one, then twice as
-        many each time up to `at_once`, so that the reader begins at once. Out of a ring one message is all there is."""
+        """The numbers of frames that can be read, as they become so, until all of them have: at first one, then twice
+        as many each time up to `at_once`, so that the reader begins at once. Out of a ring one message is all that is
+        told."""
         index, size = first_frame, at_once if self._staging is not None else 1
         while True:
             news = entry.news
