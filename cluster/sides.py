@@ -97,7 +97,7 @@ class WorkerSides:
         self._intake = Intake(me, cache.layout, cache.pool, links.carriers, self.streams, send, config.decode, transfer)
         take = self._intake.take_loan
         fetcher = Fetcher(cache.hash_key, cache.layout.block_size, links.peers, links.carriers, take)
-        prefixes = fetcher if config.prefill.fetch_prefixes else None
+        prefixes = fetcher if config.prefill.fetch_prefixes and config.engine.prefix_cache else None
         self._prefill = PrefillSide(
             me, queue, self.outbox, self.streams, links.peers, send, prefixes, cache.layout.bytes_per_token
         )

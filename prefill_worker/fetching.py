@@ -69,6 +69,8 @@ class Fetches:
         request, source, token_s = submission.request, submission.source, self.pace.token_s
         if self._prefixes is None or source is None or token_s is None:
             return
+        if request.sampling.prompt_logprobs >= 0:  # its prompt is computed in any case
+            return
 
         def is_worth(num_tokens: int, bytes_per_s: float | None) -> bool:
             return is_worth_fetching(num_tokens, self._token_bytes, bytes_per_s, token_s)
