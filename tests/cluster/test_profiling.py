@@ -214,7 +214,7 @@ async def test_a_round_measures_prompts_batches_and_both_workers_at_once(overrid
     assert {0, 2} <= {record.shape.num_decoding for record in observed.beside} <= {0, 1, 2, 3, 4}
     assert {Chunk(0, 30), Chunk(0, 40)} <= {chunk for record in observed.beside for chunk in record.shape.chunks}
     assert [probe.num_decoded for probe in observed.probes] == [1] * 5 + [9, 9]
-    assert all(probe.first_s > probe.prefill_s > 0 < probe.gap_s for probe in observed.probes)
+    assert all(probe.first_s > probe.prefill_s > 0 < probe.decode_s for probe in observed.probes)
     parts = ("prompts", "prompts at once", "decoding after 8 tokens", "decoding after 96 tokens")
     assert [name for name, _ in told] == ["warming up", *(f"round 1: {part}" for part in parts)]
     assert all(0 <= share <= 1 for _, share in told)
