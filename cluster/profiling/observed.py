@@ -21,7 +21,7 @@ FASTEST_LINK = 1e12
 @dataclass(frozen=True, slots=True)
 class Probe:
     """One request alone on a quiet cluster. `prefill_s`: all steps of its prompt; `decode_s`: those of `num_decoded`
-    tokens; `late_bytes`: KV of the last chunk, of which all but the last layers may have moved while it was computed."""
+    tokens; `late_bytes`: KV of the last chunk; all but its last layers may have moved while it was computed."""
 
     first_s: float
     end_s: float
