@@ -16,9 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from cluster.config import ClusterConfig
-from decode_worker.fetcher import Fetcher, Lenders
 from decode_worker.intake import Intake
-from decode_worker.lender import Lender
 from decode_worker.mover import MovePeers, Mover
 from decode_worker.totals import TransferTotals
 from engine.errors import StaleEpoch, WorkerLost
@@ -27,7 +25,9 @@ from engine.pool import BlockBytes
 from engine.streams import StreamBatch, TokenStreams
 from engine.types import Command, Endpoint, EngineStats, Key, Move, Role, StepOutputs, Submission
 from kv_transfer.carrier import CarrierPool
+from kv_transfer.fetcher import Fetcher, Lenders
 from kv_transfer.lease import Loan, Offer
+from kv_transfer.lender import Lender
 from prefill_worker.outbox import Outbox
 from prefill_worker.queue import PrefillQueue
 from prefill_worker.side import DecodePeers, PrefillSide

@@ -19,12 +19,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from decode_worker.config import DecodeConfig
-from decode_worker.copies import RELEASE_TIMEOUT_S, Copies
-from decode_worker.questions import Questions
 from decode_worker.totals import TransferTotals
 from engine.errors import LeaseLost, Overloaded, SteelyardError, TransferFailed
 from engine.planes import CacheLayout, cohort_difference
 from engine.pool import BlockBytes
+from engine.questions import Questions
 from engine.runs import Runs
 from engine.streams import TokenStreams
 from engine.types import (
@@ -46,6 +45,7 @@ from engine.types import (
 )
 from kv_transfer.carrier import CarrierPool
 from kv_transfer.config import TransferConfig
+from kv_transfer.copies import RELEASE_TIMEOUT_S, Copies
 from kv_transfer.handoff import HandOff
 from kv_transfer.lease import Lease, Loan, Offer
 from kv_transfer.pull import Pulled, Puller

@@ -14,14 +14,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
-from decode_worker.lender import Lender, Outgoing
-from decode_worker.questions import Questions
 from engine.errors import TransferFailed
 from engine.planes import cohort_difference
+from engine.questions import Questions
 from engine.streams import TokenStreams
 from engine.types import Command, Endpoint, Freeze, Frozen, Key, Release, Resume
 from kv_transfer.handoff import HandOff
 from kv_transfer.lease import Loan, Offer
+from kv_transfer.lender import Lender, Outgoing
 
 MAX_ROUNDS = 4  # of copying what was generated during the one before
 LITTLE = 1  # full blocks that may be left for the tail

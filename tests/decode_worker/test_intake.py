@@ -9,8 +9,8 @@ import pytest
 
 from decode_worker.config import DecodeConfig
 from decode_worker.intake import LOST_LEASE_GRACE_S, Intake
-from decode_worker.questions import ANSWER_TIMEOUT_S
 from engine.errors import FrameCorrupt, LeaseLost, Overloaded, TransferFailed
+from engine.questions import ANSWER_TIMEOUT_S
 from engine.runs import Runs
 from engine.streams import TokenStreams
 from engine.types import (

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from decode_worker.questions import Questions
+from engine.questions import Questions
 from engine.types import Command, Endpoint, Key, Lend, Release
 from kv_transfer.lease import Lease, Loan
 

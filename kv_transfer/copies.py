@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from decode_worker.questions import Questions
 from engine.block_table import transfer_entries
 from engine.errors import Overloaded, SteelyardError, TransferFailed
 from engine.planes import CacheLayout, cohort_difference
 from engine.pool import BlockBytes
+from engine.questions import Questions
 from engine.types import Command, Keep, Key, Release, Reserve
 from kv_transfer.carrier import CarrierPool
 from kv_transfer.config import TransferConfig

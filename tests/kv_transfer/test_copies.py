@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from decode_worker.lender import Lender
-from decode_worker.questions import ANSWER_TIMEOUT_S, Questions
 from engine.errors import FrameCorrupt, Overloaded, TransferFailed
+from engine.questions import ANSWER_TIMEOUT_S, Questions
 from engine.types import Command, Keep, Key, Lend, Lent, Release, Reserve, Reserved, StepOutputs
 from kv_transfer.lease import Loan
+from kv_transfer.lender import Lender
 from tests.decode_worker.test_intake import ME, House, house
 from tests.kv_transfer.fakes import KEY, LAYOUT, PRODUCER, flip
 from tests.virtual import in_virtual_time, settle
