@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from decode_worker.config import DecodeConfig
 from decode_worker.totals import TransferTotals
 from engine.errors import LeaseLost, Overloaded, SteelyardError, TransferFailed
-from engine.planes import CacheLayout, cohort_difference
+from engine.planes import CacheLayout
 from engine.pool import BlockBytes
 from engine.questions import Questions
 from engine.runs import Runs
@@ -43,11 +43,11 @@ from engine.types import (
     TokenOutput,
     TransferReport,
 )
-from kv_transfer.carrier import CarrierPool
+from kv_transfer.carrier import RELEASE_TIMEOUT_S, CarrierPool, release
 from kv_transfer.config import TransferConfig
-from kv_transfer.copies import RELEASE_TIMEOUT_S, Copies
+from kv_transfer.copies import Copies
 from kv_transfer.handoff import HandOff
-from kv_transfer.lease import Lease, Loan, Offer
+from kv_transfer.lease import Lease, Loan, Offer, check_cohort
 from kv_transfer.pull import Pulled, Puller
 
 LOST_LEASE_GRACE_S = 1.0
@@ -94,9 +94,7 @@ class Intake:
         """Take an offer: returns when blocks are reserved and the pull has begun; of a moving sequence, when it has
         been adopted. Raises Overloaded if there is no room now, TransferFailed if the producer is of another cohort or
         offers the same again, or if the moving sequence could not be had."""
-        if offer.lease.cohort != self._me.cohort:
-            difference = cohort_difference(offer.lease.cohort, self._me.cohort)
-            raise TransferFailed(f"{offer.lease.worker_id} is of another cohort: they differ in {difference}")
+        check_cohort(offer.lease.worker_id, offer.lease.cohort, self._me.cohort)
         key = offer.lease.key
         if key in self._arrivals:
             raise TransferFailed(f"{key} has been offered before")
@@ -191,7 +189,7 @@ class Intake:
         except Exception as error:  # whatever it was, the request hears of it
             log.exception("the pull of %s failed", lease.key)
             self._tell_gateway(arrival, TransferFailed(f"the pull failed: {error!r}"))
-        await self._release(lease)
+        await release(self._carriers, lease)
 
     async def _pull_moving(self, arrival: _Arrival, block_ids: tuple[int, ...], present: Runs) -> None:
         """Of a sequence that goes on where it was if this fails."""
@@ -269,14 +267,6 @@ class Intake:
 
     def _tell_gateway(self, arrival: _Arrival, error: SteelyardError) -> None:
         self._streams.fail(arrival.keys, ErrorInfo(error.code, error.message))
-
-    async def _release(self, lease: Lease) -> None:
-        """Tell the producer; if it cannot be told, the lease ends by itself."""
-        try:
-            async with asyncio.timeout(RELEASE_TIMEOUT_S):
-                await self._carriers.carrier(lease).release(lease)
-        except (SteelyardError, TimeoutError):
-            return
 
     def _on_token(self, output: TokenOutput) -> TokenOutput:
         arrival = self._arrivals.pop(output.key, None) if output.token_ids or output.finish else None

@@ -15,12 +15,11 @@ from dataclasses import replace
 from typing import Protocol
 
 from engine.errors import TransferFailed
-from engine.planes import cohort_difference
 from engine.questions import Questions
 from engine.streams import TokenStreams
 from engine.types import Command, Endpoint, Freeze, Frozen, Key, Release, Resume
 from kv_transfer.handoff import HandOff
-from kv_transfer.lease import Loan, Offer
+from kv_transfer.lease import Loan, Offer, check_cohort
 from kv_transfer.lender import Lender, Outgoing
 
 MAX_ROUNDS = 4  # of copying what was generated during the one before
@@ -56,7 +55,7 @@ class Mover:
 
     async def back_up(self, key: Key, target: Endpoint, timeout_s: float) -> None:
         """Copy the full blocks of a sequence to the target's cache. Raises TransferFailed, Overloaded."""
-        self._check_cohort(target)
+        check_cohort(target.worker_id, target.cohort, self._me.cohort)
         num_known = 0
         for _ in range(MAX_ROUNDS):
             loan = await self._lender.lend(of=key)
@@ -115,8 +114,3 @@ class Mover:
         self._outgoing.close(to)
         self._streams.forget(frozen.key)
         self._send(Release(frozen.key))
-
-    def _check_cohort(self, target: Endpoint) -> None:
-        if target.cohort != self._me.cohort:
-            difference = cohort_difference(target.cohort, self._me.cohort)
-            raise TransferFailed(f"{target.worker_id} is of another cohort: they differ in {difference}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import pickle
 import queue
 import socket
@@ -22,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
+from engine.child import STOP_TIMEOUT_S, child_env, end_child
 from engine.engine import Engine, ModelRunner
 from engine.errors import ModelError, WorkerLost, error_from_code
 from engine.pool import SharedPool
@@ -32,7 +32,6 @@ from engine.step_shape import StepRecord
 from engine.types import Command, ErrorInfo, Sampled, StepOutputs
 
 LENGTH = struct.Struct("<I")
-STOP_TIMEOUT_S = 3.0
 
 
 class StepRunner(Protocol):
@@ -156,9 +155,8 @@ class ProcessStepRunner:
         with theirs:
             fds = (theirs.fileno(), *(one.fd for one in pools_of(pool)))
             command = [sys.executable, "-m", "engine.process", *map(str, fds)]
-            process = await asyncio.to_thread(
-                subprocess.Popen, command, pass_fds=fds, env=_child_env(setup.config.threads)
-            )
+            env = child_env(setup.config.threads) | {"GLOO_SOCKET_IFNAME": "lo"}  # where its ranks meet
+            process = await asyncio.to_thread(subprocess.Popen, command, pass_fds=fds, env=env)
         reader, writer = await asyncio.open_connection(sock=ours)
         runner = cls(process, reader, writer)
         try:
@@ -182,13 +180,7 @@ class ProcessStepRunner:
         return self._process.pid
 
     async def stop(self) -> None:
-        """Closing the pipe ends the child; if not in time, a signal does."""
-        self._writer.close()
-        try:
-            await asyncio.to_thread(self._process.wait, STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            await asyncio.to_thread(self._process.wait)
+        await end_child(self._process, self._writer)
 
     async def _hand_over(self, setup: EngineSetup) -> None:
         self._write(setup)
@@ -206,11 +198,3 @@ class ProcessStepRunner:
             return pickle.loads(await self._reader.readexactly(length))
         except (asyncio.IncompleteReadError, ConnectionError):
             raise WorkerLost(f"the engine's process {self._process.pid} ended") from None
-
-
-def _child_env(threads: int) -> dict[str, str]:
-    """The child finds our packages where we did; its libraries start no more threads than it may use, and its ranks
-    meet on the loopback device."""
-    paths = [path for path in sys.path if path] + [os.getcwd()]
-    ours = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo"}
-    return dict(os.environ) | ours

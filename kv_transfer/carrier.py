@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Protocol
 
@@ -10,6 +11,8 @@ from engine.runs import Runs
 from engine.types import KvPath
 from kv_transfer.frames import Commit, Frame, Message, Place
 from kv_transfer.lease import Lease
+
+RELEASE_TIMEOUT_S = 2.0
 
 
 class Producer(Protocol):
@@ -61,6 +64,15 @@ class CarrierPool(Protocol):
     def paths(self) -> tuple[KvPath, ...]:
         """How fast they were measured to be."""
         ...
+
+
+async def release(carriers: CarrierPool, lease: Lease) -> None:
+    """Tell the producer that the blocks are needed no more; if it cannot be told, the lease ends by itself."""
+    try:
+        async with asyncio.timeout(RELEASE_TIMEOUT_S):
+            await carriers.carrier(lease).release(lease)
+    except (SteelyardError, TimeoutError):
+        return
 
 
 def as_transfer_error(error: SteelyardError) -> TransferFailed:

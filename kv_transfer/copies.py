@@ -11,17 +11,15 @@ import asyncio
 from collections.abc import Callable
 
 from engine.block_table import transfer_entries
-from engine.errors import Overloaded, SteelyardError, TransferFailed
-from engine.planes import CacheLayout, cohort_difference
+from engine.errors import Overloaded, TransferFailed
+from engine.planes import CacheLayout
 from engine.pool import BlockBytes
 from engine.questions import Questions
 from engine.types import Command, Keep, Key, Release, Reserve
-from kv_transfer.carrier import CarrierPool
+from kv_transfer.carrier import CarrierPool, release
 from kv_transfer.config import TransferConfig
-from kv_transfer.lease import Lease, Loan
+from kv_transfer.lease import Lease, Loan, check_cohort
 from kv_transfer.pull import Pulled, Puller
-
-RELEASE_TIMEOUT_S = 2.0
 
 
 class Copies:
@@ -46,9 +44,7 @@ class Copies:
         """Returns when all of it is cached here, or None if the blocks that are missing here are not worth it. Raises
         Overloaded without room, TransferFailed when the lender is of another cohort or the blocks could not be had."""
         lease, size = loan.lease, self._layout.block_size
-        if lease.cohort != self._cohort:
-            difference = cohort_difference(lease.cohort, self._cohort)
-            raise TransferFailed(f"{lease.worker_id} is of another cohort: they differ in {difference}")
+        check_cohort(lease.worker_id, lease.cohort, self._cohort)
         if lease.key in self._leases:
             raise TransferFailed(f"{lease.key} is being copied already")
         num_tokens = size * len(loan.names)
@@ -60,7 +56,7 @@ class Copies:
                 raise Overloaded(f"no room: {reserved.reason}", retry_after_s=1)
             if not is_worth(num_lent - sum(map(len, reserved.present))):
                 self._send(Release(lease.key))
-                await self._give_back(lease)
+                await release(self._carriers, lease)
                 return None
             puller = Puller(
                 self._layout, self._pool, reserved.block_ids, self._carriers.carrier(lease), lease,
@@ -70,18 +66,10 @@ class Copies:
         except BaseException as error:
             self._send(Release(lease.key))
             if not isinstance(error, asyncio.CancelledError):  # else nobody waits, and the lease ends by itself
-                await self._give_back(lease)
+                await release(self._carriers, lease)
             raise
         finally:
             del self._leases[lease.key]
         self._send(Keep(lease.key, loan.names))
-        await self._give_back(lease)
+        await release(self._carriers, lease)
         return pulled
-
-    async def _give_back(self, lease: Lease) -> None:
-        """If the lender cannot be told, the lease ends by itself."""
-        try:
-            async with asyncio.timeout(RELEASE_TIMEOUT_S):
-                await self._carriers.carrier(lease).release(lease)
-        except (SteelyardError, TimeoutError):
-            return

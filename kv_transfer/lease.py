@@ -10,7 +10,15 @@ from __future__ import annotations
 import hmac
 from dataclasses import dataclass
 
+from engine.errors import TransferFailed
+from engine.planes import cohort_difference
 from engine.types import Key
+
+
+def check_cohort(worker_id: str, theirs: str, ours: str) -> None:
+    """Raises TransferFailed if KV cannot move between us and this worker, and says in what they differ."""
+    if theirs != ours:
+        raise TransferFailed(f"{worker_id} is of another cohort: they differ in {cohort_difference(theirs, ours)}")
 
 
 @dataclass(frozen=True, slots=True)

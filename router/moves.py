@@ -37,11 +37,7 @@ class Moves:
     async def migrate(self, request_id: str, target: Member) -> None:
         """Move a request that generates to another worker, while its stream goes on. Returns when it runs there. Raises
         TransferFailed or Overloaded when it runs on where it was, InvalidRequest when it cannot move now."""
-        live = self._live.get(request_id)
-        source = live.decoder if live is not None else None
-        link = self._links.get((source.worker_id, source.incarnation)) if source is not None else None
-        if live is None or link is None or live.migration is not None or source == target:
-            raise InvalidRequest(f"request {request_id} does not generate on a worker that it could leave")
+        live, link = self._where(request_id, target)
         migration = live.begin_migration(target)
         live.last_token_at = _now()
         move = Move(migration.before, target.endpoint, migration.after, live.deadline - _now())
@@ -59,11 +55,7 @@ class Moves:
     async def back_up(self, request_id: str, target: Member) -> None:
         """Copy what a request that generates has stored to another worker, so that it could soon move there. Raises as
         `migrate` does."""
-        live = self._live.get(request_id)
-        source = live.decoder if live is not None else None
-        link = self._links.get((source.worker_id, source.incarnation)) if source is not None else None
-        if live is None or link is None or source == target:
-            raise InvalidRequest(f"request {request_id} does not generate on a worker that it could leave")
+        live, link = self._where(request_id, target)
         move = Move(live.key, target.endpoint, None, live.deadline - _now())
         await link.client.move(move, min(MOVE_TIMEOUT_S, move.timeout_s))
 
@@ -74,6 +66,15 @@ class Moves:
             for name, live in self._live.items()
             if live.decoder is not None and live.migration is None
         ]
+
+    def _where(self, request_id: str, target: Member) -> tuple[LiveRequest, WorkerLink]:
+        """The request and the worker that it could leave. Raises InvalidRequest."""
+        live = self._live.get(request_id)
+        source = live.decoder if live is not None else None
+        link = self._links.get((source.worker_id, source.incarnation)) if source is not None else None
+        if live is None or link is None or live.migration is not None or source == target:
+            raise InvalidRequest(f"request {request_id} does not generate on a worker that it could leave")
+        return live, link
 
     def with_pause(self, live: LiveRequest, output: TokenOutput) -> TokenOutput:
         """The first token after a migration tells how long the stream stood still."""

@@ -11,6 +11,7 @@ import contextlib
 import queue
 import re
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable
 
@@ -41,7 +42,7 @@ Emit = Callable[[News], None]
 Memory = Callable[[Outgoing], tuple[bytes, torch.Tensor]]  # header and payload
 
 
-class Link:
+class Link(ABC):
     """What both ends have in common."""
 
     rank: int
@@ -82,8 +83,9 @@ class Link:
         self._emit(Opened(self.name))
         return group
 
+    @abstractmethod
     def _work(self, group: Group) -> None:
-        raise NotImplementedError
+        """Returns or raises when the link is over."""
 
 
 class SendingLink(Link):

@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+from engine.child import child_env, end_child
 from engine.errors import TransferFailed
 from engine.pool import BlockBytes, SharedPool
 from engine.rank_pools import RankPools, pools_of
@@ -46,7 +47,6 @@ from kv_transfer.carriers.distributed.records import (
 )
 
 START_TIMEOUT_S = 60.0  # torch is loaded meanwhile
-STOP_TIMEOUT_S = 3.0
 MAX_UNSENT = 4  # bursts that a link's porter has been told to send
 CHECKS = 4  # in each timeout_s
 
@@ -153,14 +153,8 @@ class PorterProcess:
     # --- life ----------------------------------------------------------------------------------------------
 
     async def stop(self) -> None:
-        """Closing the pipe ends the child; if not in time, a signal does."""
         self._on_end = _nobody
-        self._writer.close()
-        try:
-            await asyncio.to_thread(self._process.wait, STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            await asyncio.to_thread(self._process.wait)
+        await end_child(self._process, self._writer)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -253,9 +247,7 @@ def _spawn(fds: list[int]) -> tuple[subprocess.Popen[bytes], socket.socket]:
     with theirs:
         fds = [theirs.fileno(), *fds]
         command = [sys.executable, "-m", "kv_transfer.carriers.distributed.porter", *map(str, fds)]
-        paths = [path for path in sys.path if path] + [os.getcwd()]
-        env = dict(os.environ) | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(command, pass_fds=fds, env=env), ours
+        return subprocess.Popen(command, pass_fds=fds, env=child_env(1)), ours
 
 
 def _nobody(_: str) -> None:
