@@ -7,6 +7,7 @@ tensors, the network or Ray.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NamedTuple
@@ -58,10 +59,25 @@ class SamplingParams:
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that are never completed
     seed: int = 0  # 0 <= seed < 2**64
     choice: int = 0  # which of the answers to one prompt: with the seed it keys the noise
+    grammar: str = ""  # that the answer keeps to, as llguidance reads it; empty: none
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int = -1  # of each token: -1 off, 0 its own, k also the k most likely tokens'
     prompt_logprobs: int = -1  # the same of each prompt token after the first
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What was promised to whom. `ttft_s`: what is left until its first token is due when the record is sent; `tpot_s`:
+    the most that each further one may take on average; infinite: nothing was promised."""
+
+    tenant: str = ""
+    priority: int = 0  # of two that cannot both be served in time the higher number yields
+    ttft_s: float = math.inf
+    tpot_s: float = math.inf
+
+
+STANDARD = Service()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +91,7 @@ class Request:
     generated_ids: tuple[int, ...] = ()
     namespace: str = ""  # separates prefix caches (tenant, adapter)
     timeout_s: float = 600.0  # what is left until the deadline when the record is sent
+    service: Service = STANDARD
 
     @property
     def key(self) -> Key:

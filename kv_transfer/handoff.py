@@ -6,16 +6,16 @@ an unknown optional one, so that a newer producer may add hints but never meanin
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields, replace
 from typing import cast
 
 import msgpack
 from pydantic import TypeAdapter
 
 from engine.errors import TransferFailed
-from engine.types import Key, Request, SamplingParams
+from engine.types import STANDARD, Key, Request, SamplingParams, Service
 
-HANDOFF_VERSION = 2
+HANDOFF_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,8 @@ class HandOff:
         ]
         if self.overlap_s:
             parts.append(["overlap_s", False, self.overlap_s])
+        if request.service != STANDARD:
+            parts.append(["service", False, list(astuple(request.service))])
         if self.siblings:
             parts.append(["siblings", True, [_sibling_part(sibling) for sibling in self.siblings]])
         return cast(bytes, msgpack.packb([HANDOFF_VERSION, parts]))
@@ -72,8 +74,9 @@ class HandOff:
 _MALFORMED = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 _PARTS = {
     "request_id", "epoch", "prompt_ids", "generated_ids", "sampling", "namespace", "timeout_s", "computed", "usage",
-    "gateway_id", "stages", "siblings", "overlap_s",
+    "gateway_id", "stages", "siblings", "overlap_s", "service",
 }  # fmt: skip
+_SERVICE_FIELDS = tuple([field.name for field in fields(Service)])
 _REQUEST_PARTS = ("request_id", "epoch", "prompt_ids", "generated_ids", "sampling", "namespace", "timeout_s")
 _SAMPLING_FIELDS = tuple([field.name for field in fields(SamplingParams)])  # in order: the record is the same each time
 _TYPED = TypeAdapter(HandOff)  # so that nothing of a wrong type gets past here
@@ -98,6 +101,8 @@ def _from_parts(known: dict) -> HandOff:
     if unknown := sorted(known["sampling"].keys() - set(_SAMPLING_FIELDS)):
         raise TransferFailed(f"hand-off sampling parameters {unknown} are not known here")
     request = {name: known[name] for name in _REQUEST_PARTS}
+    if "service" in known:
+        request["service"] = dict(zip(_SERVICE_FIELDS, known["service"], strict=True))
     handoff = _TYPED.validate_python(
         {
             "request": request, "computed": known["computed"], "cached_tokens": known["usage"]["cached_tokens"],

@@ -6,14 +6,20 @@ from dataclasses import fields
 
 from hypothesis import strategies as st
 
-from engine.types import SamplingParams, TokenLogprob
+from engine.types import SamplingParams, Service, TokenLogprob
 
 U32 = st.integers(0, 2**32 - 1)
 FLOATS = st.floats(allow_nan=False)
 IDS = st.lists(U32, max_size=10).map(tuple)
 PAIRS = st.lists(st.tuples(U32, FLOATS), max_size=4).map(tuple)
 
-_BY_TYPE = {"int": st.integers(0, 2**31 - 1), "float": FLOATS, "bool": st.booleans(), "tuple[int, ...]": IDS}
+_BY_TYPE = {
+    "int": st.integers(0, 2**31 - 1),
+    "float": FLOATS,
+    "bool": st.booleans(),
+    "str": st.text(),
+    "tuple[int, ...]": IDS,
+}
 _BY_NAME = {
     "max_tokens": st.integers(1, 2**31),
     "seed": st.integers(0, 2**64 - 1),
@@ -29,4 +35,5 @@ SAMPLING_PARAMS = st.builds(
         for each in fields(SamplingParams)
     },
 )
+SERVICES = st.builds(Service, st.text(), st.integers(-(2**31), 2**31 - 1), FLOATS, FLOATS)
 TOKEN_LOGPROBS = st.lists(st.builds(TokenLogprob, FLOATS, U32, PAIRS), max_size=3).map(tuple)

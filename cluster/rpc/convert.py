@@ -20,6 +20,7 @@ from engine.types import (
     Move,
     Request,
     SamplingParams,
+    Service,
     Submission,
     TokenLogprob,
     TokenOutput,
@@ -49,7 +50,7 @@ def submission_to(submission: Submission, role_epoch: int) -> request_pb2.Submit
     message = request_pb2.Request(
         key=key_to(request.key), prompt_ids=request.prompt_ids, generated_ids=request.generated_ids,
         sampling=_sampling_to(request.sampling), namespace=request.namespace,
-        timeout_s=request.timeout_s,
+        timeout_s=request.timeout_s, service=request_pb2.Service(**asdict(request.service)),
     )  # fmt: skip
     decode = None if submission.decode is None else endpoint_to(submission.decode)
     siblings = [request_pb2.Sibling(key=key_to(one.key), choice=one.sampling.choice) for one in submission.siblings]
@@ -65,11 +66,16 @@ def submission_from(message: request_pb2.SubmitRequest) -> Submission:
     request = Request(
         key.request_id, tuple(message.request.prompt_ids), _sampling_from(message.request.sampling), key.epoch,
         tuple(message.request.generated_ids), message.request.namespace, message.request.timeout_s,
+        _service_from(message.request.service),
     )  # fmt: skip
     decode = endpoint_from(message.decode) if message.HasField("decode") else None
     source = endpoint_from(message.source) if message.HasField("source") else None
     siblings = tuple(request.sibling(key_from(one.key), one.choice) for one in message.siblings)
     return Submission(request, message.gateway_id, decode, siblings, source)
+
+
+def _service_from(message: request_pb2.Service) -> Service:
+    return Service(message.tenant, message.priority, message.ttft_s, message.tpot_s)
 
 
 def _sampling_to(params: SamplingParams) -> request_pb2.SamplingParams:

@@ -42,7 +42,7 @@ from kv_transfer.carriers.sample import Sample
 from kv_transfer.lease import Lease, Loan, Offer
 from router.membership import Member
 from tests.kv_transfer.fakes import transfer
-from tests.strategies import SAMPLING_PARAMS, TOKEN_LOGPROBS
+from tests.strategies import SAMPLING_PARAMS, SERVICES, TOKEN_LOGPROBS
 from tests.virtual import until
 
 U32, U64 = (st.integers(0, 2**bits - 1) for bits in (32, 64))
@@ -51,7 +51,7 @@ FLOATS = st.floats(allow_nan=False)
 TEXT = st.text(max_size=20)
 KEYS = st.builds(Key, TEXT, U32)
 ENDPOINTS = st.builds(Endpoint, TEXT, TEXT, TEXT, TEXT)
-REQUESTS = st.builds(Request, TEXT, IDS, SAMPLING_PARAMS, U32, IDS, TEXT, FLOATS)
+REQUESTS = st.builds(Request, TEXT, IDS, SAMPLING_PARAMS, U32, IDS, TEXT, FLOATS, SERVICES)
 SIBLINGS = st.lists(st.tuples(KEYS, U32), max_size=3)
 SUBMISSIONS = st.builds(
     lambda request, gateway_id, decode, siblings: Submission(

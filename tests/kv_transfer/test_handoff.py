@@ -11,12 +11,12 @@ from engine.errors import TransferFailed
 from engine.types import Key, Request
 from kv_transfer.handoff import HANDOFF_VERSION, HandOff
 from tests.kv_transfer.fakes import handoff_of
-from tests.strategies import SAMPLING_PARAMS
+from tests.strategies import SAMPLING_PARAMS, SERVICES
 
 IDS = st.lists(st.integers(0, 2**32 - 1), max_size=20).map(tuple)
 FLOATS = st.floats(allow_nan=False)
 REQUESTS = st.builds(
-    Request, st.text(), IDS.filter(len), SAMPLING_PARAMS, st.integers(0, 2**32 - 1), IDS, st.text(), FLOATS
+    Request, st.text(), IDS.filter(len), SAMPLING_PARAMS, st.integers(0, 2**32 - 1), IDS, st.text(), FLOATS, SERVICES
 )
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text() | st.binary(),
