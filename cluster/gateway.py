@@ -14,7 +14,7 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,6 +34,7 @@ from engine.models.detokenizer import IncrementalDetokenizer
 from engine.models.loader import load_config
 from engine.models.store import resolve
 from engine.models.tokenizer import load_tokenizer
+from router.chat_style import chat_style
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.door import Door
@@ -141,7 +142,13 @@ def load_text_model(source: ModelSource) -> TextModel:
     max_context = min(source.max_context or config.max_context, config.max_context)
     tokenizer = load_tokenizer(files, config)
     name = source.served_name or files.name
-    return TextModel(name, max_context, tokenizer, lambda: IncrementalDetokenizer(tokenizer))
+    style = chat_style(tokenizer.template_source, tokenizer.knows_tools, source.tool_format, source.reasoning)
+
+    def new_detokenizer(marks: Sequence[str]) -> IncrementalDetokenizer:
+        ids = [tokenizer.special_id(mark) for mark in marks]
+        return IncrementalDetokenizer(tokenizer, shown=frozenset(one for one in ids if one is not None))
+
+    return TextModel(name, max_context, tokenizer, new_detokenizer, style)
 
 
 def our_version() -> str:

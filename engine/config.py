@@ -25,6 +25,12 @@ class ModelSource(StrictModel):
         default=None, ge=8, description="longest prompt + output in tokens; the model's own when null"
     )
     cache_dir: str | None = Field(default=None, description="where pulled models live; ~/.cache/steelyard when null")
+    tool_format: Literal["auto", "hermes", "llama3", "mistral", "json"] = Field(
+        default="auto", description="how the model writes calls of functions; auto: as its chat template shows"
+    )
+    reasoning: Literal["auto", "none", "think", "bracket", "thinking", "seed"] = Field(
+        default="auto", description="the marks around the model's reasoning; auto: as its chat template shows"
+    )
 
 
 class EngineConfig(StrictModel):

@@ -12,19 +12,22 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from engine.errors import SteelyardError, Unavailable, error_from_code
-from engine.types import FinishReason, Request, TokenLogprob, TokenOutput
+from engine.types import FinishReason, Request, TokenOutput
+from router.asked import Asked
 from router.boundary import log_failure
-from router.errors import as_steelyard_error, error_event
+from router.errors import as_steelyard_error
 from router.ledger import Ledger
-from router.logprobs import prompt_logprobs, score
+from router.logprobs import score
 from router.metrics import Metrics
-from router.replies import STREAM_END, Replies, Usage, WholeChoice, usage_of
+from router.parts import Content, spoken
+from router.reader import AnswerReader
+from router.replies import Replies, Usage, WholeChoice, usage_of
 from router.text_stream import Piece, TextStream
 
 logger = logging.getLogger(__name__)
@@ -38,17 +41,50 @@ STREAM_HEADERS = [
 
 @dataclass(slots=True)
 class Choice:
-    """One of the answers, as far as it has come."""
+    """One of the answers, as far as it has come. `reader`: where one looks for what its text is. Of one that
+    `is_silent` no token is wanted, only its prompt."""
 
     index: int
     texts: TextStream
+    asked: Asked
+    reader: AnswerReader | None = None
+    is_silent: bool = False
     finish: FinishReason | None = None
     num_chars: int = 0  # of the tokens that were scored
+    logprob: float = 0.0  # of all its tokens together
+    has_begun: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return 0 if self.is_silent else self.texts.num_tokens
+
+    @property
+    def mean_logprob(self) -> float:
+        return self.logprob / max(1, self.num_tokens)
+
+    @property
+    def has_calls(self) -> bool:
+        return self.reader is not None and self.reader.has_calls
 
     def push(self, output: TokenOutput, token_text: Callable[[int], str]) -> Piece:
-        piece = self._scored(output, self.texts.push(output.token_ids, output.finish), token_text)
+        if self.is_silent:
+            piece = Piece("", FinishReason.LENGTH)
+        else:
+            piece = self._scored(output, self.texts.push(output.token_ids, output.finish), token_text)
         self.finish = piece.finish
-        return piece
+        if not self.has_begun:
+            piece = self._echoed(piece, token_text)
+        if self.reader is None:
+            return piece
+        return replace(piece, parts=self.reader.read(piece.text, is_last=piece.finish is not None))
+
+    def _echoed(self, piece: Piece, token_text: Callable[[int], str]) -> Piece:
+        self.has_begun = True
+        echoed = self.asked.echoed(token_text)
+        num_chars = sum(len(one.text) for one in echoed)
+        self.num_chars += num_chars
+        tokens = (replace(one, offset=one.offset + num_chars) for one in piece.tokens)
+        return replace(piece, text=self.asked.echo + piece.text, tokens=(*echoed, *tokens))
 
     def _scored(self, output: TokenOutput, piece: Piece, token_text: Callable[[int], str]) -> Piece:
         """With its tokens, if they have logprobs: those that count, none after a stop string."""
@@ -58,12 +94,14 @@ class Choice:
         counted = output.logprobs[: len(output.logprobs) - num_after]
         tokens = score(output.token_ids, counted, token_text, self.num_chars)
         self.num_chars += sum(len(one.text) for one in tokens)
+        self.logprob += sum(one.logprob for one in counted)
         return replace(piece, tokens=tokens)
 
 
 @dataclass(slots=True)
 class Generation:
-    """What is being generated, and all that is known of it so far. `choices`: by request id, in order.
+    """What is being generated, and all that is known of it so far. `choices`: by request id, in order; of those to one
+    prompt the `num_sent` likeliest are sent. `shows_logprobs`: they were asked for, not only needed to choose.
 
     The ledger follows the first choice."""
 
@@ -73,14 +111,23 @@ class Generation:
     choices: dict[str, Choice]
     ledger: Ledger
     token_text: Callable[[int], str]
-    num_cached: int = 0
-    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    num_sent: int
+    shows_logprobs: bool = True
     end: FinishReason = FinishReason.ABORT  # what it counts as, unless it comes to something better
+    _waiting: list[TokenOutput] = field(default_factory=list)  # for the logprobs of the prompt they begin with
 
     @property
     def usage(self) -> Usage:
-        num_tokens = sum(choice.texts.num_tokens for choice in self.choices.values())
-        return usage_of(len(self.request.prompt_ids), num_tokens, self.num_cached)
+        choices = self.choices.values()
+        num_prompt = sum(len(asked.request.prompt_ids) for asked in self.asked)
+        num_cached = sum(asked.num_cached for asked in self.asked)
+        num_reasoning = sum(choice.texts.num_reasoning for choice in choices)
+        return usage_of(num_prompt, sum(choice.num_tokens for choice in choices), num_cached, num_reasoning)
+
+    @property
+    def asked(self) -> list[Asked]:
+        """The prompts, in order."""
+        return list({id(choice.asked): choice.asked for choice in self.choices.values()}.values())
 
     @property
     def first(self) -> Choice:
@@ -90,23 +137,39 @@ class Generation:
     def is_done(self) -> bool:
         return all(choice.finish is not None for choice in self.choices.values())
 
+    @property
+    def sent(self) -> list[Choice]:
+        """The choices that a whole answer has, in order: the likeliest ones to each prompt. For when all are done."""
+        chosen: list[Choice] = []
+        for asked in self.asked:
+            own = [choice for choice in self.choices.values() if choice.asked is asked]
+            chosen += (
+                sorted(own, key=lambda one: -one.mean_logprob)[: self.num_sent] if len(own) > self.num_sent else own
+            )
+        return chosen
+
     async def next_piece(self) -> tuple[Choice, Piece]:
         """Not to be called once all is done."""
         while True:
-            output = await anext(self.outputs, None)
+            output = self._next_waiting() or await anext(self.outputs, None)
             if output is None:
                 raise SteelyardError("The generation ended without a reason")
             choice = self.choices[output.key.request_id]
             if choice.finish is None:
-                return choice, await self._piece(choice, output)
+                _check(output)
+                choice.asked.take(output)
+                if choice.asked.can_be_echoed:
+                    return choice, await self._piece(choice, output)
+                self._waiting.append(output)
+
+    def _next_waiting(self) -> TokenOutput | None:
+        ready = (one for one in self._waiting if self.choices[one.key.request_id].asked.can_be_echoed)
+        output = next(ready, None)
+        if output is not None:
+            self._waiting.remove(output)
+        return output
 
     async def _piece(self, choice: Choice, output: TokenOutput) -> Piece:
-        if output.error is not None or output.finish is FinishReason.ERROR:
-            raise _error_of(output)
-        if output.finish is FinishReason.ABORT:
-            raise Unavailable("The generation was cancelled")
-        self.num_cached = max(self.num_cached, output.cached_tokens)
-        self.prompt_logprobs += output.prompt_logprobs
         if choice is self.first:
             self.ledger.take(output)
         piece = choice.push(output, self.token_text)
@@ -114,21 +177,22 @@ class Generation:
             await self.outputs.aclose()  # its blocks are free before a slow client has read the end
         elif piece.finish is not None and output.finish is None:
             self.cancel(output.key.request_id)  # a stop string: the others go on
-        return piece
+        return piece if self.shows_logprobs else replace(piece, tokens=())
 
 
 class Answer(Response):
     """Runs a generation for as long as its client listens."""
 
     def __init__(
-        self, generation: Generation, replies: Replies, metrics: Metrics, *, stream: bool, include_usage: bool
+        self, generation: Generation, replies: Replies, metrics: Metrics, *, stream: bool, counts_on: bool = False
     ) -> None:
+        """`counts_on`: every chunk of a stream tells the usage so far."""
         super().__init__()
+        self._counts_on = counts_on
         self._generation = generation
         self._replies = replies
         self._metrics = metrics
         self._stream = stream
-        self._include_usage = include_usage
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not await while_connected(receive, self._run(send)):
@@ -156,9 +220,8 @@ class Answer(Response):
             choice, piece = await one.next_piece()
             pieces[choice.index].append(piece)
             self._count_sent()
-        prompt = prompt_logprobs(one.request.prompt_ids, one.prompt_logprobs, one.token_text)
-        wants_prompt = one.request.sampling.prompt_logprobs >= 0
-        body = self._replies.whole([*map(_whole, pieces.values())], one.usage, prompt if wants_prompt else None)
+        sent = [_whole(choice, pieces[choice.index], one.token_text) for choice in one.sent]
+        body = self._replies.whole(sent, one.usage)
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
@@ -167,23 +230,40 @@ class Answer(Response):
     async def _send_stream(self, choice: Choice, piece: Piece, send: Send) -> None:
         one = self._generation
         await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
-        await self._send_events(send, *self._replies.opening(len(one.choices)), *self._events(choice, piece))
+        opening = self._replies.opening(len(one.choices), self._usage)
+        await self._send_events(send, *opening, *self._events(choice, piece))
         try:
             while not one.is_done:
                 choice, piece = await one.next_piece()
                 await self._send_events(send, *self._events(choice, piece))
             one.end = one.first.finish or one.end
-            last = (self._replies.usage(one.usage) if self._include_usage else b"") + STREAM_END
+            last = self._replies.ending(one.usage)
         except Exception as error:  # it ends the stream it belongs to
             log_failure(one.request.request_id, error)
             one.end = FinishReason.ERROR
-            last = error_event(as_steelyard_error(error))
+            last = self._replies.failure(as_steelyard_error(error))
         await send({"type": "http.response.body", "body": last})
 
     def _events(self, choice: Choice, piece: Piece) -> list[bytes]:
-        has_text = piece.text or piece.tokens
-        events = [self._replies.text(choice.index, piece.text, piece.tokens)] if has_text else []
-        return [*events, self._replies.closing(choice.index, piece.finish)] if piece.finish else events
+        usage, index = self._usage, choice.index
+        if choice.reader is None:
+            has_text = piece.text or piece.tokens
+            events = [self._replies.text(index, piece.text, piece.tokens, usage)] if has_text else []
+        else:
+            events = self._part_events(choice, piece)
+        return (
+            [*events, self._replies.closing(index, piece.finish, choice.has_calls, usage)] if piece.finish else events
+        )
+
+    def _part_events(self, choice: Choice, piece: Piece) -> list[bytes]:
+        """The tokens come with the first part, or with an empty one."""
+        parts = piece.parts or ((Content(""),) if piece.tokens else ())
+        tokens = (piece.tokens, *(() for _ in parts[1:]))
+        return [self._replies.part(choice.index, *one, self._usage) for one in zip(parts, tokens, strict=False)]
+
+    @property
+    def _usage(self) -> Usage | None:
+        return self._generation.usage if self._counts_on else None
 
     async def _send_events(self, send: Send, *events: bytes) -> None:
         """One write for all that came together. A piece that gives no text yet writes nothing."""
@@ -199,11 +279,21 @@ class Answer(Response):
             self._metrics.count_sent(ledger.sent(num_new, _now_s()), is_first=is_first)
 
 
-def _whole(pieces: list[Piece]) -> WholeChoice:
+def _whole(choice: Choice, pieces: list[Piece], token_text: Callable[[int], str]) -> WholeChoice:
     finish = pieces[-1].finish
     assert finish is not None, "the last piece says how it ended"
     text = "".join(piece.text for piece in pieces)
-    return WholeChoice(text, finish, [token for piece in pieces for token in piece.tokens])
+    tokens = [token for piece in pieces for token in piece.tokens]
+    said = None if choice.reader is None else spoken(part for piece in pieces for part in piece.parts)
+    return WholeChoice(text, finish, tokens, said, choice.asked.told(token_text))
+
+
+def _check(output: TokenOutput) -> None:
+    """Raises what it says of a failure."""
+    if output.error is not None or output.finish is FinishReason.ERROR:
+        raise _error_of(output)
+    if output.finish is FinishReason.ABORT:
+        raise Unavailable("The generation was cancelled")
 
 
 def _error_of(output: TokenOutput) -> SteelyardError:

@@ -21,17 +21,18 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from engine.errors import InvalidRequest, ModelNotFound
-from engine.types import Request
-from router.answer import Answer, Choice, Generation
+from router.answer import Answer, Generation
 from router.api import Generator
+from router.begin import begin_generation
 from router.body import read_body
 from router.boundary import Boundary, arrival_of
+from router.chat_replies import ChatReplies, ChatReply
 from router.config import RouterConfig
 from router.errors import ErrorReply, as_steelyard_error, error_response, shown
 from router.ledger import Ledger
 from router.metrics import CONTENT_TYPE, Metrics
 from router.patience import Patience
-from router.replies import ChatReplies, ChatReply, CompletionReplies, CompletionReply, ModelCard, ModelList
+from router.replies import CompletionReplies, CompletionReply, ModelCard, ModelList
 from router.schema import ChatBody, CompletionBody
 from router.step_history import StepHistory, StepsView
 from router.text import TextModel
@@ -62,7 +63,7 @@ def create_app(
         return error_response(known, dict(headers or {}))
 
     app.add_exception_handler(HTTPException, routing_error)
-    _add_generation_routes(app, _Front(generator, model, config, metrics, wall_clock))
+    _add_generation_routes(app, _Front(generator, model, config, metrics, wall_clock, f"fp_{version}"))
     _add_model_routes(app, ModelCard(id=model.name, created=int(wall_clock()), max_model_len=model.max_context))
     _add_operator_routes(app, generator, metrics, version)
     _add_step_route(app, steps)
@@ -78,27 +79,27 @@ class _Front:
     config: RouterConfig
     metrics: Metrics
     wall_clock: Callable[[], float]
+    fingerprint: str  # of what answers: the API's system_fingerprint
 
     async def answer(self, http: HttpRequest, kind: type[ChatBody | CompletionBody]) -> Response:
-        arrival = arrival_of(http)
         body = await read_body(http, kind, self.config.max_body_bytes)
-        request = await self.model.prepare(body, arrival.request_id, self.generator.new_seed, self.config.deadline_s)
+        generation = await self.begin(http, body)
+        replies = self._replies(body, generation.request.request_id)
+        return Answer(generation, replies, self.metrics, stream=bool(body.stream), counts_on=body.counts_on)
+
+    async def begin(self, http: HttpRequest, body: ChatBody | CompletionBody) -> Generation:
+        """The generation that a body asks for; nothing of it is computed before its first output is awaited."""
+        arrival = arrival_of(http)
+        prepared = await self.model.prepare(body, arrival.request_id, self.generator.new_seed, self.config.deadline_s)
         ledger = Ledger(arrival.time_s)
         ledger.add_stages(((PREPARE_STAGE, asyncio.get_running_loop().time() - arrival.time_s),))
-        generation = self._generate(request, body, ledger)
-        dialect = ChatReplies if isinstance(body, ChatBody) else CompletionReplies
-        replies = dialect(request.request_id, self.model.name, int(self.wall_clock()), has_usage=body.includes_usage)
-        return Answer(generation, replies, self.metrics, stream=bool(body.stream), include_usage=body.includes_usage)
+        return begin_generation(self.generator, self.model, body, prepared, ledger)
 
-    def _generate(self, request: Request, body: ChatBody | CompletionBody, ledger: Ledger) -> Generation:
-        siblings = self.model.siblings_of(request, body.num_choices)
-        choices = {
-            one.request_id: Choice(index, self.model.open_stream(body.stop, request.sampling.min_tokens))
-            for index, one in enumerate((request, *siblings))
-        }
-        outputs = self.generator.generate(request, *siblings)
-        token_text = self.model.tokenizer.token_text
-        return Generation(request, outputs, self.generator.cancel, choices, ledger, token_text)
+    def _replies(self, body: ChatBody | CompletionBody, request_id: str) -> ChatReplies | CompletionReplies:
+        said = (request_id, self.model.name, int(self.wall_clock()), self.fingerprint, body.includes_usage)
+        if isinstance(body, CompletionBody):
+            return CompletionReplies(*said)
+        return ChatReplies(*said, body.tool_use.is_legacy, self.model.style.has_short_ids)
 
 
 def _add_generation_routes(app: FastAPI, front: _Front) -> None:

@@ -6,7 +6,7 @@ Texts are those of single tokens: the parts of a character that several tokens s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pydantic import BaseModel
 
@@ -17,10 +17,11 @@ UNKNOWN = "\ufffd"
 
 @dataclass(frozen=True, slots=True)
 class ScoredToken:
-    """One token of the answer. `offset` counts the characters of the tokens before it; `top`: (text, logprob)."""
+    """One token. `offset` counts the characters of the tokens before it; `top`: (text, logprob). The first token of a
+    prompt has no logprob, for it follows nothing."""
 
     text: str
-    logprob: float
+    logprob: float | None
     offset: int
     top: tuple[tuple[str, float], ...]
 
@@ -36,6 +37,15 @@ def score(
         scored.append(ScoredToken(text, one.logprob, offset, top))
         offset += len(text)
     return tuple(scored)
+
+
+def score_prompt(
+    prompt_ids: Sequence[int], logprobs: Sequence[TokenLogprob], text_of: Callable[[int], str], num_top: int
+) -> tuple[ScoredToken, ...]:
+    """All tokens of a prompt, with the `num_top` likeliest of each but the first; `logprobs` are of those after it."""
+    first = text_of(prompt_ids[0])
+    cut = [replace(one, top=one.top[:num_top]) for one in logprobs]
+    return (ScoredToken(first, None, 0, ()), *score(prompt_ids[1:], cut, text_of, len(first)))
 
 
 class TopLogprob(BaseModel):
@@ -55,8 +65,8 @@ class ChatLogprobs(BaseModel):
 
 class CompletionLogprobs(BaseModel):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -70,6 +80,7 @@ def chat_logprobs(tokens: Sequence[ScoredToken]) -> ChatLogprobs | None:
             top_logprobs=[TopLogprob(token=text, logprob=lp, bytes=_bytes_of(text)) for text, lp in one.top],
         )
         for one in tokens
+        if one.logprob is not None
     ]
     return ChatLogprobs(content=content, refusal=None) if content else None
 
@@ -81,7 +92,7 @@ def completion_logprobs(tokens: Sequence[ScoredToken]) -> CompletionLogprobs | N
     return CompletionLogprobs(
         tokens=[one.text for one in tokens],
         token_logprobs=[one.logprob for one in tokens],
-        top_logprobs=[dict(one.top) | {one.text: one.logprob} for one in tokens],
+        top_logprobs=[None if one.logprob is None else dict(one.top) | {one.text: one.logprob} for one in tokens],
         text_offset=[one.offset for one in tokens],
     )
 
@@ -98,14 +109,15 @@ PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
 def prompt_logprobs(
-    prompt_ids: Sequence[int], logprobs: Sequence[TokenLogprob], text_of: Callable[[int], str]
+    prompt_ids: Sequence[int], logprobs: Sequence[TokenLogprob], text_of: Callable[[int], str], num_top: int
 ) -> PromptLogprobs:
-    """By position, from token id to how likely it was; None for the first token, which follows nothing."""
+    """By position, from token id to how likely it was, with the `num_top` likeliest; None for the first token, which
+    follows nothing."""
     entries: PromptLogprobs = [None]
     for token_id, one in zip(prompt_ids[1:], logprobs, strict=False):
         likely = {
             str(other): PromptLogprob(logprob=logprob, rank=rank, decoded_token=text_of(other))
-            for rank, (other, logprob) in enumerate(one.top, start=1)
+            for rank, (other, logprob) in enumerate(one.top[:num_top], start=1)
         }
         own = PromptLogprob(logprob=one.logprob, rank=one.rank, decoded_token=text_of(token_id))
         entries.append(likely | {str(token_id): own})

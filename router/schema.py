@@ -9,6 +9,7 @@ Knows neither tokens nor the model: what depends on these is checked in `router/
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -24,6 +25,20 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from router.tools.schema import (
+    MAX_TOOLS,
+    CalledFunction,
+    FunctionCallField,
+    FunctionDef,
+    Tool,
+    ToolCalls,
+    ToolChoice,
+    ToolChoiceField,
+    Tools,
+    check_choice,
+)
+from router.tools.use import ToolUse, tool_use
+
 MAX_STOPS = 4  # the API's own limit
 MAX_STOP_CHARS = 1024  # bounds the text that a stream may hold back
 MAX_INT = 2**31 - 1
@@ -33,6 +48,9 @@ MAX_BAD_WORDS = 64
 MAX_CHOICES = 128  # the API's own limit
 MAX_TOP_LOGPROBS = 20  # the API's own limits, of chat and of plain completions
 MAX_COMPLETION_LOGPROBS = 5
+MAX_BEST_OF = 20  # the API's own limit
+MAX_VARIABLES_CHARS = 4096  # of chat_template_kwargs, as JSON
+RESERVED_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt", "reasoning_effort")
 
 StrictBool = Annotated[bool, Strict()]
 StrictInt = Annotated[int, Strict(), Field(le=MAX_INT)]
@@ -62,10 +80,7 @@ def only(*neutral: JsonValue) -> AfterValidator:
 
 Unsupported = Annotated[JsonValue, only(None)]
 UnsupportedList = Annotated[JsonValue, only(None, [])]
-UnsupportedFlag = Annotated[JsonValue, only(None, False)]
 BadWord = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-NoTools = Annotated[JsonValue, only(None, "none", "auto")]
-OnlyOne = Annotated[StrictInt | None, only(None, 1)]
 
 
 # --- messages ------------------------------------------------------------------------------------------------
@@ -77,29 +92,56 @@ class TextPart(ApiModel):
 
 
 def _as_parts(value: object) -> object:
+    if value is None:
+        return []
     if isinstance(value, str):
         return [{"type": "text", "text": value}]
     if not isinstance(value, list):
         raise PydanticCustomError("content_type", "Input should be a string or an array of text parts")
+    if not value:
+        raise PydanticCustomError("content_empty", "An array of text parts has at least one")
     return value
 
 
 class Message(ApiModel):
-    """One turn. A plain string as content is one text part."""
+    """One turn. A plain string as content is one text part; an assistant's may be missing beside calls."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[
-        tuple[TextPart, ...],
-        BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart]),
-        Field(min_length=1),
-    ]
-    name: str | None = None
-    tool_call_id: str | None = None
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    name: str | None = Field(default=None, validate_default=True)
+    tool_call_id: str | None = Field(default=None, validate_default=True)
+    tool_calls: ToolCalls | None = None
+    function_call: CalledFunction | None = None
+    reasoning_content: str | None = Field(default=None, description="extension: an earlier answer's")
+    reasoning: str | None = Field(default=None, description="the same by its other name")
     refusal: Unsupported = None
     annotations: UnsupportedList = None
     audio: Unsupported = None
-    function_call: Unsupported = None
-    tool_calls: UnsupportedList = None
+    content: Annotated[
+        tuple[TextPart, ...], BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart] | None)
+    ] = Field(default=(), validate_default=True)
+
+    @field_validator("tool_call_id", "name")
+    @classmethod
+    def _named_by_role(cls, value: str | None, info: ValidationInfo) -> str | None:
+        owner = {"tool_call_id": "tool", "name": "function"}[str(info.field_name)]
+        if value is None and info.data.get("role") == owner:
+            raise PydanticCustomError("missing", "This field is required")
+        return value
+
+    @field_validator("tool_calls", "function_call", "reasoning_content", "reasoning")
+    @classmethod
+    def _only_an_assistant_s(cls, value: object, info: ValidationInfo) -> object:
+        if value and info.data.get("role", "assistant") != "assistant":
+            raise PydanticCustomError("role", "Only an assistant's message has it")
+        return value
+
+    @field_validator("content")
+    @classmethod
+    def _says_something(cls, value: tuple[TextPart, ...], info: ValidationInfo) -> tuple[TextPart, ...]:
+        instead = ("tool_calls", "function_call", "reasoning_content", "reasoning")
+        if not value and not any(info.data.get(field) for field in instead):
+            raise PydanticCustomError("missing", "This field is required")
+        return value
 
     @property
     def text(self) -> str:
@@ -138,6 +180,7 @@ def _as_biases(value: object) -> object:
 
 class StreamOptions(ApiModel):
     include_usage: StrictBool | None = None
+    continuous_usage_stats: StrictBool | None = Field(default=None, description="extension: usage in every chunk")
     include_obfuscation: StrictBool | None = Field(default=None, description="taken, without effect")
 
 
@@ -145,7 +188,6 @@ class GenerationBody(ApiModel):
     """The fields that chat and plain completions have in common."""
 
     model: Annotated[str, Field(min_length=1)]
-    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     temperature: Annotated[StrictFloat, Field(ge=0, le=2)] | None = None
     top_p: Annotated[StrictFloat, Field(gt=0, le=1)] | None = None
     top_k: Annotated[StrictInt, Field(ge=-1)] | None = Field(default=None, description="extension; 0 and -1: off")
@@ -198,8 +240,31 @@ class GenerationBody(ApiModel):
         return self.n or 1
 
     @property
+    def num_generated(self) -> int:
+        """Answers to each prompt, of which `num_choices` are sent."""
+        return self.num_choices
+
+    @property
     def includes_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def counts_on(self) -> bool:
+        """Is the usage so far in every chunk?"""
+        options = self.stream_options
+        return options is not None and bool(options.include_usage and options.continuous_usage_stats)
+
+
+def _as_variables(value: dict[str, JsonValue] | None) -> dict[str, JsonValue] | None:
+    """The template's own variables only, and not too much of them."""
+    for name in value or ():
+        if not name.isidentifier() or name.startswith("_") or name in RESERVED_VARIABLES:
+            raise PydanticCustomError("template_variable", "It names what is no variable of the template's own")
+    if len(json.dumps(value)) > MAX_VARIABLES_CHARS:
+        raise PydanticCustomError(
+            "template_variables", "At most {limit} characters of JSON are allowed", {"limit": MAX_VARIABLES_CHARS}
+        )
+    return value
 
 
 # --- the two bodies ------------------------------------------------------------------------------------------
@@ -209,6 +274,7 @@ class ChatBody(GenerationBody):
     """Body of POST /v1/chat/completions."""
 
     messages: Annotated[tuple[Message, ...], Field(min_length=1)]
+    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = Field(
         default=None, description="the newer name of max_tokens"
     )
@@ -216,21 +282,28 @@ class ChatBody(GenerationBody):
     safety_identifier: str | None = Field(default=None, description="taken, without effect")
     prompt_cache_key: str | None = Field(default=None, description="taken, without effect")
     audio: Unsupported = None
-    function_call: NoTools = None
-    functions: UnsupportedList = None
     logprobs: StrictBool | None = None
     modalities: Annotated[JsonValue, only(None, ["text"])] = None
     moderation: Unsupported = None
-    parallel_tool_calls: StrictBool | None = Field(default=None, description="taken, without effect")
+    tools: Tools | None = None
+    tool_choice: ToolChoiceField = None
+    parallel_tool_calls: StrictBool | None = Field(default=None, description="false: one call at most")
+    functions: Annotated[tuple[FunctionDef, ...], Field(max_length=MAX_TOOLS)] | None = Field(
+        default=None, description="the older form of tools"
+    )
+    function_call: FunctionCallField = Field(default=None, description="the older form of tool_choice")
     prediction: Unsupported = None
     prompt_cache_options: Unsupported = None
     prompt_cache_retention: Unsupported = None
-    reasoning_effort: Annotated[JsonValue, only(None, "none")] = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
+        default=None, description="the chat template is told"
+    )
+    chat_template_kwargs: Annotated[dict[str, JsonValue] | None, AfterValidator(_as_variables)] = Field(
+        default=None, description="extension: variables of the chat template, such as enable_thinking"
+    )
     response_format: Annotated[JsonValue, only(None, {"type": "text"})] = None
     service_tier: Annotated[JsonValue, only(None, "auto", "default")] = None
-    store: UnsupportedFlag = None
-    tool_choice: NoTools = None
-    tools: UnsupportedList = None
+    store: StrictBool | None = Field(default=None, description="taken, without effect")
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     verbosity: Annotated[JsonValue, only(None, "medium")] = None
     web_search_options: Unsupported = None
@@ -242,6 +315,32 @@ class ChatBody(GenerationBody):
             raise PydanticCustomError("top_logprobs", "Only allowed when 'logprobs' is true")
         return value
 
+    @field_validator("tools", "functions")
+    @classmethod
+    def _with_names_of_their_own(cls, value: tuple[Tool | FunctionDef, ...] | None, info: ValidationInfo) -> object:
+        names = [one.function.name if isinstance(one, Tool) else one.name for one in value or ()]
+        if len(set(names)) < len(names):
+            raise PydanticCustomError("two_names", "Two functions have the same name")
+        if value and info.data.get("tools"):
+            raise PydanticCustomError("two_forms", "'tools' says otherwise; send one of the two")
+        return value
+
+    @field_validator("tool_choice", "function_call")
+    @classmethod
+    def _among_those_on_offer(cls, value: ToolChoice | None, info: ValidationInfo) -> ToolChoice | None:
+        is_legacy = info.field_name == "function_call"
+        if value is not None:
+            offered = info.data.get("functions" if is_legacy else "tools") or ()
+            check_choice(value, tuple(one.name if is_legacy else one.function.name for one in offered))
+        return value
+
+    @property
+    def tool_use(self) -> ToolUse:
+        is_legacy = bool(self.functions)
+        tools = tuple(Tool(type="function", function=one) for one in self.functions or ()) or self.tools or ()
+        choice = self.function_call if is_legacy else self.tool_choice
+        return tool_use(tools, choice, is_parallel=self.parallel_tool_calls is not False, is_legacy=is_legacy)
+
     @field_validator("max_completion_tokens")
     @classmethod
     def _one_limit(cls, value: int | None, info: ValidationInfo) -> int | None:
@@ -250,25 +349,73 @@ class ChatBody(GenerationBody):
         return value
 
 
-def _as_prompt(value: object) -> object:
-    if isinstance(value, list) and value and isinstance(value[0], (str, list)):
-        if len(value) > 1:
-            raise PydanticCustomError("several_prompts", "Several prompts in one request are not supported yet")
-        value = value[0]
+Prompt = str | tuple[int, ...]
+
+
+def _as_prompts(value: object) -> object:
+    """One prompt or several, each a text or its token ids."""
+    several = value if isinstance(value, list) and value and isinstance(value[0], (str, list)) else [value]
+    if len(several) > MAX_CHOICES:
+        raise PydanticCustomError("too_many_prompts", "At most {limit} prompts are allowed", {"limit": MAX_CHOICES})
+    return tuple(map(_as_prompt, several))
+
+
+def _as_prompt(value: object) -> Prompt:
     if isinstance(value, list) and all(type(one) is int and one >= 0 for one in value):
         value = tuple(value)
     if not isinstance(value, (str, tuple)):
-        raise PydanticCustomError("prompt_type", "Input should be a string or an array of token ids")
+        raise PydanticCustomError("prompt_type", "Input should be a string or an array of token ids, or several")
     if not value:
         raise PydanticCustomError("prompt_empty", "Input should not be empty")
     return value
 
 
-class CompletionBody(GenerationBody):
-    """Body of POST /v1/completions."""
+PROMPT_DOCS = str | list[str] | list[int] | list[list[int]]
 
-    prompt: Annotated[str | tuple[int, ...], BeforeValidator(_as_prompt)]
-    best_of: OnlyOne = None
-    echo: UnsupportedFlag = None
+
+class CompletionBody(GenerationBody):
+    """Body of POST /v1/completions. `prompt` is a tuple of prompts."""
+
+    prompt: Annotated[tuple[Prompt, ...], BeforeValidator(_as_prompts, json_schema_input_type=PROMPT_DOCS)]
+    echo: StrictBool | None = Field(default=None, description="the answer begins with the prompt")
+    max_tokens: Annotated[StrictInt, Field(ge=0)] | None = Field(default=None, description="0 only with 'echo'")
+    best_of: Annotated[StrictInt, Field(ge=1, le=MAX_BEST_OF)] | None = Field(
+        default=None, description="so many are generated, and the 'n' likeliest sent; not with 'stream'"
+    )
     logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
     suffix: Annotated[JsonValue, only(None, "")] = None
+
+    @field_validator("max_tokens")
+    @classmethod
+    def _something_to_say(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value == 0 and not info.data.get("echo"):
+            raise PydanticCustomError("max_tokens", "0 is only allowed when 'echo' is true")
+        return value
+
+    @field_validator("prompt")
+    @classmethod
+    def _bounded(cls, value: tuple[Prompt, ...], info: ValidationInfo) -> tuple[Prompt, ...]:
+        if len(value) * (info.data.get("n") or 1) > MAX_CHOICES:
+            raise PydanticCustomError(
+                "too_many_choices", "At most {limit} answers are given to all prompts together", {"limit": MAX_CHOICES}
+            )
+        return value
+
+    @field_validator("best_of")
+    @classmethod
+    def _of_enough(cls, value: int | None, info: ValidationInfo) -> int | None:
+        num_choices = info.data.get("n") or 1
+        if value is not None and value < num_choices:
+            raise PydanticCustomError("best_of", "It must not be less than 'n'")
+        if value is not None and value > num_choices and info.data.get("stream"):
+            raise PydanticCustomError("best_of", "Not available when 'stream' is true")
+        if value is not None and value * len(info.data.get("prompt") or ()) > MAX_CHOICES:
+            raise PydanticCustomError(
+                "too_many_choices", "At most {limit} answers are generated for all prompts", {"limit": MAX_CHOICES}
+            )
+        return value
+
+    @property
+    def num_generated(self) -> int:
+        """Answers to each prompt, of which `num_choices` are sent."""
+        return max(self.best_of or 1, self.num_choices)

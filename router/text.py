@@ -1,6 +1,6 @@
 """The text side of the served model: a body becomes an engine Request, tokenised once and here.
 
-1. The model's name is checked, then the prompt is rendered and tokenised (off the loop when it is long).
+1. The model's name is checked, then the prompt is rendered and tokenised (off the loop: chats, and long prompts).
 2. Prompt and answer must fit the context; what the client left open is filled in.
 3. The answer's ids become text again in a TextStream of the same model.
 """
@@ -8,21 +8,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
-from engine.errors import InvalidRequest, ModelNotFound
+from engine.errors import InvalidRequest, ModelNotFound, Unavailable
 from engine.types import Key, Request, SamplingParams
+from router.chat_prompt import chat_prompt
+from router.chat_style import PLAIN_STYLE, ChatStyle, reading_of
 from router.errors import shown
-from router.schema import ChatBody, CompletionBody
+from router.reader import PLAIN, Reading
+from router.schema import ChatBody, CompletionBody, Prompt
 from router.text_stream import Detokenizer, TextStream
+from router.tools.grammar import tools_grammar
 
 DEFAULT_CHAT_TOKENS = 1024  # an answer's length when the client names none, if the context has that much left
 DEFAULT_COMPLETION_TOKENS = 16  # the API's own default
 MAX_PROMPT_LOGPROBS = 2**17  # of one prompt, the likely tokens included: they go to the gateway in one message
 LONG_TEXT_CHARS = 4096  # tokenising more than this would hold up the loop
+RENDER_TIMEOUT_S = (
+    30.0  # what takes longer is given up; templates end by themselves before (engine/models/template_limits)
+)
 
 
 class Tokenizer(Protocol):
@@ -35,36 +42,81 @@ class Tokenizer(Protocol):
 
     def token_text(self, token_id: int) -> str: ...
 
-    def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The prompt of a conversation. InvalidRequest when the model's template refuses it."""
+    def special_id(self, token: str) -> int | None:
+        """The id of a special token; None for ordinary text."""
+        ...
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        variables: Mapping[str, object] | None = None,
+    ) -> str:
+        """The prompt of a conversation. InvalidRequest when the model's template refuses it, or does not end."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a body asks for: a Request for each of its prompts, with the text that its answers begin with, and how
+    answers are to be read. `is_silent`: no token of them is wanted, only the prompt."""
+
+    requests: tuple[Request, ...]
+    echoes: tuple[str, ...] = ()
+    reading: Reading = PLAIN
+    is_silent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class TextModel:
-    """The model served here, as far as text goes. `max_context` bounds prompt and answer together, in tokens."""
+    """The model served here, as far as text goes. `max_context` bounds prompt and answer together, in tokens.
+    `new_detokenizer` gets the marks to be shown even where they are special tokens."""
 
     name: str
     max_context: int
     tokenizer: Tokenizer
-    new_detokenizer: Callable[[], Detokenizer]
+    new_detokenizer: Callable[[Sequence[str]], Detokenizer]
+    style: ChatStyle = PLAIN_STYLE
 
     async def prepare(
         self, body: ChatBody | CompletionBody, request_id: str, new_seed: Callable[[], int], timeout_s: float
-    ) -> Request:
-        """The Request that a body asks for. ModelNotFound, or InvalidRequest naming the field at fault."""
-        if body.model != self.name:
-            raise ModelNotFound(f"The model '{shown(body.model)}' is not served here; '{self.name}' is", param="model")
-        if isinstance(body, ChatBody):
-            field, prompt_ids = "messages", await self._chat_ids(body)
-        else:
-            field, prompt_ids = "prompt", await self._prompt_ids(body.prompt)
-        max_tokens = self._max_tokens(body, field, len(prompt_ids))
+    ) -> Prepared:
+        """ModelNotFound, or InvalidRequest naming the field at fault."""
+        self.check_name(body.model)
         seed = new_seed() if body.seed is None else body.seed % 2**64
+        if isinstance(body, ChatBody):
+            prompt_ids, reading = await self._chat_ids(body)
+            grammar = tools_grammar(body.tool_use, self.style.tool_format, reading, self.tokenizer.special_id)
+            request = await self._request(body, request_id, prompt_ids, "messages", seed, timeout_s)
+            sampling = replace(request.sampling, grammar=grammar or request.sampling.grammar)
+            return Prepared((replace(request, sampling=sampling),), reading=reading)
+        prompts = [await self._prompt_ids(prompt) for prompt in body.prompt]
+        names = [request_id, *(f"{request_id}-{index}" for index in range(1, len(prompts)))]
+        named = zip(names, prompts, strict=True)
+        requests = [await self._request(body, name, ids, "prompt", seed, timeout_s) for name, ids in named]
+        echoes = tuple(map(self._echo, body.prompt)) if body.echo else ()
+        return Prepared(tuple(requests), echoes, is_silent=body.max_tokens == 0)
+
+    async def _request(
+        self,
+        body: ChatBody | CompletionBody,
+        request_id: str,
+        prompt_ids: tuple[int, ...],
+        field: str,
+        seed: int,
+        timeout_s: float,
+    ) -> Request:
+        max_tokens = self._max_tokens(body, field, len(prompt_ids))
         self._check_ids(body, max_tokens)
-        _check_prompt_logprobs(body, len(prompt_ids))
         sampling = replace(_sampling(body, max_tokens, seed), bad_words=await self._bad_words(body.bad_words or ()))
+        _check_prompt_logprobs(sampling.prompt_logprobs, body, len(prompt_ids))
         return Request(request_id, prompt_ids, sampling, timeout_s=timeout_s)
+
+    def check_name(self, model: str | None) -> None:
+        """ModelNotFound for another name than ours; None is whichever is served."""
+        if model is not None and model != self.name:
+            raise ModelNotFound(f"The model '{shown(model)}' is not served here; '{self.name}' is", param="model")
 
     def siblings_of(self, request: Request, num_choices: int) -> tuple[Request, ...]:
         """The other answers to the same prompt: same parameters, other noise."""
@@ -95,23 +147,38 @@ class TextModel:
         ids = [await _off_loop_if_long(num_chars, partial(encode, form)) for form in forms]
         return tuple(dict.fromkeys(filter(None, ids)))
 
-    def open_stream(self, stops: tuple[str, ...], min_tokens: int = 0) -> TextStream:
-        return TextStream(self.new_detokenizer(), stops, min_tokens)
+    def open_stream(self, stops: tuple[str, ...], min_tokens: int = 0, reading: Reading = PLAIN) -> TextStream:
+        detokenizer = self.new_detokenizer(() if reading.is_plain else self.style.marks)
+        return TextStream(detokenizer, stops, min_tokens, reading.new_counter())
 
-    async def _chat_ids(self, body: ChatBody) -> tuple[int, ...]:
-        messages = [{"role": _known_role(message.role), "content": message.text} for message in body.messages]
+    async def _chat_ids(self, body: ChatBody) -> tuple[tuple[int, ...], Reading]:
+        """A template may take long over few messages, so it never runs on the loop."""
 
-        def encode() -> list[int]:
-            return self.tokenizer.encode(self.tokenizer.render_chat(messages), add_special=False)
+        def render() -> tuple[tuple[int, ...], Reading]:
+            chat = chat_prompt(body, self.style)
+            prompt = self.tokenizer.render_chat(chat.messages, True, chat.tools, chat.variables)
+            return tuple(self.tokenizer.encode(prompt, add_special=False)), reading_of(
+                body.tool_use, self.style, prompt
+            )
 
-        return await _off_loop_if_long(sum(len(message["content"]) for message in messages), encode)
+        try:
+            return await asyncio.wait_for(asyncio.to_thread(render), RENDER_TIMEOUT_S)
+        except TimeoutError:
+            words = f"the prompt was not rendered and tokenised within {RENDER_TIMEOUT_S:g} s"
+            raise Unavailable(words, retry_after_s=1) from None
 
-    async def _prompt_ids(self, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
+    async def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         if isinstance(prompt, str):
             return await _off_loop_if_long(len(prompt), lambda: self.tokenizer.encode(prompt, add_special=True))
         if max(prompt) >= self.tokenizer.vocab_size:
             raise InvalidRequest(f"'prompt': token ids must be below {self.tokenizer.vocab_size}", param="prompt")
         return prompt
+
+    def _echo(self, prompt: Prompt) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        detokenizer = self.new_detokenizer(())
+        return detokenizer.push(list(prompt)) + detokenizer.flush()
 
     def _max_tokens(self, body: ChatBody | CompletionBody, prompt_field: str, num_prompt: int) -> int:
         left = self.max_context - num_prompt
@@ -124,22 +191,20 @@ class TextModel:
         if asked is not None and asked > left:
             words = f"{asked} asked for; the prompt of {num_prompt} leaves {left} of the context of {self.max_context}"
             raise InvalidRequest(f"'{field}': {words}", param=field)
-        return asked or min(left, DEFAULT_CHAT_TOKENS if isinstance(body, ChatBody) else DEFAULT_COMPLETION_TOKENS)
+        if asked is not None:
+            return max(1, asked)  # 0 is one that nobody gets to see
+        return min(left, DEFAULT_CHAT_TOKENS if isinstance(body, ChatBody) else DEFAULT_COMPLETION_TOKENS)
 
 
 async def _off_loop_if_long(num_chars: int, encode: Callable[[], list[int]]) -> tuple[int, ...]:
     return tuple(await asyncio.to_thread(encode) if num_chars > LONG_TEXT_CHARS else encode())
 
 
-def _check_prompt_logprobs(body: ChatBody | CompletionBody, num_prompt: int) -> None:
-    if body.prompt_logprobs is not None and num_prompt * (1 + body.prompt_logprobs) > MAX_PROMPT_LOGPROBS:
-        words = f"{body.prompt_logprobs} for each of {num_prompt} tokens; at most {MAX_PROMPT_LOGPROBS} in all"
-        raise InvalidRequest(f"'prompt_logprobs': {words}", param="prompt_logprobs")
-
-
-def _known_role(role: str) -> str:
-    """Chat templates know the developer by the older name."""
-    return "system" if role == "developer" else role
+def _check_prompt_logprobs(num_top: int, body: ChatBody | CompletionBody, num_prompt: int) -> None:
+    if num_top >= 0 and num_prompt * (1 + num_top) > MAX_PROMPT_LOGPROBS:
+        field = "logprobs" if body.prompt_logprobs is None else "prompt_logprobs"
+        words = f"{num_top} for each of {num_prompt} tokens; at most {MAX_PROMPT_LOGPROBS} in all"
+        raise InvalidRequest(f"'{field}': {words}", param=field)
 
 
 def _asked_tokens(body: ChatBody | CompletionBody) -> tuple[str, int | None]:
@@ -165,12 +230,19 @@ def _sampling(body: ChatBody | CompletionBody, max_tokens: int, seed: int) -> Sa
         logit_bias=tuple(body.logit_bias.items()),
         stop_token_ids=tuple(body.stop_token_ids or ()),
         logprobs=_num_logprobs(body),
-        prompt_logprobs=-1 if body.prompt_logprobs is None else body.prompt_logprobs,
+        prompt_logprobs=max(-1 if body.prompt_logprobs is None else body.prompt_logprobs, _num_echoed(body)),
     )
 
 
 def _num_logprobs(body: ChatBody | CompletionBody) -> int:
-    """As SamplingParams.logprobs counts: -1 is off."""
+    """As SamplingParams.logprobs counts: -1 is off. The best of several are told by theirs."""
     if isinstance(body, ChatBody):
         return (body.top_logprobs or 0) if body.logprobs else -1
-    return -1 if body.logprobs is None else body.logprobs
+    if body.logprobs is None:
+        return 0 if body.num_generated > body.num_choices else -1
+    return body.logprobs
+
+
+def _num_echoed(body: ChatBody | CompletionBody) -> int:
+    """Likely tokens beside each one of a prompt that is echoed with its logprobs; -1: none of it."""
+    return body.logprobs if isinstance(body, CompletionBody) and body.echo and body.logprobs is not None else -1

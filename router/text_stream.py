@@ -13,6 +13,8 @@ from typing import Protocol
 
 from engine.types import FinishReason
 from router.logprobs import ScoredToken
+from router.parts import Part
+from router.reasoning import ReasoningCounter
 
 
 class Detokenizer(Protocol):
@@ -25,12 +27,13 @@ class Detokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one output gave: text to send (may be empty), whether it is the last, and its tokens where their logprobs
-    were asked for."""
+    """What one output gave: text to send (may be empty), whether it is the last, its tokens where their logprobs were
+    asked for, and the parts that the text turned out to be, where one looks for these."""
 
     text: str
     finish: FinishReason | None
     tokens: tuple[ScoredToken, ...] = ()
+    parts: tuple[Part, ...] = ()
 
 
 class StopScanner:
@@ -66,19 +69,34 @@ class StopScanner:
 class TextStream:
     """One generation's text. `num_tokens` counts what the output needed: none after the end of a stop string."""
 
-    def __init__(self, detokenizer: Detokenizer, stops: tuple[str, ...], min_tokens: int = 0) -> None:
-        """The text of the first `min_tokens` tokens is not searched for stop strings."""
+    def __init__(
+        self,
+        detokenizer: Detokenizer,
+        stops: tuple[str, ...],
+        min_tokens: int = 0,
+        counter: ReasoningCounter | None = None,
+    ) -> None:
+        """The text of the first `min_tokens` tokens is not searched for stop strings. `counter` hears each token that
+        counts."""
         self.num_tokens = 0
         self._min_tokens = min_tokens
         self._detokenizer = detokenizer
         self._scanner = StopScanner(stops)
         self._has_stops = bool(stops)
+        self._counter = counter
+
+    @property
+    def num_reasoning(self) -> int:
+        """Of `num_tokens`, those of reasoning."""
+        return self._counter.num_tokens if self._counter is not None else 0
 
     def push(self, token_ids: tuple[int, ...], finish: FinishReason | None) -> Piece:
         text = ""
         for ids in self._portions(token_ids):
             self.num_tokens += len(ids)
             new = self._detokenizer.push(ids)
+            if self._counter is not None:
+                self._counter.push(new)
             text += new if self._has_stops and self.num_tokens < self._min_tokens else self._scanner.push(new)
             if self._scanner.stopped:
                 return Piece(text, FinishReason.STOP)
@@ -90,7 +108,7 @@ class TextStream:
         return Piece(text + self._scanner.flush(), finish)
 
     def _portions(self, token_ids: tuple[int, ...]) -> Iterable[list[int]]:
-        """Only with stop strings does it matter which token completed the text."""
-        if self._has_stops:
+        """Only with stop strings and reasoning does it matter which token completed the text."""
+        if self._has_stops or self._counter is not None:
             return [[token_id] for token_id in token_ids]
         return [list(token_ids)] if token_ids else []

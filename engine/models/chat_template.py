@@ -1,6 +1,7 @@
 """ChatTemplate: a checkpoint's own Jinja template, run in a sandbox.
 
-The template comes from outside, so it runs in Jinja's immutable sandbox and sees plain data only. The environment is
+The template comes from outside, so it runs in Jinja's immutable sandbox, sees plain data only, and ends
+(template_limits.py). The environment is
 the one that Hugging Face documents for chat templates: trimmed blocks, `break` and `continue`, `raise_exception`,
 `strftime_now`, a `tojson` that does not escape HTML, and `{% generation %}` blocks, which render as their content.
 """
@@ -12,12 +13,16 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import NoReturn
 
-from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2 import TemplateError, TemplateSyntaxError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from engine.errors import InvalidRequest, ModelError
+from engine.models.template_limits import BUDGET, Budget, LimitedEnvironment
+
+FAULTS = (
+    TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError,
+)  # fmt: skip
 
 
 class ChatTemplate:
@@ -25,9 +30,12 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         """`special_tokens` are variables such as eos_token. Raises ModelError if `source` is malformed."""
+        self.source = source
         self._variables = dict(special_tokens)
+        environment = _environment()
         try:
-            self._template = _environment().from_string(source)
+            self.knows_tools = "tools" in meta.find_undeclared_variables(environment.parse(source))
+            self._template = environment.from_string(source)
         except TemplateSyntaxError as error:
             raise ModelError(f"the chat template is malformed: {error}", param="chat_template") from error
 
@@ -36,17 +44,29 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, object]],
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, object]] | None = None,
+        variables: Mapping[str, object] | None = None,
     ) -> str:
-        """The prompt's text. Raises InvalidRequest when the template refuses the messages or cannot use them."""
+        """The prompt's text; `variables` are the template's own, such as enable_thinking. Raises InvalidRequest when
+        the template refuses the messages, cannot use them, or does not come to an end."""
+        budget = Budget()
+        given = {
+            **(variables or {}),
+            **self._variables,
+            "messages": messages,
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            BUDGET: budget,
+        }
         try:
-            return self._template.render(
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._variables,
-            )
-        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
+            pieces: list[str] = []
+            num_chars = 0
+            for piece in self._template.generate(given):
+                num_chars += len(piece)
+                budget.check(num_chars)
+                pieces.append(piece)
+            return "".join(pieces)
+        except FAULTS as error:
             raise InvalidRequest(
                 f"the model's chat template refuses the messages: {error}", param="messages"
             ) from error
@@ -62,10 +82,8 @@ class _GenerationBlock(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationBlock]
-    )
+def _environment() -> LimitedEnvironment:
+    environment = LimitedEnvironment(extensions=[loopcontrols, _GenerationBlock])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)

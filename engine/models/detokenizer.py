@@ -27,21 +27,26 @@ class Decoder(Protocol):
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str: ...
 
-    def visible_ids(self, ids: Iterable[int], skip_special: bool = True) -> list[int]: ...
+    def visible_ids(
+        self, ids: Iterable[int], skip_special: bool = True, shown: frozenset[int] = frozenset()
+    ) -> list[int]: ...
 
 
 class IncrementalDetokenizer:
-    """Streams one sequence's text."""
+    """Streams one sequence's text; of special tokens, with `skip_special`, only those in `shown`."""
 
-    def __init__(self, decoder: Decoder, skip_special: bool = True) -> None:
+    def __init__(self, decoder: Decoder, skip_special: bool = True, shown: frozenset[int] = frozenset()) -> None:
         self._decoder = decoder
         self._skip_special = skip_special
+        self._shown = shown
         self._window: list[int] = []
         self._num_sent = 0  # characters of the window's text already returned
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that `ids` complete; empty while a character is unfinished."""
-        return "".join([self._push_one(token) for token in self._decoder.visible_ids(ids, self._skip_special)])
+        return "".join(
+            [self._push_one(token) for token in self._decoder.visible_ids(ids, self._skip_special, self._shown)]
+        )
 
     def _push_one(self, token: int) -> str:
         self._window.append(token)
@@ -76,4 +81,4 @@ class IncrementalDetokenizer:
                 return
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return self._decoder.decode(ids, skip_special=self._skip_special)
+        return self._decoder.decode(ids, skip_special=self._skip_special and not self._shown)

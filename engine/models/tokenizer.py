@@ -40,8 +40,10 @@ class Tokenizer:
         special_tokens: Mapping[str, str],
         eos_token_ids: Sequence[int] = (),
         template: str | None = None,
+        tool_template: str | None = None,
     ) -> None:
-        """`special_tokens` maps bos_token, eos_token, ... to their text; its eos joins `eos_token_ids`."""
+        """`special_tokens` maps bos_token, eos_token, ... to their text; its eos joins `eos_token_ids`. A
+        `tool_template` is used instead of `template` where there are tools."""
         self._backend = backend
         eos = self._id_of(special_tokens.get("eos_token"))
         self.eos_token_ids = tuple(dict.fromkeys([*eos_token_ids, *([] if eos is None else [eos])]))
@@ -50,10 +52,26 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._template = None if template is None else ChatTemplate(template, special_tokens)
+        self._tool_template = None if tool_template is None else ChatTemplate(tool_template, special_tokens)
 
     @property
     def has_chat_template(self) -> bool:
         return self._template is not None
+
+    @property
+    def knows_tools(self) -> bool:
+        """Does a template of the model's show it tools?"""
+        return self._tool_template is not None or (self._template is not None and self._template.knows_tools)
+
+    @property
+    def template_source(self) -> str:
+        """All that the model's templates say; empty if it has none."""
+        return "".join(one.source for one in (self._template, self._tool_template) if one is not None)
+
+    def special_id(self, token: str) -> int | None:
+        """The id of a special token, which `decode` skips; None if it is ordinary text or several tokens."""
+        token_id = self._backend.token_to_id(token)
+        return token_id if token_id in self.special_ids else None
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         """Token ids of `text`; `add_special` adds what the model puts around a prompt, e.g. BOS. Special tokens
@@ -71,9 +89,12 @@ class Tokenizer:
         """Text of one token, special or not; U+FFFD where it is a part of a character."""
         return self.decode([token_id], skip_special=False)
 
-    def visible_ids(self, ids: Iterable[int], skip_special: bool = True) -> list[int]:
-        """Those of `ids` which `decode` turns into text: none outside the vocabulary, none that is to be skipped."""
-        hidden = self.special_ids if skip_special else ()
+    def visible_ids(
+        self, ids: Iterable[int], skip_special: bool = True, shown: frozenset[int] = frozenset()
+    ) -> list[int]:
+        """Those of `ids` which `decode` turns into text: none outside the vocabulary, none that is to be skipped but
+        those in `shown`."""
+        hidden = self.special_ids - shown if skip_special else ()
         return [i for i in ids if i not in hidden and self._backend.id_to_token(i) is not None]
 
     def render_chat(
@@ -81,14 +102,16 @@ class Tokenizer:
         messages: Sequence[Mapping[str, object]],
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, object]] | None = None,
+        variables: Mapping[str, object] | None = None,
     ) -> str:
-        """The prompt of a conversation, to be encoded with add_special=False. Raises InvalidRequest if the model has
-        no chat template, or if its template refuses the messages."""
+        """The prompt of a conversation, to be encoded with add_special=False; `variables` are the template's own.
+        Raises InvalidRequest if the model has no chat template, or if its template refuses the messages."""
         if self._template is None:
             raise InvalidRequest(
                 "this model has no chat template; use completions with a plain prompt", param="messages"
             )
-        return self._template.render(messages, add_generation_prompt, tools)
+        template = self._tool_template if tools and self._tool_template is not None else self._template
+        return template.render(messages, add_generation_prompt, tools, variables)
 
     def _id_of(self, token: str | None) -> int | None:
         return None if token is None else self._backend.token_to_id(token)
@@ -112,7 +135,8 @@ def _from_folder(folder: Path, config: ModelConfig) -> Tokenizer:
     if "bos_token" not in specials and config.bos_token_id is not None:
         bos = backend.id_to_token(config.bos_token_id)
         specials |= {} if bos is None else {"bos_token": bos}
-    return Tokenizer(backend, specials, config.eos_token_ids, _folder_template(folder, settings))
+    template, tool_template = _folder_templates(folder, settings)
+    return Tokenizer(backend, specials, config.eos_token_ids, template, tool_template)
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
@@ -131,16 +155,20 @@ def _token_content(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _folder_template(folder: Path, settings: Mapping[str, object]) -> str | None:
-    """chat_template.jinja, else tokenizer_config.json's template, of several the one named default."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
+def _folder_templates(folder: Path, settings: Mapping[str, object]) -> tuple[str | None, str | None]:
+    """The template for chats and, where there is another one, that for chats with tools: from files of their own, else
+    from tokenizer_config.json, of several those named default and tool_use."""
     found = settings.get("chat_template")
+    named: dict[object, object] = {"default": found}
     if isinstance(found, list):
         named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, Mapping)}
-        found = named.get("default")
-    return found if isinstance(found, str) else None
+    files = {"default": folder / "chat_template.jinja", "tool_use": folder / "additional_chat_templates/tool_use.jinja"}
+    named |= {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
+    return _text_or_none(named.get("default")), _text_or_none(named.get("tool_use"))
+
+
+def _text_or_none(value: object) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _from_gguf(path: Path, config: ModelConfig) -> Tokenizer:
@@ -151,7 +179,5 @@ def _from_gguf(path: Path, config: ModelConfig) -> Tokenizer:
         token_id = metadata.get(key)
         if isinstance(token_id, int) and 0 <= token_id < len(tokens):
             specials[name] = tokens[token_id]
-    template = metadata.get("tokenizer.chat_template")
-    return Tokenizer(
-        build_tokenizer(metadata), specials, config.eos_token_ids, template if isinstance(template, str) else None
-    )
+    templates = (metadata.get("tokenizer.chat_template"), metadata.get("tokenizer.chat_template.tool_use"))
+    return Tokenizer(build_tokenizer(metadata), specials, config.eos_token_ids, *map(_text_or_none, templates))

@@ -1,4 +1,4 @@
-"""One call in JSON: `{"name": ..., "arguments": {...}}`, or with "parameters", read from its beginning or as a whole."""
+"""One call in JSON: `{"name": ..., "arguments": {...}}` or with "parameters", from its beginning or as a whole."""
 
 from __future__ import annotations
 

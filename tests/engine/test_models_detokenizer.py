@@ -103,8 +103,10 @@ class CountingDecoder:
         self.num_decoded += len(ids)
         return self.tokenizer.decode(ids, skip_special)
 
-    def visible_ids(self, ids: Iterable[int], skip_special: bool = True) -> list[int]:
-        return self.tokenizer.visible_ids(ids, skip_special)
+    def visible_ids(
+        self, ids: Iterable[int], skip_special: bool = True, shown: frozenset[int] = frozenset()
+    ) -> list[int]:
+        return self.tokenizer.visible_ids(ids, skip_special, shown)
 
 
 def test_the_work_per_token_does_not_grow(tokenizer, byte_ids):

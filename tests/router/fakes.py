@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import codecs
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -41,14 +41,31 @@ class ByteTokenizer:
     def token_text(self, token_id: int) -> str:
         return bytes([token_id]).decode("utf-8", "replace") if token_id < 256 else ""
 
-    def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def special_id(self, token: str) -> int | None:
+        return None
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        variables: Mapping[str, object] | None = None,
+    ) -> str:
+        """Tools and variables are written out in front, calls behind their message; `ends_with` ends the prompt."""
         if any(message["content"] == "unspeakable" for message in messages):
             raise InvalidRequest("the template refuses these messages", param="messages")
-        return "".join(f"[{m['role']}]{m['content']}" for m in messages) + "[assistant]" * add_generation_prompt
+        told = {name: value for name, value in (variables or {}).items() if name != "ends_with"}
+        front = "".join(f"[{json.dumps(one)}]" for one in (tools, told) if one)
+        said = "".join(f"[{m['role']}]{m['content']}{_calls_of(m)}" for m in messages)
+        return front + said + "[assistant]" * add_generation_prompt + str((variables or {}).get("ends_with", ""))
+
+
+def _calls_of(message: Mapping[str, object]) -> str:
+    return json.dumps(message["tool_calls"]) if "tool_calls" in message else ""
 
 
 class ByteDetokenizer:
-    def __init__(self) -> None:
+    def __init__(self, _shown: Sequence[str] = ()) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, ids: list[int]) -> str:

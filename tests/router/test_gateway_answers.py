@@ -63,6 +63,7 @@ async def test_chat_reply(generator: FakeGenerator, client: httpx.AsyncClient) -
         "object": "chat.completion",
         "created": CREATED,
         "model": MODEL,
+        "system_fingerprint": "fp_1.2.3",
         "choices": [
             {
                 "index": 0,
@@ -76,6 +77,7 @@ async def test_chat_reply(generator: FakeGenerator, client: httpx.AsyncClient) -
             "completion_tokens": len(prompt) + 1,
             "total_tokens": 2 * len(prompt) + 1,
             "prompt_tokens_details": {"cached_tokens": 3},
+            "completion_tokens_details": {"reasoning_tokens": 0},
         },
     }
     assert generator.live == {}

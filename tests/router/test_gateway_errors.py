@@ -31,6 +31,20 @@ def message(**fields: object) -> dict[str, object]:
     return {"model": "tiny/bytes", "messages": [{"role": "user", "content": "x", **fields}]}
 
 
+def tool(name: str, **function: object) -> dict[str, object]:
+    return {"type": "function", "function": {"name": name, **function}}
+
+
+def named(name: str) -> dict[str, object]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def allowed(name: str) -> dict[str, object]:
+    return {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [named(name)]}}
+
+
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
 BAD = [
     # what is wrong, the endpoint, the body, the field that the answer names
     ("no body fields", CHAT, {}, "model"),
@@ -48,7 +62,12 @@ BAD = [
     ("content with an image", CHAT, chat([{"type": "image_url", "image_url": {}}]), "messages.0.content.0.type"),
     ("text a number", CHAT, chat([{"type": "text", "text": 3}]), "messages.0.content.0.text"),
     ("message with an unknown key", CHAT, message(colour="red"), "messages.0.colour"),
-    ("message with tool calls", CHAT, message(tool_calls=[{"id": "a"}]), "messages.0.tool_calls"),
+    ("a user's tool calls", CHAT, message(tool_calls=[CALL]), "messages.0.tool_calls"),
+    ("a tool call without a function", CHAT, message(role="assistant", tool_calls=[{"id": "a", "type": "function"}]),
+     "messages.0.tool_calls.0.function"),
+    ("a tool's message without its call", CHAT, message(role="tool"), "messages.0.tool_call_id"),
+    ("a function's message without its name", CHAT, message(role="function"), "messages.0.name"),
+    ("an assistant that says nothing", CHAT, message(role="assistant", content=None), "messages.0.content"),
     ("template refuses", CHAT, chat("unspeakable"), "messages"),
     ("unknown key", CHAT, chat(colour="red"), "colour"),
     ("temperature negative", CHAT, chat(temperature=-0.1), "temperature"),
@@ -87,8 +106,27 @@ BAD = [
     ("logprobs a number", CHAT, chat(logprobs=1), "logprobs"),
     ("top_logprobs without logprobs", CHAT, chat(top_logprobs=3), "top_logprobs"),
     ("too many top_logprobs", CHAT, chat(logprobs=True, top_logprobs=21), "top_logprobs"),
-    ("tools", CHAT, chat(tools=[{"type": "function"}]), "tools"),
-    ("tool_choice", CHAT, chat(tool_choice="required"), "tool_choice"),
+    ("a tool without a function", CHAT, chat(tools=[{"type": "function"}]), "tools.0.function"),
+    ("a tool of another kind", CHAT, chat(tools=[{"type": "custom", "custom": {"name": "f"}}]), "tools.0.type"),
+    ("a function's name with a space", CHAT, chat(tools=[tool("a b")]), "tools.0.function.name"),
+    ("two functions of one name", CHAT, chat(tools=[tool("f"), tool("f")]), "tools"),
+    ("too many tools", CHAT, chat(tools=[tool(f"f{i}") for i in range(129)]), "tools"),
+    ("parameters no object", CHAT, chat(tools=[tool("f", parameters=[1])]), "tools.0.function.parameters"),
+    ("tool_choice without tools", CHAT, chat(tool_choice="required"), "tool_choice"),
+    ("tool_choice of another word", CHAT, chat(tools=[tool("f")], tool_choice="any"), "tool_choice.type"),
+    ("tool_choice of a stranger", CHAT, chat(tools=[tool("f")], tool_choice=named("g")), "tool_choice"),
+    ("tool_choice without its function", CHAT, chat(tools=[tool("f")], tool_choice={"type": "function"}),
+     "tool_choice.function"),
+    ("allowed tools without a mode", CHAT, chat(tools=[tool("f")], tool_choice=allowed("f") | {"allowed_tools": {
+        "tools": []}}), "tool_choice.allowed_tools.mode"),
+    ("an allowed stranger", CHAT, chat(tools=[tool("f")], tool_choice=allowed("g")), "tool_choice"),
+    ("tools in both forms", CHAT, chat(tools=[tool("f")], functions=[{"name": "f"}]), "functions"),
+    ("function_call of a stranger", CHAT, chat(functions=[{"name": "f"}], function_call={"name": "g"}),
+     "function_call"),
+    ("reasoning_effort unknown", CHAT, chat(reasoning_effort="huge"), "reasoning_effort"),
+    ("template variables reserved", CHAT, chat(chat_template_kwargs={"messages": []}), "chat_template_kwargs"),
+    ("template variables hidden", CHAT, chat(chat_template_kwargs={"_budget": 1}), "chat_template_kwargs"),
+    ("template variables too long", CHAT, chat(chat_template_kwargs={"a": "x" * 5000}), "chat_template_kwargs"),
     ("response_format", CHAT, chat(response_format={"type": "json_object"}), "response_format"),
     ("logit_bias a list", CHAT, chat(logit_bias=[1]), "logit_bias"),
     ("logit_bias of a word", CHAT, chat(logit_bias={"the": 5}), "logit_bias"),
@@ -115,20 +153,27 @@ BAD = [
     ("prompt null", COMPLETIONS, completion(None), "prompt"),
     ("prompt empty", COMPLETIONS, completion(""), "prompt"),
     ("prompt without ids", COMPLETIONS, completion([]), "prompt"),
-    ("two prompts", COMPLETIONS, completion(["a", "b"]), "prompt"),
-    ("two prompts of ids", COMPLETIONS, completion([[1], [2]]), "prompt"),
+    ("prompts of which one is empty", COMPLETIONS, completion(["a", ""]), "prompt"),
+    ("prompts of ids and words", COMPLETIONS, completion([[1], ["a"]]), "prompt"),
+    ("129 prompts", COMPLETIONS, completion(["a"] * 129), "prompt"),
+    ("65 prompts with two answers", COMPLETIONS, completion(["a"] * 65, n=2), "prompt"),
+    ("a second prompt beyond the context", COMPLETIONS, completion(["a", "x" * 500]), "prompt"),
     ("ids with a bool", COMPLETIONS, completion([1, True]), "prompt"),
     ("ids with a string", COMPLETIONS, completion([1, "a"]), "prompt"),
     ("id negative", COMPLETIONS, completion([-1]), "prompt"),
     ("id beyond the vocabulary", COMPLETIONS, completion([1, 258]), "prompt"),
     ("id enormous", COMPLETIONS, completion([10**4000]), "prompt"),
     ("too many ids", COMPLETIONS, completion([1] * MAX_CONTEXT), "prompt"),
-    ("best_of", COMPLETIONS, completion(best_of=2), "best_of"),
-    ("echo", COMPLETIONS, completion(echo=True), "echo"),
+    ("best_of below n", COMPLETIONS, completion(best_of=2, n=3), "best_of"),
+    ("best_of of a stream", COMPLETIONS, completion(best_of=2, stream=True), "best_of"),
+    ("best_of beyond 20", COMPLETIONS, completion(best_of=21), "best_of"),
+    ("best_of of many prompts", COMPLETIONS, completion(["a"] * 20, best_of=20), "best_of"),
+    ("echo a number", COMPLETIONS, completion(echo=1), "echo"),
+    ("max_tokens 0 without echo", COMPLETIONS, completion(max_tokens=0), "max_tokens"),
     ("suffix", COMPLETIONS, completion(suffix="x"), "suffix"),
     ("too many logprobs of completions", COMPLETIONS, completion(logprobs=6), "logprobs"),
     ("messages in a completion", COMPLETIONS, completion(messages=[]), "messages"),
-]
+]  # fmt: skip
 
 
 def error_of(reply: httpx.Response) -> dict:
@@ -157,8 +202,8 @@ async def test_bad_input_is_refused_by_the_fields_name(path: str, body: dict, fi
 
 
 async def test_an_unsupported_field_is_called_unsupported() -> None:
-    error = error_of(await send(json.dumps(chat(tools=[{}])).encode()))
-    assert error["message"] == "'tools': This value is not supported yet"
+    error = error_of(await send(json.dumps(completion(suffix="x")).encode(), COMPLETIONS))
+    assert error["message"] == "'suffix': This value is not supported yet"
 
 
 async def test_a_context_error_tells_both_numbers() -> None:

@@ -110,8 +110,8 @@ def test_calls_are_told_from_content(
 
 
 FRAGMENTS = st.sampled_from(
-    ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "[ARGS]", "weather", "\n", " ", "hi", "<", "[", "]",
-     "{", "}", ";", ",", '"', "\\", CALL, LLAMA, PARIS, '{"name": "add", "arguments": {', '"a": 1', "</tool", "é"]
+    ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "[ARGS]", "weather", "\n", " ", "hi", "<", "[",
+     "]", "{", "}", ";", ",", '"', "\\", CALL, LLAMA, PARIS, '{"name": "add", "arguments": {', '"a": 1', "</tool", "é"]
 )  # fmt: skip
 
 
