@@ -38,9 +38,10 @@ def chat_prompt(body: ChatBody, style: ChatStyle) -> ChatPrompt:
 
 
 def _record(tool: Tool) -> Record:
-    """As the client wrote it, without what only concerns us."""
+    """As the client wrote it, without what only concerns us; templates expect parameters."""
     function = tool.function.model_dump(exclude_none=True, exclude={"strict"})
-    return {"type": "function", "function": {"parameters": {"type": "object", "properties": {}}, **function}}
+    function.setdefault("parameters", {"type": "object", "properties": {}})
+    return {"type": "function", "function": function}
 
 
 def _variables(body: ChatBody) -> dict[str, JsonValue]:

@@ -92,7 +92,7 @@ class TextPart(ApiModel):
 
 
 def _as_parts(value: object) -> object:
-    if value is None:
+    if value is None or value == ():
         return []
     if isinstance(value, str):
         return [{"type": "text", "text": value}]

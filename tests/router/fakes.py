@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from engine.errors import InvalidRequest
 from engine.types import FinishReason, Request, TokenLogprob, TokenOutput
 from router.api import HealthView, WorkerView
+from router.chat_style import PLAIN_STYLE, ChatStyle
 from router.config import RouterConfig
 from router.gateway import create_app
 from router.step_history import StepHistory
@@ -205,18 +206,20 @@ def healthy(*workers: WorkerView) -> HealthView:
     return HealthView(True, "", 0.5, 7, workers or (worker(), worker("d0", "decode")), 0)
 
 
-def text_model() -> TextModel:
-    return TextModel(MODEL, MAX_CONTEXT, ByteTokenizer(), ByteDetokenizer)
+def text_model(style: ChatStyle = PLAIN_STYLE) -> TextModel:
+    max_context = MAX_CONTEXT if style is PLAIN_STYLE else 10 * MAX_CONTEXT
+    return TextModel(MODEL, max_context, ByteTokenizer(), ByteDetokenizer, style)
 
 
-def make_app(generator: FakeGenerator, **settings: float) -> FastAPI:
+def make_app(generator: FakeGenerator, style: ChatStyle = PLAIN_STYLE, **settings: float) -> FastAPI:
     config = RouterConfig.model_validate(settings)
-    steps = StepHistory()
-    return create_app(generator, text_model(), config, steps=steps, wall_clock=lambda: CREATED + 0.5, version="1.2.3")
+    model, steps = text_model(style), StepHistory()
+    return create_app(generator, model, config, steps=steps, wall_clock=lambda: CREATED + 0.5, version="1.2.3")
 
 
-def make_client(generator: FakeGenerator, **settings: float) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(make_app(generator, **settings)), base_url="http://gateway")
+def make_client(generator: FakeGenerator, style: ChatStyle = PLAIN_STYLE, **settings: float) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(make_app(generator, style, **settings))
+    return httpx.AsyncClient(transport=transport, base_url="http://gateway")
 
 
 def chat(content: object = "hello", **fields: object) -> dict[str, object]:

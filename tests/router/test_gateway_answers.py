@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import httpx
@@ -39,11 +40,16 @@ def client(generator: FakeGenerator) -> httpx.AsyncClient:
     return make_client(generator)
 
 
+@cache
+def validator_of(name: str) -> Draft202012Validator:
+    definitions = json.loads(SCHEMAS.read_text())["$defs"]
+    return Draft202012Validator({"$ref": f"#/$defs/{name}", "$defs": definitions})
+
+
 def check_schema(name: str, *replies: object) -> None:
     if not SCHEMAS.exists():
         pytest.skip("shared/data/openai-openapi is not here")
-    definitions = json.loads(SCHEMAS.read_text())["$defs"]
-    validator = Draft202012Validator({"$ref": f"#/$defs/{name}", "$defs": definitions})
+    validator = validator_of(name)
     for reply in replies:
         validator.validate(reply)
 
