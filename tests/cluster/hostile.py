@@ -223,7 +223,7 @@ def prompts() -> Iterator[Attack]:
         [2**63],
     ):
         yield refused("prompt", COMPLETIONS, completion(prompt=prompt), "prompt")
-    for ids in ([10**30], [True], [1.0], [None], ["a", "b"], [[1], [2]], [1, "a"], [[[1]]]):
+    for ids in ([10**30], [True], [1.0], [None], ["a", 1], ["a"] * 200, [1, "a"], [[[1]]]):
         yield refused("prompt", COMPLETIONS, completion(prompt=ids), "prompt")
 
 
