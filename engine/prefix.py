@@ -34,3 +34,8 @@ def extend_hashes(key: bytes, hashes: list[bytes], root: bytes, token_ids: Token
 def group_name(block_hash: bytes, group: int) -> bytes:
     """The name of a group's block of this prefix: groups store different layers of the same tokens."""
     return block_hash + group.to_bytes(2, "little") if group else block_hash
+
+
+def short_name(block_hash: bytes) -> int:
+    """What travels to gateways, as a hint for placement: the first 8 bytes."""
+    return int.from_bytes(block_hash[:8], "little")

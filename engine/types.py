@@ -432,6 +432,21 @@ NO_TRANSFERS = TransferReport()
 
 
 @dataclass(frozen=True, slots=True)
+class CacheNews:
+    """Which blocks the prefix cache of a worker has come to have, and which it has lost, by engine.prefix.short_name.
+
+    `anew`: what was told before does not hold any more; what is kept is told from the start. Host-tier blocks count as
+    kept."""
+
+    kept: tuple[int, ...] = ()
+    lost: tuple[int, ...] = ()
+    anew: bool = False
+
+
+NO_NEWS = CacheNews()
+
+
+@dataclass(frozen=True, slots=True)
 class StepOutputs:
     """Everything that one turn of an engine produced."""
 

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from engine.planes import cohort_difference
 from engine.types import Endpoint, Role
+
+
+class Pool(NamedTuple):
+    """Workers that are alike: of one cohort and one role."""
+
+    cohort: str
+    role: Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +34,10 @@ class Member:
     @property
     def endpoint(self) -> Endpoint:
         return Endpoint(self.worker_id, self.incarnation, self.address, self.cohort)
+
+    @property
+    def pool(self) -> Pool:
+        return Pool(self.cohort, self.role)
 
 
 @dataclass(frozen=True, slots=True)

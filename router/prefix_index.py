@@ -1,0 +1,87 @@
+"""The prefix index: which workers have which cached blocks, as their block events tell.
+
+1. `apply` takes what a worker says: names that can be found there now, and names that are lost;
+2. `num_cached_blocks` says of a prompt's chain of names how many of the first ones each worker has;
+3. `forget` drops a life that is down or has left. When it is heard again it tells all that it has.
+
+Each name has a bit mask of the workers that have it, so a walk down the chain costs an AND for each block and one look
+at each worker that falls out, whatever number of workers there are. Names are cut to 8 bytes: two that fall together
+make a placement a little worse, and nothing wrong, for workers go by whole names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from engine.types import CacheNews
+
+Name = tuple[str, str]  # one life of a worker: its id and its incarnation
+
+
+class PrefixIndex:
+    def __init__(self) -> None:
+        self._masks: dict[int, int] = {}  # by the name of a block; none is 0
+        self._names: dict[Name, dict[int, None]] = {}  # of each worker
+        self._bits: dict[Name, int] = {}
+        self._workers: dict[int, Name] = {}  # by bit
+
+    def apply(self, worker: Name, news: CacheNews) -> None:
+        if news.anew:
+            self.forget(worker)
+        if not (news.kept or news.lost):
+            return
+        bit = 1 << self._bit_of(worker)
+        names = self._names[worker]
+        for name in news.kept:
+            names[name] = None
+            self._masks[name] = self._masks.get(name, 0) | bit
+        for name in news.lost:
+            if names.pop(name, 0) is None:
+                self._clear(name, bit)
+
+    def forget(self, worker: Name) -> None:
+        bit = self._bits.pop(worker, None)
+        if bit is None:
+            return
+        del self._workers[bit]
+        for name in self._names.pop(worker):
+            self._clear(name, 1 << bit)
+
+    def num_cached_blocks(self, names: Sequence[int]) -> dict[Name, int]:
+        """How many blocks from the start of this chain each worker has; of those only that have any."""
+        counts: dict[Name, int] = {}
+        have = -1
+        for index, name in enumerate(names):
+            still = have & self._masks.get(name, 0)
+            if index:
+                counts |= dict.fromkeys(self._of(have & ~still), index)
+            have = still
+            if not have:
+                break
+        return counts | dict.fromkeys(self._of(have) if names else (), len(names))
+
+    @property
+    def num_names(self) -> int:
+        """Different ones, of all workers."""
+        return len(self._masks)
+
+    def _clear(self, name: int, bit: int) -> None:
+        left = self._masks[name] & ~bit
+        if left:
+            self._masks[name] = left
+        else:
+            del self._masks[name]
+
+    def _bit_of(self, worker: Name) -> int:
+        """The lowest that is free, so that masks stay short."""
+        bit = self._bits.get(worker)
+        if bit is None:
+            bit = next(bit for bit in range(len(self._workers) + 1) if bit not in self._workers)
+            self._bits[worker], self._workers[bit], self._names[worker] = bit, worker, {}
+        return bit
+
+    def _of(self, mask: int) -> Iterator[Name]:
+        while mask:
+            lowest = mask & -mask
+            yield self._workers[lowest.bit_length() - 1]
+            mask ^= lowest
