@@ -169,6 +169,9 @@ class WorkerSides:
     def _distribute(self, outputs: StepOutputs) -> None:
         """Give a turn's outputs to both sides, then to the gateways."""
         self._stats = outputs.stats
+        if outputs.calibration:
+            self.streams.publish_calibration(outputs.calibration)
+        self.streams.publish_cache(outputs.cache)
         self._last_step_s = outputs.steps[-1].step_s if outputs.steps else self._last_step_s
         tokens = self._prefill.on_outputs(outputs)
         outputs = outputs if tokens == outputs.tokens else replace(outputs, tokens=tokens)

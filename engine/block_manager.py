@@ -8,7 +8,8 @@ A block's life:
 5. evicted     `allocate` finds `_free` empty and takes the least recently used; tails go before heads. Where there is a
                host tier (`cold`), the block's bytes are saved there under its name.
 
-`num_leaked` is computed by walking the held blocks against the live tables, never by counters.
+`take_changes` tells which names can be found now or no longer, for those who route by them. `num_leaked` is computed by
+walking the held blocks against the live tables, never by counters.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ class ColdBlocks(Protocol):
 
     def pinned(self, names: BlockIds[bytes]) -> AbstractContextManager[None]: ...
 
-    def save(self, name: bytes, block_id: int) -> None: ...
+    def has(self, name: bytes) -> bool: ...
+
+    def save(self, name: bytes, block_id: int) -> bytes | None: ...
 
     def load(self, name: bytes, block_id: int) -> None: ...
 
@@ -60,6 +63,7 @@ class BlockManager:
         self._holders: dict[int, list[Holder]] = {}  # of each held block, one or more
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
+        self._changed: dict[bytes, None] = {}  # names that have come or gone since they were last asked for
 
     @property
     def num_available(self) -> int:
@@ -128,6 +132,17 @@ class BlockManager:
         if self._hash_of[block_id] is None and block_hash not in self._block_of:
             self._hash_of[block_id] = block_hash
             self._block_of[block_hash] = block_id
+            self._changed[block_hash] = None
+
+    def take_changes(self) -> tuple[list[bytes], list[bytes]]:
+        """The names that are known now, and those that are not any more, of all that have changed since the last call;
+        what came and went is among the latter."""
+        changed, self._changed = self._changed, {}
+        kept, lost = list[bytes](), list[bytes]()
+        for name in changed:
+            is_here = name in self._block_of or (self.cold is not None and self.cold.has(name))
+            (kept if is_here else lost).append(name)
+        return kept, lost
 
     def is_writable(self, block_id: int) -> bool:
         """May its sole holder write it? Otherwise the block must be copied first (copy-on-write). The source of a copy
@@ -152,8 +167,8 @@ class BlockManager:
         block_id, _ = self._cached.popitem(last=False)
         block_hash = self._hash_of[block_id]
         assert block_hash is not None
-        if self.cold is not None:
-            self.cold.save(block_hash, block_id)
+        displaced = self.cold.save(block_hash, block_id) if self.cold is not None else None
+        self._changed |= dict.fromkeys((block_hash,) if displaced is None else (block_hash, displaced))
         del self._block_of[block_hash]
         self._hash_of[block_id] = None
         return block_id

@@ -22,16 +22,18 @@ from engine.host_tier import HostTier, TierStats
 from engine.layer_groups import WHOLE_STEPS, LayerGroups, LayerNews, LayersStored
 from engine.moves import Moves
 from engine.planes import Group
-from engine.prefix import group_name
+from engine.prefix import group_name, short_names
 from engine.reservation import Held, names_here, num_taken, reserve_entries, take
 from engine.runs import runs_of
 from engine.scheduler import Batch, Scheduled, Scheduler, SchedulerLimits
 from engine.sequence import Sequence
 from engine.sequence_blocks import COPY, holder_of
 from engine.types import (
+    NO_NEWS,
     Abort,
     Add,
     Adopt,
+    CacheNews,
     Command,
     EngineStats,
     ErrorInfo,
@@ -89,11 +91,15 @@ class Engine:
         self.num_steps = 0
         self._num_leaked = 0
         self._told_leaked = 0  # in the last outputs
+        self._is_new = False  # has somebody come whose first step is still to be computed?
+        self._tells_cache = False
         self.moves = Moves(spec.limits, self.blocks, self.scheduler, self._held)
 
     # --- one turn ------------------------------------------------------------------------------------------
 
     def handle(self, command: Command) -> None:
+        self._tells_cache = True
+        self._is_new = self._is_new or isinstance(command, Add | Adopt)
         match command:
             case Add():
                 self._add(command)
@@ -143,17 +149,30 @@ class Engine:
         """Record what the model sampled for each scheduled item, in order."""
         self.num_steps += 1
         self.scheduler.holdings.copied()
+        only_decodes = all(item.sequence.is_decoding and not item.sequence.handoff for item in batch.scheduled)
+        self._tells_cache = self._tells_cache or self._is_new or not only_decodes
+        self._is_new = False
         for item, chosen in zip(batch.scheduled, sampled, strict=True):
             self._finish_item(item, chosen)
 
     def take_outputs(self) -> StepOutputs:
         """What has happened since the last call."""
         outputs = StepOutputs(
-            tuple(self._tokens), tuple(self._progress), tuple(self._reserved), *self.moves.take_news(), self.stats()
-        )
+            tuple(self._tokens), tuple(self._progress), tuple(self._reserved), *self.moves.take_news(), self.stats(),
+            cache=self._cache_news(),
+        )  # fmt: skip
         self._tokens, self._progress, self._reserved = [], [], []
         self._told_leaked = self._num_leaked
         return outputs
+
+    def _cache_news(self) -> CacheNews:
+        """What decoding alone names and evicts waits until somebody comes, ends or computes a prompt. So a stream of
+        decode steps says nothing of it, and steps that a simulation advances together say what single ones would."""
+        if not self._tells_cache:
+            return NO_NEWS
+        self._tells_cache = False
+        kept, lost = self.blocks.take_changes()
+        return CacheNews(short_names(kept), short_names(lost)) if kept or lost else NO_NEWS
 
     @property
     def has_outputs(self) -> bool:
@@ -308,6 +327,7 @@ class Engine:
         if accepted:
             self._emit(sequence, accepted, finish, chosen.logprobs[: len(accepted)])
         if finish:
+            self._tells_cache = True
             self.scheduler.remove(sequence)
             self.scheduler.holdings.free(sequence)
         elif accepted and sequence.handoff:

@@ -57,6 +57,10 @@ class HostTier:
         self._num_queries += 1
         return name in self._slot_of
 
+    def has(self, name: bytes) -> bool:
+        """The same, by someone who does not look for a block."""
+        return name in self._slot_of
+
     @contextmanager
     def pinned(self, names: Iterable[bytes]) -> Iterator[None]:
         """What `save` takes in meanwhile displaces none of these."""
@@ -66,14 +70,15 @@ class HostTier:
         finally:
             self._pinned = {}
 
-    def save(self, name: bytes, block_id: int) -> None:
-        """Keep a block's bytes, unless all room is pinned."""
+    def save(self, name: bytes, block_id: int) -> bytes | None:
+        """Keep a block's bytes, unless all room is pinned. Returns the name that was forgotten for it, if one was."""
         if name in self._slot_of:
             self._slot_of.move_to_end(name)
-            return
-        slot = self._free.pop() if self._free else self._displace()
-        if slot is None:
-            return
+            return None
+        displaced = None if self._free else self._displaceable()
+        if not self._free and displaced is None:
+            return None
+        slot = self._free.pop() if displaced is None else self._slot_of.pop(displaced)
         at = slot * self._block_bytes
         for index, plane in enumerate(self._layout.planes):
             record = self._pool.read(index, range(plane.num_slots), [block_id])
@@ -81,6 +86,7 @@ class HostTier:
             at += len(record)
         self._slot_of[name] = slot
         self._num_saves += 1
+        return displaced
 
     def load(self, name: bytes, block_id: int) -> None:
         """Write a kept block's bytes to a block of the pool. The name must be here."""
@@ -95,9 +101,8 @@ class HostTier:
     def stats(self) -> TierStats:
         return TierStats(len(self._slot_of), self._num_queries, self._num_hits, self._num_saves)
 
-    def _displace(self) -> int | None:
-        victim = next((name for name in self._slot_of if name not in self._pinned), None)
-        return None if victim is None else self._slot_of.pop(victim)
+    def _displaceable(self) -> bytes | None:
+        return next((name for name in self._slot_of if name not in self._pinned), None)
 
 
 def _map(size_bytes: int, folder: Path | None) -> mmap.mmap:

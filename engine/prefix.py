@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections.abc import Iterable
 from collections.abc import Sequence as TokenSequence
 
 HASH_BYTES = 16
@@ -39,3 +40,8 @@ def group_name(block_hash: bytes, group: int) -> bytes:
 def short_name(block_hash: bytes) -> int:
     """What travels to gateways, as a hint for placement: the first 8 bytes."""
     return int.from_bytes(block_hash[:8], "little")
+
+
+def short_names(names: Iterable[bytes]) -> tuple[int, ...]:
+    """Of the first group's blocks among these: the others' would say the same again."""
+    return tuple([short_name(name) for name in names if len(name) == HASH_BYTES])

@@ -6,7 +6,9 @@
 3. a subscriber that hears nothing new gets an empty batch every `keepalive_s`, so that silence means death;
 4. every gateway also gets the records of all steps, with whatever batch comes next; of a reader that falls behind the
    oldest are dropped;
-5. while a gateway has no stream (it ended, or never came) its sequences go on for `orphan_s`, then they are aborted.
+5. and what the prefix cache has come to have and lost (engine/cache_feed.py), all of it when it subscribes; and, once,
+   what the engine measured when it started;
+6. while a gateway has no stream (it ended, or never came) its sequences go on for `orphan_s`, then they are aborted.
 """
 
 from __future__ import annotations
@@ -16,8 +18,18 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from engine.cache_feed import CacheFeed
 from engine.step_shape import StepRecord
-from engine.types import NO_TRANSFERS, EngineStats, ErrorInfo, Key, TokenOutput, TransferReport
+from engine.types import (
+    NO_NEWS,
+    NO_TRANSFERS,
+    CacheNews,
+    EngineStats,
+    ErrorInfo,
+    Key,
+    TokenOutput,
+    TransferReport,
+)
 
 KEEPALIVE_S = 1.0
 MAX_BATCH_BYTES = 2**20  # about, on the wire; a single output may be larger
@@ -32,6 +44,8 @@ class StreamBatch:
     stats: EngineStats
     steps: tuple[StepRecord, ...] = ()  # since the batch before, oldest first
     transfers: TransferReport = NO_TRANSFERS
+    cache: CacheNews = NO_NEWS
+    calibration: tuple[StepRecord, ...] = ()  # once in a subscription
 
 
 @dataclass(slots=True, eq=False)
@@ -40,6 +54,8 @@ class _Channel:
 
     pending: list[TokenOutput] = field(default_factory=list)
     steps: deque[StepRecord] = field(default_factory=lambda: deque(maxlen=MAX_BATCH_STEPS))
+    cache: CacheFeed = field(default_factory=CacheFeed)
+    calibration: tuple[StepRecord, ...] = ()
     news: asyncio.Event = field(default_factory=asyncio.Event)
     generation: int = 0  # of its subscriptions; the newest one reads
 
@@ -55,6 +71,8 @@ class TokenStreams:
         self._channels: dict[str, _Channel] = {}
         self._stats = EngineStats()
         self.transfers = NO_TRANSFERS  # goes out with every batch
+        self._cached: dict[int, None] = {}  # short names of all that the prefix cache has
+        self._calibration: tuple[StepRecord, ...] = ()
 
     def register(self, key: Key, gateway_id: str) -> None:
         self._owners[key] = gateway_id
@@ -91,11 +109,33 @@ class TokenStreams:
         """Tell the owners of these keys that they could not go on."""
         self.publish([TokenOutput.failed(key, error) for key in keys], self._stats)
 
+    def publish_cache(self, news: CacheNews) -> None:
+        """For everybody, at once: where the next request goes may depend on it."""
+        if not (news.kept or news.lost):
+            return
+        self._cached |= dict.fromkeys(news.kept)
+        for name in news.lost:
+            self._cached.pop(name, None)
+        for channel in self._channels.values():
+            channel.cache.add(news, self._cached)
+            channel.news.set()
+
+    def publish_calibration(self, records: tuple[StepRecord, ...]) -> None:
+        """For everybody who is there, and whoever comes."""
+        self._calibration = records
+        for channel in self._channels.values():
+            channel.calibration = records
+            channel.news.set()
+
     async def subscribe(self, gateway_id: str) -> AsyncGenerator[StreamBatch]:
         """Batches for this gateway until the subscriber leaves or subscribes anew."""
         channel = self._channel(gateway_id)
         channel.generation += 1
         generation = channel.generation
+        channel.cache.renew(self._cached)
+        channel.calibration = self._calibration
+        if channel.cache or channel.calibration:
+            channel.news.set()
         try:
             yield StreamBatch((), self._stats, transfers=self.transfers)
             while channel.generation == generation:
@@ -119,9 +159,11 @@ class TokenStreams:
         outputs, channel.pending = tuple(channel.pending[:count]), channel.pending[count:]
         steps = tuple(channel.steps)
         channel.steps.clear()
-        if not channel.pending:
+        cache = channel.cache.take()
+        calibration, channel.calibration = channel.calibration, ()
+        if not channel.pending and not channel.cache:
             channel.news.clear()
-        return StreamBatch(outputs, self._stats, steps, self.transfers)
+        return StreamBatch(outputs, self._stats, steps, self.transfers, cache, calibration)
 
     def _channel(self, gateway_id: str) -> _Channel:
         channel = self._channels.get(gateway_id)

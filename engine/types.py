@@ -457,3 +457,5 @@ class StepOutputs:
     frozen: tuple[Frozen, ...] = ()
     stats: EngineStats = field(default_factory=EngineStats)
     steps: tuple[StepRecord, ...] = ()  # that were computed, measured by the runner
+    cache: CacheNews = NO_NEWS
+    calibration: tuple[StepRecord, ...] = ()  # measured before the first command

@@ -4,9 +4,9 @@
 that a gateway hears of, after its prediction of it has been judged; 4. `learn_transfer` the same of transfers.
 
 Steps are learnt by pool (cohort and role): roles may have other machines and other numbers of ranks, and the host of
-one is busy in another way. A step that only decodes is bound by memory, one with chunks by arithmetic: each kind has a fit
-of its own, so that what one learns does not unlearn the other. The measured times have the interference of neighbours
-in them, and so have the predictions. A step after idleness counts: under light load every prompt meets one.
+one is busy in another way. A step that only decodes is bound by memory, one with chunks by arithmetic: each kind has a
+fit of its own, so that what one learns does not unlearn the other. The measured times have the interference of
+neighbours in them, and so have the predictions. A step after idleness counts: under light load every prompt meets one.
 It knows no clock: times come with the records.
 """
 

@@ -9,6 +9,7 @@ from cluster.sides import WorkerStatus
 from engine.step_shape import Chunk, StepRecord, StepShape
 from engine.streams import StreamBatch
 from engine.types import (
+    CacheNews,
     CarrierTotals,
     Endpoint,
     EngineStats,
@@ -170,13 +171,17 @@ def batch_to(batch: StreamBatch) -> token_pb2.TokenBatch:
     return token_pb2.TokenBatch(
         outputs=outputs, stats=stats_to(batch.stats), steps=map(_step_to, batch.steps),
         carriers=map(_carrier_to, batch.transfers.totals), paths=map(_path_to, batch.transfers.paths),
+        kept=batch.cache.kept, lost=batch.cache.lost, cache_anew=batch.cache.anew,
+        calibration=map(_step_to, batch.calibration),
     )  # fmt: skip
 
 
 def batch_from(message: token_pb2.TokenBatch) -> StreamBatch:
     outputs = tuple(_output_from(output) for output in message.outputs)
     transfers = TransferReport(tuple(map(_carrier_from, message.carriers)), tuple(map(_path_from, message.paths)))
-    return StreamBatch(outputs, stats_from(message.stats), tuple(map(_step_from, message.steps)), transfers)
+    steps, calibration = (tuple(map(_step_from, steps)) for steps in (message.steps, message.calibration))
+    cache = CacheNews(tuple(message.kept), tuple(message.lost), message.cache_anew)
+    return StreamBatch(outputs, stats_from(message.stats), steps, transfers, cache, calibration)
 
 
 def _carrier_to(totals: CarrierTotals) -> token_pb2.CarrierTotals:

@@ -166,15 +166,23 @@ class KvPath(_message.Message):
     def __init__(self, peer: _Optional[str] = ..., carrier: _Optional[str] = ..., bytes_per_second: _Optional[float] = ...) -> None: ...
 
 class TokenBatch(_message.Message):
-    __slots__ = ("outputs", "stats", "steps", "carriers", "paths")
+    __slots__ = ("outputs", "stats", "steps", "carriers", "paths", "kept", "lost", "cache_anew", "calibration")
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     CARRIERS_FIELD_NUMBER: _ClassVar[int]
     PATHS_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
+    CACHE_ANEW_FIELD_NUMBER: _ClassVar[int]
+    CALIBRATION_FIELD_NUMBER: _ClassVar[int]
     outputs: _containers.RepeatedCompositeFieldContainer[TokenOutput]
     stats: Stats
     steps: _containers.RepeatedCompositeFieldContainer[Step]
     carriers: _containers.RepeatedCompositeFieldContainer[CarrierTotals]
     paths: _containers.RepeatedCompositeFieldContainer[KvPath]
-    def __init__(self, outputs: _Optional[_Iterable[_Union[TokenOutput, _Mapping]]] = ..., stats: _Optional[_Union[Stats, _Mapping]] = ..., steps: _Optional[_Iterable[_Union[Step, _Mapping]]] = ..., carriers: _Optional[_Iterable[_Union[CarrierTotals, _Mapping]]] = ..., paths: _Optional[_Iterable[_Union[KvPath, _Mapping]]] = ...) -> None: ...
+    kept: _containers.RepeatedScalarFieldContainer[int]
+    lost: _containers.RepeatedScalarFieldContainer[int]
+    cache_anew: bool
+    calibration: _containers.RepeatedCompositeFieldContainer[Step]
+    def __init__(self, outputs: _Optional[_Iterable[_Union[TokenOutput, _Mapping]]] = ..., stats: _Optional[_Union[Stats, _Mapping]] = ..., steps: _Optional[_Iterable[_Union[Step, _Mapping]]] = ..., carriers: _Optional[_Iterable[_Union[CarrierTotals, _Mapping]]] = ..., paths: _Optional[_Iterable[_Union[KvPath, _Mapping]]] = ..., kept: _Optional[_Iterable[int]] = ..., lost: _Optional[_Iterable[int]] = ..., cache_anew: _Optional[bool] = ..., calibration: _Optional[_Iterable[_Union[Step, _Mapping]]] = ...) -> None: ...

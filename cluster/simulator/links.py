@@ -27,6 +27,7 @@ from router.membership import Member
 OUTPUT_BYTES = 32  # of one token output beside its ids
 CALL_TIMEOUT_S = 2.0  # of a release or a renewal
 TOKEN_BYTES = 4
+NAME_BYTES = 8  # of a cached block
 
 WorkerPort = Port[WorkerSides]
 WorkerNetwork = Network[WorkerSides]
@@ -216,7 +217,8 @@ class SimulatedCarrier:
 def batch_bytes(batch: StreamBatch) -> int:
     """Of the message; where it stands for those of several steps, of one of these."""
     num_tokens = sum(1 if isinstance(output, TimedOutput) else len(output.token_ids) for output in batch.outputs)
-    return CALL_BYTES + OUTPUT_BYTES * len(batch.outputs) + TOKEN_BYTES * num_tokens
+    num_names = len(batch.cache.kept) + len(batch.cache.lost)
+    return CALL_BYTES + OUTPUT_BYTES * len(batch.outputs) + TOKEN_BYTES * num_tokens + NAME_BYTES * num_names
 
 
 def sent_at(batch: StreamBatch) -> float | None:
