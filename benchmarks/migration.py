@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks.report import Row, machine, median, print_table, print_targets, spread, target, write_json
 from cluster.config import load_config
-from cluster.gateway import SystemNames
+from cluster.gateway import SystemNames, naming_of
 from cluster.rpc.channels import Channels
 from cluster.rpc.client import GrpcConnector
 from cluster.spec import WorkerSpec
@@ -124,7 +124,8 @@ async def move(dispatcher: Dispatcher, request_id: str, found: Moves) -> None:
 async def cluster() -> AsyncGenerator[Dispatcher]:
     config, secret = load_config("configs/local.yaml", {"router.migrate_below": 0.0}), secrets.token_bytes(32)
     channels = Channels(secret)
-    dispatcher = Dispatcher(config.router, "bench", GrpcConnector(channels), SystemNames())
+    naming = naming_of(config.engine, secret)
+    dispatcher = Dispatcher(config.router, "bench", GrpcConnector(channels), SystemNames(), naming=naming)
     roles = {"prefill-0": Role.PREFILL, "decode-0": Role.DECODE, "decode-1": Role.DECODE}
     workers = [
         Worker(WorkerSpec(name, secrets.token_hex(4), role, "127.0.0.1"), config, secret)

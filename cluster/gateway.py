@@ -25,15 +25,17 @@ import uvicorn
 from cluster.config import ClusterConfig
 from cluster.connection import Connection
 from cluster.end_limits import ANSWER_ENDS_S, SERVER_S
+from cluster.rpc.auth import prefix_hash_key
 from cluster.rpc.channels import Channels
 from cluster.rpc.client import GrpcConnector
 from cluster.rpc.tls import load_tls
-from engine.config import ModelSource
+from engine.config import EngineConfig, ModelSource
 from engine.errors import ConfigError
 from engine.models.detokenizer import IncrementalDetokenizer
 from engine.models.loader import load_config
 from engine.models.store import resolve
 from engine.models.tokenizer import load_tokenizer
+from router.block_names import Naming
 from router.chat_style import chat_style
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
@@ -80,7 +82,8 @@ class Gateway:
         self._channels = Channels(self._secret, await asyncio.to_thread(load_tls, self._config.rpc.tls))
         model = await asyncio.to_thread(load_text_model, self._config.model)
         listener = listen(router.host, router.port)
-        self._dispatcher = Dispatcher(router, self._gateway_id, GrpcConnector(self._channels), SystemNames())
+        connector, naming = GrpcConnector(self._channels), naming_of(self._config.engine, self._secret)
+        self._dispatcher = Dispatcher(router, self._gateway_id, connector, SystemNames(), naming=naming)
         self._door = Door(self._dispatcher)
         steps = self._dispatcher.step_history
         app = create_app(self._door, model, router, steps=steps, wall_clock=time.time, version=our_version())
@@ -133,6 +136,11 @@ def server_config(app: Any, router: RouterConfig) -> uvicorn.Config:
         lifespan="off",
         timeout_graceful_shutdown=int(ANSWER_ENDS_S),
     )
+
+
+def naming_of(engine: EngineConfig, secret: bytes) -> Naming:
+    """How the cluster's workers name their blocks."""
+    return Naming(engine.block_size, prefix_hash_key(secret) if engine.prefix_cache else None)
 
 
 def load_text_model(source: ModelSource) -> TextModel:

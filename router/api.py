@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from engine.types import NO_TRANSFERS, Request, TokenOutput, TransferReport
+from router.prediction_error import PredictionError
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,8 @@ class WorkerView:
 class HealthView:
     """Healthy means: a canary went through prefill, wire and decode within the last `canary_s`. `retries`: how often
     requests were placed again, by the code of the error that ended the placement before; `migrations`: how often one
-    was to move to another worker while it generated, by what came of it ("moved", an error's code, "in doubt")."""
+    was to move to another worker while it generated, by what came of it ("moved", an error's code, "in doubt");
+    `prediction`: how far off predicted times were, by what they were of."""
 
     healthy: bool
     reason: str
@@ -49,6 +51,7 @@ class HealthView:
     num_live_requests: int
     retries: tuple[tuple[str, int], ...] = ()
     migrations: tuple[tuple[str, int], ...] = ()
+    prediction: tuple[PredictionError, ...] = ()
 
 
 class Generator(Protocol):

@@ -33,15 +33,16 @@ from engine.errors import (
 from engine.streams import StreamBatch
 from engine.types import Endpoint, Key, Request, Submission, TokenOutput
 from router.api import HealthView, WorkerView
+from router.block_names import UNNAMED, Naming
 from router.canary import Canary
 from router.config import RouterConfig
+from router.learnt import Learnt
 from router.live import LiveRequest, Name
 from router.membership import Member, Membership
 from router.moves import Moves
 from router.policy import Placement, WorkerLoad, choose
 from router.rebalance import Rebalancer
 from router.step_history import StepHistory
-from router.turns import Turns
 from router.workers import Connector, WorkerLink
 
 REFUSED_PAUSE_S = 0.05  # doubled at each refusal, up to
@@ -63,9 +64,9 @@ class Dispatcher:
 
     def __init__(
         self, config: RouterConfig, gateway_id: str, connector: Connector, names: Names,
-        on_retry: Callable[[Key, SteelyardError], None] = lambda _key, _error: None,
+        on_retry: Callable[[Key, SteelyardError], None] = lambda _key, _error: None, naming: Naming = UNNAMED,
     ) -> None:  # fmt: skip
-        """`on_retry` hears which placement is given up for another one, and why."""
+        """`on_retry` hears which placement is given up for another one, and why. `naming`: of the workers' blocks."""
         self._config = config
         self._on_retry = on_retry
         self._gateway_id = gateway_id
@@ -83,7 +84,7 @@ class Dispatcher:
         self.canary = Canary(self, config.canary_s)
         self.moves = Moves(self._live, self._links)
         self.rebalancer = Rebalancer(self.moves, self.loads, config.migrate_below, config.back_up_below)
-        self._turns = Turns()
+        self.learnt = Learnt(naming)
         self.step_history = StepHistory()
 
     def new_request_id(self) -> str:
@@ -103,8 +104,10 @@ class Dispatcher:
             log.warning("%s", fault)
         wanted = {(member.worker_id, member.incarnation): member for member in membership.members}
         for name in [name for name in self._links if name not in wanted]:
-            self._in_background(self._links.pop(name).close())
+            link = self._links.pop(name)
+            self._in_background(link.close())
             self.step_history.forget(*name)
+            self.learnt.left(link.member)
         for name, member in wanted.items():
             if name in self._links:
                 self._links[name].member = member
@@ -138,7 +141,6 @@ class Dispatcher:
         finally:
             for live in lives:
                 del self._live[live.request.request_id]
-                self._remember(live)
                 self._abandon(live)
 
     def cancel(self, request_id: str) -> None:
@@ -228,7 +230,7 @@ class Dispatcher:
             one.place(placement)
         decode = None if placement.decode is None else placement.decode.endpoint
         request, *siblings = (one.placed_request(self._now()) for one in live.placed_together)
-        source = self._source_of(live.request, placement)
+        source = self._source_of(live, placement)
         submission = Submission(request, self._gateway_id, decode, tuple(siblings), source)
         link = self._links[(placement.first.worker_id, placement.first.incarnation)]
         try:
@@ -236,21 +238,13 @@ class Dispatcher:
         except SteelyardError as error:
             live.fail(error)
 
-    def _source_of(self, request: Request, placement: Placement) -> Endpoint | None:
-        """Another worker that had the beginning of the prompt, in an earlier turn or request."""
-        first = (placement.first.worker_id, placement.first.incarnation)
-        name = self._turns.find(request.namespace, request.prompt_ids, first)
+    def _source_of(self, live: LiveRequest, placement: Placement) -> Endpoint | None:
+        """Another worker that has more of the beginning of the prompt, from an earlier turn or request."""
+        name = self.learnt.source(live, (placement.first.worker_id, placement.first.incarnation))
         link = self._links.get(name) if name is not None else None
         if link is None or not link.connected:
             return None
         return link.member.endpoint if link.member.cohort == placement.first.cohort else None
-
-    def _remember(self, live: LiveRequest) -> None:
-        """Where the blocks of a request lie that has generated."""
-        if live.last_prefiller is not None:
-            self._turns.remember(live.request.namespace, live.request.prompt_ids, live.last_prefiller)
-        if live.last_decoder is not None:
-            self._turns.remember(live.request.namespace, (*live.request.prompt_ids, *live.tokens), live.last_decoder)
 
     async def _place_again(self, live: LiveRequest, error: SteelyardError) -> None:
         """Raises `error` if it is the request's own fault or was met too often."""
@@ -305,12 +299,14 @@ class Dispatcher:
         self._news.set()
         if (member.worker_id, member.incarnation) in self._links:  # what has left is forgotten
             self.step_history.add(member, batch.steps)
+            self.learnt.hear(member, batch)
         for output in batch.outputs:
             live = self._live.get(output.key.request_id)
             if live is None or live.is_stray(output):
                 self._abort_stray(member, output)
             elif live.take(self.moves.with_pause(live, output), member.worker_id) and live.handed_off:
                 self.canary.prove()
+                self.learnt.hear_transfer(live, output)
 
     def _abort_stray(self, member: Member, output: TokenOutput) -> None:
         """Tokens that nobody wants: an abort came before what it was to end, or was lost. Once at a time."""
@@ -325,6 +321,7 @@ class Dispatcher:
         del self._strays[(link.member.worker_id, key)]
 
     def _on_down(self, member: Member, reason: str) -> None:
+        self.learnt.lost(member)
         for live in self._live.values():
             if (member.worker_id, member.incarnation) in live.workers:
                 live.fail(WorkerLost(f"worker {member.worker_id} was lost: {reason}"))
@@ -350,8 +347,9 @@ class Dispatcher:
         healthy, reason, age_s = self.canary.verdict()
         workers = tuple(_view(link) for link in self._links.values())
         return HealthView(
-            healthy, reason, age_s, self._membership.version, workers, len(self._live), self.retries, self.moves.counts
-        )
+            healthy, reason, age_s, self._membership.version, workers, len(self._live), self.retries, self.moves.counts,
+            self.learnt.predictor.view(),
+        )  # fmt: skip
 
     @property
     def retries(self) -> tuple[tuple[str, int], ...]:

@@ -18,7 +18,8 @@ from math import exp, isfinite, log
 from statistics import median
 
 FADING = 0.998  # of a record by each one after it
-SWEEPS = 8  # of coordinate descent for each record
+SWEEPS, YOUNG_SWEEPS = 2, 16  # of coordinate descent for each record, and for each of the first
+YOUNG = 128  # records
 SHORTEST_S, LONGEST_S = 1e-6, 3600.0  # what is learnt, and what is predicted
 LARGEST_FEATURE = 1e6  # features are scaled to the order of 1
 TINY = 1e-30  # a square that says nothing
@@ -83,7 +84,7 @@ class Fit:
             squares = self._squares[index]
             for other, second in enumerate(row):
                 squares[other] = FADING * squares[other] + value * second
-        for _ in range(SWEEPS):
+        for _ in range(YOUNG_SWEEPS if self.num_learnt < YOUNG else SWEEPS):
             for index, squares in enumerate(self._squares):
                 if squares[index] > TINY:
                     lack = self._products[index] - sum(map(float.__mul__, squares, self._weights))

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from engine.errors import SteelyardError, WorkerLost, error_from_code
 from engine.types import FinishReason, Key, Request, TokenOutput
+from router.block_names import BlockNames
 from router.membership import Member
 from router.merge import Backlog
 from router.policy import Placement
@@ -49,8 +50,7 @@ class LiveRequest:
     followers: list[LiveRequest] = field(default_factory=list)
     migration: Migration | None = None  # the last one of this placement, until tokens have come of its end alone
     last_token_at: float = 0.0  # while it moves
-    last_prefiller: Name | None = None  # that a first token came from last
-    last_decoder: Name | None = None  # that later ones came from last
+    names: BlockNames | None = None  # once they were asked for
     _in_doubt: bool = False  # may it have moved?
     _last_epoch: int = 0  # that was ever given
     first_epoch: int = 0  # of this placement; each migration raises the epoch
@@ -235,10 +235,6 @@ class LiveRequest:
             self.cached_tokens = output.cached_tokens
         decode = self.placement.decode if self.placement else None
         self.handed_off = self.handed_off or (decode is not None and decode.worker_id == worker_id)
-        if self.handed_off and decode is not None:
-            self.last_decoder = (decode.worker_id, decode.incarnation)
-        elif self.placement is not None:
-            self.last_prefiller = (self.placement.first.worker_id, self.placement.first.incarnation)
         self._next_index += len(output.token_ids)
         if output.cached_tokens != self.cached_tokens:
             output = replace(output, cached_tokens=self.cached_tokens)

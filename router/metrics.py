@@ -197,6 +197,7 @@ class _HealthCollector(Collector):
         yield _counts("steelyard_request_retries", words, "reason", view.retries)
         words = "Running requests that were to move to another worker, by what came of it"
         yield _counts("steelyard_migrations", words, "outcome", view.migrations)
+        yield from _prediction_errors(view)
         if view.canary_age_s is not None:
             yield GaugeMetricFamily(
                 "steelyard_canary_age_seconds", "Since a canary last went through", view.canary_age_s
@@ -234,6 +235,20 @@ def _counts(name: str, words: str, label: str, counts: tuple[tuple[str, int], ..
     for value, count in counts:
         counter.add_metric([value], count)
     return counter
+
+
+def _prediction_errors(view: HealthView) -> Iterator[GaugeMetricFamily]:
+    """Quantiles of a few hundred predictions, by what they were of."""
+    words = "Predicted times: |predicted - measured| / measured of the last ones"
+    error = GaugeMetricFamily("steelyard_prediction_error_ratio", words, labels=["of", "quantile"])
+    words = "How many predictions these are"
+    judged = GaugeMetricFamily("steelyard_predictions_judged", words, labels=["of"])
+    for one in view.prediction:
+        error.add_metric([one.kind, "0.5"], one.median)
+        error.add_metric([one.kind, "0.9"], one.p90)
+        judged.add_metric([one.kind], one.num_judged)
+    yield error
+    yield judged
 
 
 def _kv_usage(worker: WorkerView) -> float:

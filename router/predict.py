@@ -58,10 +58,9 @@ class _StepTimes:
 
 
 class Predictor:
-    """`learns`: False where only calibrations count, as in the simulator, whose bursts tell of few of their steps."""
+    """Of all pools that a gateway knows."""
 
-    def __init__(self, learns: bool = True) -> None:
-        self._learns = learns
+    def __init__(self) -> None:
         self._pools: dict[Pool, _StepTimes] = {}
         self._num_steps: dict[Life, int] = {}
         self._transfers = TransferTimes()
@@ -112,8 +111,7 @@ class Predictor:
                 continue
             kind = Prediction.PREFILL if record.shape.chunks else Prediction.DECODE
             self.errors.add(kind, times.step_s(record.shape), record.step_s)
-            if self._learns:
-                times.learn(record)
+            times.learn(record)
 
     def learn_transfer(self, source: str, target: str, transfer: KvTransfer) -> None:
         """The same of a transfer from worker to worker."""

@@ -9,7 +9,7 @@ exposed part: the bytes that had not arrived with the first token, and the time 
 
 from __future__ import annotations
 
-from engine.types import KvTransfer, TransferReport
+from engine.types import KvPath, KvTransfer, TransferReport
 from router.fit import Fit
 
 FIXED_S = 0.005  # a guess: the COMMIT, its answer, the adoption
@@ -24,7 +24,8 @@ class TransferTimes:
     def __init__(self) -> None:
         self._pairs: dict[Pair, Fit] = {}
         self._all = _new_fit(BYTES_PER_S)
-        self._paths: dict[Pair, float] = {}  # bytes/s
+        self._paths: dict[Pair, float] = {}  # bytes/s, by the fastest carrier
+        self._told: dict[str, tuple[KvPath, ...]] = {}  # by worker id, what was heard last
 
     def transfer_s(self, source: str, target: str, size_bytes: int) -> float:
         """Of so many bytes that have not moved yet, to the COMMIT."""
@@ -46,12 +47,15 @@ class TransferTimes:
         self._all.learn(features, transfer.exposed_s)
 
     def hear(self, target: str, report: TransferReport) -> None:
-        """What a worker has measured of the paths to it; of several carriers the fastest is used."""
-        for path in report.paths:
-            known = [other.bytes_per_s for other in report.paths if other.peer == path.peer]
-            self._paths[(path.peer, target)] = max(known)
+        """What a worker has measured of the paths to it, told again with every batch."""
+        if report.paths == self._told.get(target, ()):
+            return
+        self._told[target] = report.paths
+        for path in sorted(report.paths, key=lambda path: path.bytes_per_s):
+            self._paths[(path.peer, target)] = path.bytes_per_s
 
     def forget(self, worker_id: str) -> None:
+        self._told.pop(worker_id, None)
         for table in (self._pairs, self._paths):
             for pair in [pair for pair in table if worker_id in pair]:
                 del table[pair]

@@ -18,6 +18,9 @@ from engine.layer_groups import LayerGroups
 from engine.planes import CacheLayout
 from engine.scheduler import SchedulerLimits
 from engine.types import Role
+from router.block_names import Naming
+
+HASH_KEY = b"simulated"  # of prefix hashes
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,12 @@ class WorldSpec:
         block_size = self.config.engine.block_size
         return plain_layout(block_size) if self.plain else state_layout(block_size)
 
+    @property
+    def naming(self) -> Naming:
+        """Of the workers' blocks."""
+        config = self.config.engine
+        return Naming(config.block_size, HASH_KEY if config.prefix_cache else None)
+
     def role(self, role: Role) -> RoleSpec:
         return self.roles.get(role) or RoleSpec(self.steps, self.config.engine.num_blocks)
 
@@ -82,5 +91,5 @@ class WorldSpec:
         max_context = self.config.model.max_context or self.max_context
         return EngineSpec(
             limits, num_blocks or config.num_blocks, max_context, self.vocab_size, self.eos_token_ids,
-            hash_key=b"simulated", layer_groups=LayerGroups.of(self.layout, int(self.tells_layers)),
+            hash_key=HASH_KEY, layer_groups=LayerGroups.of(self.layout, int(self.tells_layers)),
         )  # fmt: skip

@@ -1,0 +1,59 @@
+"""What a gateway has learnt of its workers: how long things take there, and which prefixes they have cached.
+
+1. `hear` takes each batch of a worker's stream, and `hear_transfer` what it says of a request's KV;
+2. `lost` forgets the caches of a worker that cannot be heard, `left` all of a life that is over;
+3. `num_cached` and `source` say where the beginning of a request is. Its blocks are named once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from engine.streams import StreamBatch
+from engine.types import TokenOutput
+from router.block_names import BlockNames, Naming
+from router.live import LiveRequest, Name
+from router.membership import Member
+from router.predict import Predictor
+from router.prefix_index import PrefixIndex
+
+
+class Learnt:
+    def __init__(self, naming: Naming) -> None:
+        self.predictor = Predictor()
+        self.prefixes = PrefixIndex()
+        self._naming = naming
+
+    def hear(self, member: Member, batch: StreamBatch) -> None:
+        self.predictor.calibrate(member.pool, batch.calibration)
+        self.predictor.learn(member, batch.steps)
+        self.predictor.hear_paths(member.worker_id, batch.transfers)
+        self.prefixes.apply((member.worker_id, member.incarnation), batch.cache)
+
+    def hear_transfer(self, live: LiveRequest, output: TokenOutput) -> None:
+        """With the first output after a hand-off."""
+        placement = live.placement
+        if output.transfer is not None and placement is not None and placement.decode is not None:
+            source, target = placement.first.worker_id, placement.decode.worker_id
+            self.predictor.learn_transfer(source, target, output.transfer)
+
+    def lost(self, member: Member) -> None:
+        self.prefixes.forget((member.worker_id, member.incarnation))
+
+    def left(self, member: Member) -> None:
+        self.lost(member)
+        self.predictor.forget(member.worker_id, member.incarnation)
+
+    def num_cached(self, live: LiveRequest) -> Mapping[Name, int]:
+        """Tokens of its beginning that workers have cached; those that have none are not there."""
+        if live.names is None:
+            live.names = BlockNames(self._naming, live.request.namespace)
+        names = live.names.of((*live.request.prompt_ids, *live.tokens))
+        counts = self.prefixes.num_cached_blocks(names)
+        return {worker: count * self._naming.block_size for worker, count in counts.items()}
+
+    def source(self, live: LiveRequest, first: Name) -> Name | None:
+        """Who has most of its beginning, if it is more than the worker has that is to compute it."""
+        counts = self.num_cached(live)
+        best = max(counts, key=lambda worker: (counts[worker], worker), default=first)
+        return best if counts.get(best, 0) > counts.get(first, 0) else None
