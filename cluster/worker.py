@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 from dataclasses import asdict
 
 from cluster.config import ClusterConfig
@@ -20,6 +21,7 @@ from cluster.rpc.server import WorkerServer
 from cluster.rpc.tls import load_tls
 from cluster.sides import Cache, Links, WorkerSides
 from cluster.spec import WorkerSpec
+from engine.calibration import calibrate
 from engine.errors import WorkerLost
 from engine.pool import BlockBytes, SharedPool
 from engine.rank_pools import RankPools, pools_of, worker_pool
@@ -135,7 +137,9 @@ class Worker:
             self._block_bytes = behind_ring(built.cache, ring, setup.config.device)
         else:
             self._block_bytes = pool
-        return ThreadStepRunner(built.engine, built.runner), None  # the tensors keep the memory
+        budget_s = setup.config.calibrate_s
+        calibration = await asyncio.to_thread(calibrate, setup.spec, built.runner, budget_s, time.perf_counter)
+        return ThreadStepRunner(built.engine, built.runner, calibration), None  # the tensors keep the memory
 
     def _porter_setup(self, setup: EngineSetup) -> PorterSetup:
         """The worker's patience with its porter is shorter than a pull's with the worker."""

@@ -62,6 +62,9 @@ class EngineConfig(StrictModel):
         default="auto", description="mapped: peers map the KV pool; ring: they read it through a ring; auto: by device"
     )
     threads: int = Field(default=1, ge=1, description="CPU threads of one engine")
+    calibrate_s: float = Field(
+        default=1.5, ge=0, le=60, description="at its start an engine measures steps for at most so long; 0: off"
+    )
 
     @model_validator(mode="after")
     def _budgets_fit(self) -> EngineConfig:

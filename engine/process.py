@@ -1,9 +1,9 @@
 """The engine's own process: `python -m engine.process SOCKET_FD POOL_FD...`, started by ProcessStepRunner.
 
 1. reads an EngineSetup from the socket; 2. with several ranks, one for each pool, starts those of the others
-(engine/follower.py); 3. loads the model over the shared pool and says so (None), or what failed (ErrorInfo); 4. drives
-turns, commands from and outputs to the socket; 5. ends when the other end is closed, which also happens when the parent
-dies, or when another rank has ended.
+(engine/follower.py); 3. loads the model over the shared pool, measures a few steps (engine/calibration.py) and says
+that it is ready (None), or what failed (ErrorInfo); 4. drives turns, commands from and outputs to the socket; 5. ends
+when the other end is closed, which also happens when the parent dies, or when another rank has ended.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import select
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 
 from engine.build import build_model_runner, host_tier
+from engine.calibration import calibrate
 from engine.engine import Engine
 from engine.errors import SteelyardError, WorkerLost
 from engine.follower import FollowerProcesses
@@ -86,8 +88,9 @@ def serve(inbox: SocketInbox, pool_fds: list[int]) -> None:
         except SteelyardError as error:
             inbox.write(ErrorInfo(error.code, error.message))
             return
+        calibration = calibrate(setup.spec, runner, setup.config.calibrate_s, time.perf_counter)
         inbox.write(None)
-        drive(engine, runner, inbox, inbox.write)
+        drive(engine, runner, inbox, inbox.write, calibration)
 
 
 @contextlib.contextmanager

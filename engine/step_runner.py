@@ -54,8 +54,13 @@ class Inbox(Protocol):
         ...
 
 
-def drive(engine: Engine, model: ModelRunner, inbox: Inbox, emit: Callable[[StepOutputs], None]) -> None:
-    """Run turns until the inbox says that it is over."""
+def drive(
+    engine: Engine, model: ModelRunner, inbox: Inbox, emit: Callable[[StepOutputs], None],
+    calibration: tuple[StepRecord, ...] = (),
+) -> None:  # fmt: skip
+    """Run turns until the inbox says that it is over. `calibration` goes out before."""
+    if calibration:
+        emit(StepOutputs(stats=engine.stats(), calibration=calibration))
     ended: float | None = None  # when the step before was; None: idle, for what waits can only go on after a command
     while (commands := inbox.take(block=ended is None)) is not None:
         begun = time.perf_counter() if ended is None else ended
@@ -96,11 +101,12 @@ def compute(
 class ThreadStepRunner:
     """Turns in a thread of this process."""
 
-    def __init__(self, engine: Engine, model: ModelRunner) -> None:
+    def __init__(self, engine: Engine, model: ModelRunner, calibration: tuple[StepRecord, ...] = ()) -> None:
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._outputs: asyncio.Queue[StepOutputs | BaseException] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._run, args=(engine, model), name="engine", daemon=True)
+        args = (engine, model, calibration)
+        self._thread = threading.Thread(target=self._run, args=args, name="engine", daemon=True)
         self._thread.start()
 
     def send(self, command: Command) -> None:
@@ -125,10 +131,10 @@ class ThreadStepRunner:
             taken.append(command)
         return taken
 
-    def _run(self, engine: Engine, model: ModelRunner) -> None:
+    def _run(self, engine: Engine, model: ModelRunner, calibration: tuple[StepRecord, ...]) -> None:
         end: BaseException = RuntimeError("stopped")
         try:
-            drive(engine, model, self, self._emit)
+            drive(engine, model, self, self._emit, calibration)
         except Exception as error:
             end = error
         with contextlib.suppress(RuntimeError):  # the loop may be closed already
