@@ -23,11 +23,11 @@ YOUNG = 128  # records
 SHORTEST_S, LONGEST_S = 1e-6, 3600.0  # what is learnt, and what is predicted
 LARGEST_FEATURE = 1e6  # features are scaled to the order of 1
 TINY = 1e-30  # a square that says nothing
-PACE_GAIN = 1 / 16
+PACE_GAIN = 0.3  # on a host whose neighbours come and go within ten steps, the least error; else a little noise
 PACE_LIMIT = log(32.0)
-WINDOW = 24  # records by which an outlier is told
-FEWEST = 8  # of them
-LEAST_SPREAD = 0.3  # of log(measured / predicted): nearer ones are no outliers
+WINDOW = 12  # records by which an outlier is told
+FEWEST = 6  # of them
+LEAST_SPREAD = 0.5  # of log(measured / predicted): nearer ones are no outliers
 SPREADS = 5.0  # median absolute deviations
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 KEPT = 512
-SHORTEST_S = 5e-4  # what is shorter is judged as if it took so long: clocks and loops are no finer
+SHORTEST_S = 0.001  # what is shorter is judged as if it took so long: event loops are no finer
+SHORTEST_TRANSFER_S = 0.01  # nor is it waited for: what remains of most transfers is their COMMIT
 
 
 class Prediction(StrEnum):
@@ -38,7 +39,8 @@ class PredictionErrors:
         self._last: dict[Prediction, deque[float]] = {kind: deque(maxlen=KEPT) for kind in Prediction}
 
     def add(self, kind: Prediction, predicted_s: float, measured_s: float) -> None:
-        measured_s = max(measured_s, SHORTEST_S)
+        shortest_s = SHORTEST_TRANSFER_S if kind is Prediction.TRANSFER else SHORTEST_S
+        predicted_s, measured_s = max(predicted_s, shortest_s), max(measured_s, shortest_s)
         self._last[kind].append(abs(predicted_s - measured_s) / measured_s)
 
     def view(self) -> tuple[PredictionError, ...]:

@@ -16,6 +16,7 @@ FIXED_S = 0.005  # a guess: the COMMIT, its answer, the adoption
 BYTES_PER_S = 5e8  # a guess, on the safe side of a 10 Gbit/s network
 UNIT_BYTES = 2**20
 ENOUGH = 8  # transfers of a pair
+SHORTEST_S = 0.001  # what is exposed for less says no more than that it was hidden
 
 Pair = tuple[str, str]  # worker ids: from, to
 
@@ -43,8 +44,8 @@ class TransferTimes:
         pair = self._pairs.get((source, target))
         if pair is None:
             pair = self._pairs[(source, target)] = _new_fit(self._paths.get((source, target), BYTES_PER_S))
-        pair.learn(features, transfer.exposed_s)
-        self._all.learn(features, transfer.exposed_s)
+        for fit in (pair, self._all):
+            fit.learn(features, max(transfer.exposed_s, SHORTEST_S))
 
     def hear(self, target: str, report: TransferReport) -> None:
         """What a worker has measured of the paths to it, told again with every batch."""
