@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 from enum import StrEnum
+from math import isfinite
 
 KEPT = 512
 SHORTEST_S = 0.001  # what is shorter is judged as if it took so long: event loops are no finer
@@ -41,7 +42,8 @@ class PredictionErrors:
     def add(self, kind: Prediction, predicted_s: float, measured_s: float) -> None:
         shortest_s = SHORTEST_TRANSFER_S if kind is Prediction.TRANSFER else SHORTEST_S
         predicted_s, measured_s = max(predicted_s, shortest_s), max(measured_s, shortest_s)
-        self._last[kind].append(abs(predicted_s - measured_s) / measured_s)
+        if isfinite(predicted_s) and isfinite(measured_s):  # peers may say anything, and /health is JSON
+            self._last[kind].append(abs(predicted_s - measured_s) / measured_s)
 
     def view(self) -> tuple[PredictionError, ...]:
         """Of the kinds of which something is known."""

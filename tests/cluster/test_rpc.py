@@ -22,6 +22,7 @@ from engine.errors import ERRORS, DeadlineExceeded, StaleIncarnation, SteelyardE
 from engine.step_shape import Chunk, StepRecord, StepShape
 from engine.streams import StreamBatch
 from engine.types import (
+    CacheNews,
     CarrierTotals,
     Endpoint,
     EngineStats,
@@ -72,9 +73,12 @@ OUTPUTS = st.builds(
 )  # fmt: skip
 CHUNKS = st.lists(st.builds(Chunk, U32, U32), max_size=3).map(tuple)
 STEPS = st.builds(StepRecord, st.builds(StepShape, CHUNKS, U32, U64), FLOATS)
+RECORDS = st.lists(STEPS, max_size=3).map(tuple)
+NAMES = st.lists(U64, max_size=4).map(tuple)
 BATCHES = st.builds(
-    StreamBatch, st.lists(OUTPUTS, max_size=4).map(tuple), STATS, st.lists(STEPS, max_size=3).map(tuple)
-)
+    StreamBatch, st.lists(OUTPUTS, max_size=4).map(tuple), STATS, RECORDS,
+    cache=st.builds(CacheNews, NAMES, NAMES, st.booleans()), calibration=RECORDS,
+)  # fmt: skip
 
 SECRET = b"s" * 32
 STATUS = WorkerStatus(

@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from engine.errors import Overloaded, WorkerLost
 from engine.types import FinishReason, KvTransfer, Request, TokenOutput
+from router.prediction_error import PredictionError
 from tests.router.fakes import (
     CHAT,
     COMPLETIONS,
@@ -117,3 +118,13 @@ async def test_placements_that_were_given_up_are_counted_by_what_ended_them() ->
     samples = await scrape(generator)
     assert value(samples, "steelyard_request_retries_total", reason="lease_lost") == 2
     assert value(samples, "steelyard_request_retries_total", reason="overloaded") == 5
+
+
+async def test_prediction_errors_are_shown_by_what_was_predicted() -> None:
+    generator = FakeGenerator()
+    view = replace(healthy(), prediction=(PredictionError("prefill", 40, 0.125, 0.25),))
+    generator.view = view
+    samples = await scrape(generator)
+    assert value(samples, "steelyard_prediction_error_ratio", of="prefill", quantile="0.5") == 0.125
+    assert value(samples, "steelyard_prediction_error_ratio", of="prefill", quantile="0.9") == 0.25
+    assert value(samples, "steelyard_predictions_judged", of="prefill") == 40
