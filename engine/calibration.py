@@ -17,7 +17,7 @@ from engine.step_shape import StepRecord
 from engine.types import Add, Adopt, Request, Reserve, SamplingParams
 
 NUM_DECODES = 2  # steps of a probe that only decodes; the last one counts, when its blocks have been touched before
-ADOPTED = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+SAMPLING = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +65,8 @@ def _probes(spec: EngineSpec) -> Iterator[Probe]:
 def _fits(spec: EngineSpec, probe: Probe) -> bool:
     """Windowed layers cannot be adopted in the middle of a prompt."""
     limits, size = spec.limits, spec.limits.block_size
-    lengths = [probe.context + ADOPTED.max_tokens] * probe.num_decoding
-    lengths += [probe.num_before + probe.num_new + ADOPTED.max_tokens] * bool(probe.num_new)
+    lengths = [probe.context + SAMPLING.max_tokens] * probe.num_decoding
+    lengths += [probe.num_before + probe.num_new + SAMPLING.max_tokens] * bool(probe.num_new)
     num_blocks = len(limits.groups) * sum(-(-length // size) for length in lengths)
     is_windowed = any(group.window is not None for group in limits.groups)
     return (
@@ -99,7 +99,7 @@ def _adopt(engine: Engine, request: Request, num_reserved: int, computed: int) -
 
 
 def _request(spec: EngineSpec, name: str, num_tokens: int) -> Request:
-    return Request(name, tuple(index % spec.vocab_size for index in range(num_tokens)), ADOPTED)
+    return Request(name, tuple(index % spec.vocab_size for index in range(num_tokens)), SAMPLING)
 
 
 def _steps(engine: Engine, model: ModelRunner, clock: Callable[[], float]) -> Iterator[StepRecord]:

@@ -31,9 +31,11 @@ class Learnt:
         self.prefixes.apply((member.worker_id, member.incarnation), batch.cache)
 
     def hear_transfer(self, live: LiveRequest, output: TokenOutput) -> None:
-        """With the first output after a hand-off."""
-        placement = live.placement
-        if output.transfer is not None and placement is not None and placement.decode is not None:
+        """With the first output after a hand-off. One that moved later came from elsewhere."""
+        placement, has_moved = live.placement, output.key.epoch != live.first_epoch
+        if output.transfer is None or has_moved:
+            return
+        if placement is not None and placement.decode is not None:
             source, target = placement.first.worker_id, placement.decode.worker_id
             self.predictor.learn_transfer(source, target, output.transfer)
 

@@ -13,7 +13,6 @@ It knows no clock: times come with the records.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from engine.step_shape import StepRecord, StepShape
 from engine.types import KvTransfer, TransferReport
@@ -26,11 +25,6 @@ NUM_COLD = 4  # steps at the begin of a life that do not count
 TOKENS, PAIRS, SEQUENCES, CONTEXT = 256, 2**16, 16, 2**13  # what a feature of 1 stands for
 DECODE_PRIOR = (0.01, 0.01, 0.01)  # s: a step, 16 sequences, 8192 positions
 PREFILL_PRIOR = (0.01, 0.1, 0.01, 0.01, 0.01)  # s: a step, 256 tokens, 2**16 pairs, and as above
-
-
-class Life(NamedTuple):
-    worker_id: str
-    incarnation: str
 
 
 class _StepTimes:
@@ -62,7 +56,7 @@ class Predictor:
 
     def __init__(self) -> None:
         self._pools: dict[Pool, _StepTimes] = {}
-        self._num_steps: dict[Life, int] = {}
+        self._num_steps: dict[tuple[str, str], int] = {}  # by worker id and incarnation
         self._transfers = TransferTimes()
         self.errors = PredictionErrors()
 
@@ -104,7 +98,7 @@ class Predictor:
 
     def learn(self, member: Member, records: Iterable[StepRecord]) -> None:
         """Judge the predictions of these steps, then learn from them."""
-        times, life = self._pool(member.pool), Life(member.worker_id, member.incarnation)
+        times, life = self._pool(member.pool), (member.worker_id, member.incarnation)
         for record in records:
             count = self._num_steps[life] = self._num_steps.get(life, 0) + 1
             if count <= NUM_COLD:
@@ -129,7 +123,7 @@ class Predictor:
 
     def forget(self, worker_id: str, incarnation: str) -> None:
         """A life is over. What was learnt of its pool stays."""
-        self._num_steps.pop(Life(worker_id, incarnation), None)
+        self._num_steps.pop((worker_id, incarnation), None)
         self._transfers.forget(worker_id)
 
     def view(self) -> tuple[PredictionError, ...]:
