@@ -53,7 +53,7 @@ class PrefixIndex:
         have = -1
         for index, name in enumerate(names):
             still = have & self._masks.get(name, 0)
-            if index:
+            if index and still != have:
                 counts |= dict.fromkeys(self._of(have & ~still), index)
             have = still
             if not have:
