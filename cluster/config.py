@@ -25,6 +25,7 @@ from engine.errors import ConfigError
 from kv_transfer.config import TransferConfig
 from prefill_worker.config import PrefillConfig
 from router.config import RouterConfig
+from router.policies.snapshot import EngineLimits
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -97,6 +98,12 @@ class ClusterConfig(StrictModel):
     decode: DecodeConfig = DecodeConfig()
     router: RouterConfig = RouterConfig()
     pools: PoolsSection = PoolsSection()
+
+    @property
+    def engine_limits(self) -> EngineLimits:
+        """As the router knows them."""
+        one = self.engine
+        return EngineLimits(one.block_size, one.prefill_chunk, one.max_batch_tokens, one.max_batch_seqs)
 
     @model_validator(mode="after")
     def _parts_fit(self) -> ClusterConfig:

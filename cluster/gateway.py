@@ -83,7 +83,10 @@ class Gateway:
         model = await asyncio.to_thread(load_text_model, self._config.model)
         listener = listen(router.host, router.port)
         connector, naming = GrpcConnector(self._channels), naming_of(self._config.engine, self._secret)
-        self._dispatcher = Dispatcher(router, self._gateway_id, connector, SystemNames(), naming=naming)
+        limits = self._config.engine_limits
+        self._dispatcher = Dispatcher(
+            router, self._gateway_id, connector, SystemNames(), naming=naming, limits=limits
+        )  # fmt: skip
         self._door = Door(self._dispatcher)
         steps = self._dispatcher.step_history
         app = create_app(self._door, model, router, steps=steps, wall_clock=time.time, version=our_version())

@@ -41,7 +41,8 @@ class HealthView:
     """Healthy means: a canary went through prefill, wire and decode within the last `canary_s`. `retries`: how often
     requests were placed again, by the code of the error that ended the placement before; `migrations`: how often one
     was to move to another worker while it generated, by what came of it ("moved", an error's code, "in doubt");
-    `prediction`: how far off predicted times were, by what they were of."""
+    `prediction`: how far off predicted times were, by what they were of; `admissions`: decisions on requests, as
+    (outcome, reason, count); `num_waiting`: those that wait here for room."""
 
     healthy: bool
     reason: str
@@ -52,6 +53,8 @@ class HealthView:
     retries: tuple[tuple[str, int], ...] = ()
     migrations: tuple[tuple[str, int], ...] = ()
     prediction: tuple[PredictionError, ...] = ()
+    admissions: tuple[tuple[str, str, int], ...] = ()
+    num_waiting: int = 0
 
 
 class Generator(Protocol):

@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+import math
+
+from pydantic import Field, PositiveFloat
 
 from engine.config import StrictModel
-from router.policy import Policy
+from engine.types import Service
+from router.policies import PolicyName
+
+
+class ServiceClass(StrictModel):
+    """What requests of a class are promised."""
+
+    ttft_s: PositiveFloat | None = Field(default=None, description="null: no target")
+    tpot_s: PositiveFloat | None = Field(default=None, description="null: no target")
+    priority: int = Field(default=0, ge=0, le=100, description="higher numbers yield to lower ones")
+
+
+CLASSES = {
+    "interactive": ServiceClass(ttft_s=1.0, tpot_s=0.1),
+    "standard": ServiceClass(ttft_s=5.0, tpot_s=0.2),
+    "batch": ServiceClass(priority=10),
+}
 
 
 class RouterConfig(StrictModel):
@@ -26,9 +44,11 @@ class RouterConfig(StrictModel):
         default=15.0, gt=0, description="a request goes through prefill, wire and decode at least this often"
     )
     rpc_timeout_s: float = Field(default=5.0, gt=0, description="deadline of one control call to a worker")
-    policy: Policy = Field(
-        default="least_work", description="least_work, or round_robin as a yardstick for comparisons"
-    )
+    policy: PolicyName = Field(default="slo", description="which workers serve a request, and whether")
+    ttft_s: PositiveFloat | None = Field(default=None, description="first tokens are due by then; null: no target")
+    tpot_s: PositiveFloat | None = Field(default=None, description="the most per further token; null: no target")
+    classes: dict[str, ServiceClass] = Field(default=CLASSES, description="targets by the name of a service class")
+    max_waiting: int = Field(default=256, ge=0, description="requests that wait at the gateway for room; more get 429")
     max_attempts: int = Field(default=3, ge=1, description="placements of one request before it fails")
     migrate_below: float = Field(
         default=0.05,
@@ -39,3 +59,8 @@ class RouterConfig(StrictModel):
     back_up_below: float = Field(
         default=0.0, ge=0, le=0.5, description="with less free, requests are copied elsewhere before they move; 0: off"
     )
+
+    @property
+    def service(self) -> Service:
+        """What is promised to a request that names nothing."""
+        return Service(ttft_s=self.ttft_s or math.inf, tpot_s=self.tpot_s or math.inf)

@@ -2,10 +2,12 @@
 
 A request's way:
 1. `generate` admits it (or refuses at once) and gives it a deadline;
-2. `policy.choose` names a prefill and a decode worker; the prefill worker gets the Submission;
+2. the placer names a prefill and a decode worker, lets it wait for them, or refuses it (router/placer.py); the prefill
+   worker gets the Submission;
 3. tokens come over the workers' streams, the first from prefill, the others from decode, merged by LiveRequest;
 4. a failed placement raises the epoch: the prompt and the tokens so far are placed elsewhere, and the stream goes on
-   at the next index. A refusal for lack of room waits a little and tries again until the deadline;
+   at the next index. A refusal for lack of room waits a little and tries again: until the deadline, or, if it has
+   targets and no token yet, once;
 5. when the caller is done with the iterator, whatever still runs for it is aborted.
 
 Several answers to one prompt come as one stream. Each is a LiveRequest with a task of its own; their first placement is
@@ -37,16 +39,18 @@ from router.block_names import UNNAMED, Naming
 from router.canary import Canary
 from router.config import RouterConfig
 from router.learnt import Learnt
-from router.live import LiveRequest, Name
+from router.live import LiveRequest
 from router.membership import Member, Membership
 from router.moves import Moves
-from router.policy import Placement, WorkerLoad, choose
+from router.placer import Placer
+from router.policies.snapshot import EngineLimits, Placement, WorkerLoad, has_targets
 from router.rebalance import Rebalancer
 from router.step_history import StepHistory
 from router.workers import Connector, WorkerLink
 
 REFUSED_PAUSE_S = 0.05  # doubled at each refusal, up to
 LONGEST_PAUSE_S = 1.0
+MOST_REFUSALS = 1  # of workers, for a request with targets; then its client hears of it
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +69,7 @@ class Dispatcher:
     def __init__(
         self, config: RouterConfig, gateway_id: str, connector: Connector, names: Names,
         on_retry: Callable[[Key, SteelyardError], None] = lambda _key, _error: None, naming: Naming = UNNAMED,
+        limits: EngineLimits = EngineLimits(),
     ) -> None:  # fmt: skip
         """`on_retry` hears which placement is given up for another one, and why. `naming`: of the workers' blocks."""
         self._config = config
@@ -76,7 +81,6 @@ class Dispatcher:
         self._links: dict[tuple[str, str], WorkerLink] = {}  # by worker id and incarnation
         self._live: dict[str, LiveRequest] = {}
         self._background: list[asyncio.Task[None]] = []
-        self._num_placed = 0
         self._num_retries: Counter[str] = Counter()  # by the code of what ended the placement before
         self._strays: dict[tuple[str, Key], None] = {}  # placements being aborted because their tokens still come
         self._closed = asyncio.Event()
@@ -85,6 +89,7 @@ class Dispatcher:
         self.moves = Moves(self._live, self._links)
         self.rebalancer = Rebalancer(self.moves, self.loads, config.migrate_below, config.back_up_below)
         self.learnt = Learnt(naming)
+        self._placer = Placer(config, self._links, self.learnt, limits, self._now)
         self.step_history = StepHistory()
 
     def new_request_id(self) -> str:
@@ -142,6 +147,7 @@ class Dispatcher:
             for live in lives:
                 del self._live[live.request.request_id]
                 self._abandon(live)
+                self._placer.ended(live)
 
     def cancel(self, request_id: str) -> None:
         """See router.api.Generator."""
@@ -198,8 +204,9 @@ class Dispatcher:
         for request in requests:
             if request.request_id in self._live:
                 raise InvalidRequest(f"request id {request.request_id} is in use", param="request_id")
-        deadline = self._now() + min(requests[0].timeout_s, self._config.deadline_s)
-        lives = [LiveRequest(request, deadline) for request in requests]
+        now, first = self._now(), requests[0]
+        deadline, first_due = now + min(first.timeout_s, self._config.deadline_s), now + first.service.ttft_s
+        lives = [LiveRequest(request, deadline, first_due, self._placer.changed) for request in requests]
         for live in lives[1:]:
             live.follow(lives[0])
         self._live |= {live.request.request_id: live for live in lives}
@@ -221,11 +228,9 @@ class Dispatcher:
 
     async def _place(self, live: LiveRequest) -> None:
         """Choose workers and submit; a failure to submit becomes the placement's first event."""
-        placement = choose(self.loads(), not live.shuns_wire, self._config.policy, self._num_placed)
-        if placement is None:
-            raise Unavailable("no worker can be reached", retry_after_s=1)
-        self._num_placed += 1
+        placement = await self._placer.choose(live)
         live.leave()
+        self._placer.placed(live, placement)
         for one in live.placed_together:
             one.place(placement)
         decode = None if placement.decode is None else placement.decode.endpoint
@@ -236,6 +241,7 @@ class Dispatcher:
         try:
             await link.client.submit(submission, link.member.role_epoch, self._config.rpc_timeout_s)
         except SteelyardError as error:
+            live.refused_at_once = True
             live.fail(error)
 
     def _source_of(self, live: LiveRequest, placement: Placement) -> Endpoint | None:
@@ -258,18 +264,33 @@ class Dispatcher:
         log.info("request %s is placed again after: %s", live.request.request_id, error.message)
         self._num_retries[error.code] += 1
         self._on_retry(live.key, error)
+        self._note_refusal(live, error)
         for one in live.placed_together:
             self._abandon(one)
             one.void()
         live.shuns_wire = isinstance(error, TransferFailed)  # what cannot be moved is computed where it is needed
         pauses = max(live.num_refusals, live.num_failures)
         await self._pause(min(REFUSED_PAUSE_S * 2**pauses, LONGEST_PAUSE_S))
-        while choose(self.loads()) is None:  # a worker is being replaced; the deadline bounds this
+        while not any(
+            link.connected for link in self._links.values()
+        ):  # a worker is being replaced; the deadline bounds this
             self._news.clear()
             await self._news.wait()
             if self._closed.is_set():
                 raise error
         await self._place(live)
+
+    def _note_refusal(self, live: LiveRequest, error: SteelyardError) -> None:
+        """Where its prefix is now, and who has no room. Raises Overloaded if workers have had the last word."""
+        live.refused_by = live.refused_after = None
+        if not isinstance(error, Overloaded) or live.placement is None:
+            return
+        if live.num_refusals > MOST_REFUSALS and has_targets(live.request.service) and not live.tokens:
+            raise self._placer.refused_by_workers(live)
+        first, decode = live.placement.first, live.placement.decode
+        if decode is not None and not live.refused_at_once:
+            live.refused_after = (first.worker_id, first.incarnation)
+            live.refused_by = (decode.worker_id, decode.incarnation)
 
     async def _pause(self, pause_s: float) -> None:
         """Wait; raises Unavailable when the gateway is closed meanwhile."""
@@ -297,6 +318,8 @@ class Dispatcher:
 
     def _on_batch(self, member: Member, batch: StreamBatch) -> None:
         self._news.set()
+        if not batch.outputs:
+            self._placer.heard()
         if (member.worker_id, member.incarnation) in self._links:  # what has left is forgotten
             self.step_history.add(member, batch.steps)
             self.learnt.hear(member, batch)
@@ -329,26 +352,15 @@ class Dispatcher:
     # --- views ---------------------------------------------------------------------------------------------
 
     def loads(self) -> list[WorkerLoad]:
-        """Every linked worker's load, derived from the table of live requests and its last report."""
-        num_sequences: Counter[Name] = Counter()
-        num_tokens: Counter[Name] = Counter()  # of prompts that have not given a token; shared ones count once
-        for live in self._live.values():
-            for name in live.workers:
-                num_sequences[name] += 1
-            first = live.first_worker
-            if first is not None and live.is_prefilling and live.leader is None:
-                num_tokens[first] += live.request.num_tokens
-        return [
-            WorkerLoad(link.member, link.connected, num_sequences[name], num_tokens[name], link.stats)
-            for name, link in self._links.items()
-        ]
+        """Every linked worker's load."""
+        return self._placer.loads()
 
     def health(self) -> HealthView:
         healthy, reason, age_s = self.canary.verdict()
         workers = tuple(_view(link) for link in self._links.values())
         return HealthView(
             healthy, reason, age_s, self._membership.version, workers, len(self._live), self.retries, self.moves.counts,
-            self.learnt.predictor.view(),
+            self.learnt.predictor.view(), self._placer.counts, self._placer.num_waiting,
         )  # fmt: skip
 
     @property

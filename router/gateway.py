@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
@@ -35,6 +35,7 @@ from router.patience import Patience
 from router.replies import CompletionReplies, CompletionReply, ModelCard, ModelList
 from router.schema import ChatBody, CompletionBody
 from router.step_history import StepHistory, StepsView
+from router.targets import with_targets
 from router.text import TextModel
 
 PREPARE_STAGE = "prepare"  # arrival to Request: reading, checking, tokenising
@@ -91,8 +92,11 @@ class _Front:
         """The generation that a body asks for; nothing of it is computed before its first output is awaited."""
         arrival = arrival_of(http)
         prepared = await self.model.prepare(body, arrival.request_id, self.generator.new_seed, self.config.deadline_s)
+        prepare_s = asyncio.get_running_loop().time() - arrival.time_s
+        requests = tuple(with_targets(one, http.headers, self.config, prepare_s) for one in prepared.requests)
+        prepared = replace(prepared, requests=requests)
         ledger = Ledger(arrival.time_s)
-        ledger.add_stages(((PREPARE_STAGE, asyncio.get_running_loop().time() - arrival.time_s),))
+        ledger.add_stages(((PREPARE_STAGE, prepare_s),))
         return begin_generation(self.generator, self.model, body, prepared, ledger)
 
     def _replies(self, body: ChatBody | CompletionBody, request_id: str) -> ChatReplies | CompletionReplies:

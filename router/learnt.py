@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from engine.streams import StreamBatch
 from engine.types import TokenOutput
 from router.block_names import BlockNames, Naming
-from router.live import LiveRequest, Name
+from router.live import LiveRequest
 from router.membership import Member
+from router.policies.snapshot import Name
 from router.predict import Predictor
 from router.prefix_index import PrefixIndex
 

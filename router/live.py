@@ -12,6 +12,8 @@ is placed with it, and when that placement fails, placed again with it.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from engine.errors import SteelyardError, WorkerLost, error_from_code
@@ -19,9 +21,7 @@ from engine.types import FinishReason, Key, Request, TokenOutput
 from router.block_names import BlockNames
 from router.membership import Member
 from router.merge import Backlog
-from router.policy import Placement
-
-Name = tuple[str, str]  # one life of a worker: its id and its incarnation
+from router.policies.snapshot import Name, Placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,8 @@ class Migration:
 class LiveRequest:
     request: Request
     deadline: float  # on the running loop's clock
+    first_due: float = math.inf  # its first token; infinite: nothing was promised
+    changed: Callable[[LiveRequest], None] = lambda _live: None  # hears when its workers or its phase may be others
     epoch: int = 0
     tokens: list[int] = field(default_factory=list)  # delivered, in order
     placement: Placement | None = None
@@ -45,12 +47,16 @@ class LiveRequest:
     cached_tokens: int | None = None  # of the first placement: what usage reports
     num_refusals: int = 0  # placements that found no room
     num_failures: int = 0  # placements that failed otherwise
+    refused_by: Name | None = None  # who had no room for its last placement's hand-off
+    refused_after: Name | None = None  # and who had computed its first chunk by then
+    refused_at_once: bool = False  # its last placement was not taken by its first worker
     shuns_wire: bool = False  # the last placement failed in its transfer: the next one makes none
     leader: LiveRequest | None = None  # that it follows
     followers: list[LiveRequest] = field(default_factory=list)
     migration: Migration | None = None  # the last one of this placement, until tokens have come of its end alone
     last_token_at: float = 0.0  # while it moves
     names: BlockNames | None = None  # once they were asked for
+    is_finished: bool = False  # its last token has come
     _in_doubt: bool = False  # may it have moved?
     _last_epoch: int = 0  # that was ever given
     first_epoch: int = 0  # of this placement; each migration raises the epoch
@@ -68,17 +74,19 @@ class LiveRequest:
         if self.placement is not None:
             self._raise_epoch()
         self.placement = placement
-        self.handed_off = False
+        self.handed_off = self.refused_at_once = False
         self.migration = None
         self._held = []
         self._first_index = self._next_index = len(self.tokens)
         self._events.clear()
+        self.changed(self)
 
     def void(self) -> None:
         """The placement is given up, and there is no other yet: what came of it, and still comes, is stale."""
         self.placement = self.migration = None
         self._raise_epoch()
         self._events.clear()
+        self.changed(self)
 
     def _raise_epoch(self) -> None:
         self.epoch = self.first_epoch = self._last_epoch = self._last_epoch + 1
@@ -101,6 +109,7 @@ class LiveRequest:
         self._last_epoch += 1
         self._in_doubt = False
         self.migration = Migration(self.key, Key(self.key.request_id, self._last_epoch), source, target)
+        self.changed(self)
         return self.migration
 
     def end_migration(self, migration: Migration, moved: bool | None) -> None:
@@ -114,6 +123,7 @@ class LiveRequest:
             self._arrive(migration)
         elif self.key == migration.before:
             self.migration = None
+        self.changed(self)
 
     def _arrive(self, migration: Migration) -> None:
         """It runs at the target now. The last tokens of the source may still be under way."""
@@ -163,10 +173,25 @@ class LiveRequest:
         return (self, *self.followers) if not self.tokens else (self,)
 
     def placed_request(self, now: float) -> Request:
-        """The request as workers get it: with the tokens that the client has."""
+        """The request as workers get it: with the tokens that the client has, and the time that is left."""
+        service = replace(self.request.service, ttft_s=max(0.0, self.first_due - now))
+        timeout_s = max(0.0, self.deadline - now)
         return replace(
-            self.request, epoch=self.epoch, generated_ids=tuple(self.tokens), timeout_s=max(0.0, self.deadline - now)
+            self.request, epoch=self.epoch, generated_ids=tuple(self.tokens), timeout_s=timeout_s, service=service
         )
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens that have come, whether the client has taken them or not."""
+        return self._next_index
+
+    @property
+    def decodes_on(self) -> Name | None:
+        """Where it generates, or will."""
+        if self.placement is None:
+            return None
+        member = self.placement.decode or self.placement.first
+        return member.worker_id, member.incarnation
 
     @property
     def first_worker(self) -> Name | None:
@@ -217,6 +242,7 @@ class LiveRequest:
         """Nobody wants more of it: its last output says so, and what still comes is stale."""
         self.placement = self.migration = None
         self._raise_epoch()
+        self.changed(self)
         self._events.put_nowait(TokenOutput(self.key, self._next_index, (), FinishReason.ABORT))
 
     async def next_event(self) -> TokenOutput | SteelyardError:
@@ -228,6 +254,7 @@ class LiveRequest:
 
     def _deliver(self, output: TokenOutput, worker_id: str) -> None:
         self.leave()
+        before = (self.handed_off, self.is_prefilling, self.migration)
         if self.migration is not None and output.key == self.migration.after:
             self._arrive(self.migration)
             self.migration = None  # all that came before is here
@@ -236,6 +263,9 @@ class LiveRequest:
         decode = self.placement.decode if self.placement else None
         self.handed_off = self.handed_off or (decode is not None and decode.worker_id == worker_id)
         self._next_index += len(output.token_ids)
+        self.is_finished = output.finish is not None
+        if before != (self.handed_off, self.is_prefilling, self.migration):
+            self.changed(self)
         if output.cached_tokens != self.cached_tokens:
             output = replace(output, cached_tokens=self.cached_tokens)
         self._events.put_nowait(output)

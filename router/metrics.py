@@ -198,6 +198,8 @@ class _HealthCollector(Collector):
         words = "Running requests that were to move to another worker, by what came of it"
         yield _counts("steelyard_migrations", words, "outcome", view.migrations)
         yield from _prediction_errors(view)
+        yield _admissions(view)
+        yield GaugeMetricFamily("steelyard_waiting_requests", "Requests that wait here for room", view.num_waiting)
         if view.canary_age_s is not None:
             yield GaugeMetricFamily(
                 "steelyard_canary_age_seconds", "Since a canary last went through", view.canary_age_s
@@ -249,6 +251,14 @@ def _prediction_errors(view: HealthView) -> Iterator[GaugeMetricFamily]:
         judged.add_metric([one.kind], one.num_judged)
     yield error
     yield judged
+
+
+def _admissions(view: HealthView) -> CounterMetricFamily:
+    words = "Decisions on where requests go: admitted, waited or refused, and why"
+    counter = CounterMetricFamily("steelyard_admissions", words, labels=["outcome", "reason"])
+    for outcome, reason, count in view.admissions:
+        counter.add_metric([outcome, reason], count)
+    return counter
 
 
 def _kv_usage(worker: WorkerView) -> float:

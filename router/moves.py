@@ -13,8 +13,9 @@ from dataclasses import replace
 
 from engine.errors import InvalidRequest, Overloaded, TransferFailed
 from engine.types import Move, TokenOutput
-from router.live import LiveRequest, Name
+from router.live import LiveRequest
 from router.membership import Member
+from router.policies.snapshot import Name
 from router.rebalance import Running
 from router.workers import WorkerLink
 

@@ -16,7 +16,7 @@ from typing import Protocol
 from engine.errors import SteelyardError
 from engine.types import Role
 from router.membership import Member
-from router.policy import WorkerLoad
+from router.policies.snapshot import WorkerLoad
 
 PERIOD_S = 0.5
 MARGIN = 2.0  # how many times the threshold a target must keep free

@@ -132,7 +132,8 @@ class _Client:
     def _request(self) -> Request:
         prompt = prompt_of(self.workload, self.number, self.world.spec.vocab_size)
         sampling = SamplingParams(self._arrival.num_output, seed=self.number, ignore_eos=True)
-        return Request(f"r{self.number}", prompt, sampling, timeout_s=self.world.spec.config.router.deadline_s)
+        router = self.world.spec.config.router
+        return Request(f"r{self.number}", prompt, sampling, timeout_s=router.deadline_s, service=router.service)
 
 
 def _samples(world: World, now_s: float) -> Iterator[WorkerSample]:

@@ -101,7 +101,9 @@ class World:
         self.gateway_port = self.network.attach(GATEWAY, GATEWAY, "1", None)
         names = SeededNames(self._chance.fork("names"))
         connector = SimulatedConnector(self.network, self.gateway_port, self._port_and_steps)
-        self.dispatcher = Dispatcher(spec.config.router, GATEWAY, connector, names, self._retried, spec.naming)
+        self.dispatcher = Dispatcher(
+            spec.config.router, GATEWAY, connector, names, self._retried, spec.naming, spec.config.engine_limits
+        )
 
     # --- life ----------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from engine.errors import Overloaded, SteelyardError, WorkerLost
 from engine.types import ErrorInfo, FinishReason, Key, TokenOutput
 from router.live import LiveRequest
-from router.policy import Placement
+from router.policies.snapshot import Placement
 from tests.router.fake_workers import member, request, token
 from tests.virtual import in_virtual_time
 

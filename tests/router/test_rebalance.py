@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from engine.types import EngineStats, Role
 from router.membership import Member
-from router.policy import WorkerLoad
+from router.policies.snapshot import WorkerLoad
 from router.rebalance import Proposal, Running, choose_move
 
 

@@ -1,0 +1,181 @@
+"""The book: what every worker has of our live requests, and what these will take of it as predicted.
+
+1. `placed` predicts a placement when it is made;
+2. `note` hears of each request that is placed, gives its first token, is handed off, moves, or ends, and files it
+   under the workers that it is on;
+3. `load` derives a worker's load from what is filed there, when that has changed since it was last asked, or when a
+   request there has outlived its prediction. So a decision costs as much as there are workers, not live requests.
+
+Nothing is counted up and down: what is filed are the live requests themselves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from router.live import LiveRequest
+from router.membership import Pool
+from router.policies.occupancy import NO_DECODES, NO_PROMPTS, Decode, Decodes, Prompts, decodes_of, prompts_of, turn_of
+from router.policies.rehearsal import Prompt, progressed
+from router.policies.snapshot import EngineLimits, Name, Placement, Predictor, WorkerLoad
+from router.workers import WorkerLink
+
+LEAST_LEFT = 0.05  # of what it has generated: one that has outlived its prediction is expected to go on for so long
+LEARNING_RATE = 0.02
+
+
+@dataclass(slots=True, eq=False)
+class _Page:
+    """Of one worker: who is on it, whose prompts it has, and what follows from that until it changes."""
+
+    lives: dict[str, LiveRequest] = field(default_factory=dict)
+    prompts: dict[str, Prompt] = field(default_factory=dict)
+    since: float = 0.0  # when it began with the first of its prompts
+    is_current: bool = False
+    queue: Prompts = NO_PROMPTS
+    decodes: Decodes = NO_DECODES
+
+
+@dataclass(frozen=True, slots=True)
+class _Forecast:
+    """Of one placement, when it was made."""
+
+    placed: float
+    ttft_s: float
+    prompt: Prompt
+
+
+class Foretold(NamedTuple):
+    """A first token: when its request was placed, and when it was to come."""
+
+    placed: float
+    at: float
+
+
+class Book:
+    def __init__(self, predictor: Predictor, limits: EngineLimits) -> None:
+        self._predictor = predictor
+        self._limits = limits
+        self._pages: dict[Name, _Page] = {}
+        self._where: dict[str, tuple[Name, ...]] = {}
+        self._forecasts: dict[str, _Forecast] = {}
+        self._used_share = 1.0  # of the tokens that requests ask for at most, what they use on average
+
+    def expected_output(self, live: LiveRequest) -> float:
+        """Tokens still to come."""
+        done = live.num_generated
+        return max(live.request.sampling.max_tokens * self._used_share - done, LEAST_LEFT * done, 1.0)
+
+    def foretold(self, live: LiveRequest) -> Foretold | None:
+        """Of a request whose first token has just come: when it was expected, with all that was placed after it."""
+        name = live.request.request_id
+        for worker in self._where.get(name, ()):
+            page = self._pages[worker]
+            prompt = page.prompts.get(name)
+            if prompt is not None:
+                queue = self._queue(page)
+                return Foretold(prompt.placed, queue.ends[queue.all.index(prompt)])
+        return None
+
+    # --- what happens ----------------------------------------------------------------------------------------
+
+    def placed(self, live: LiveRequest, placement: Placement, num_cached: int, now: float) -> None:
+        """It is about to get this placement. `num_cached` positions of its beginning are where it is computed."""
+        first = placement.first
+        page = self._pages.get((first.worker_id, first.incarnation), _Page())
+        num_new = max(1, live.request.num_tokens + len(live.tokens) - num_cached)
+        compute_s = self._predictor.prefill_s(first.pool, num_new, num_cached, self._limits.prefill_chunk)
+        prompt = Prompt(live.first_due, now, num_new, compute_s, num_new)
+        ttft_s = placement.ttft_s
+        if ttft_s is None:
+            ttft_s = self._queue(page).before_s(live.first_due, now) + compute_s
+        for one in live.placed_together:
+            self._forecasts[one.request.request_id] = _Forecast(now, ttft_s, prompt)
+
+    def note(self, live: LiveRequest, now: float) -> None:
+        """Where it is may have changed, or in which phase."""
+        name = live.request.request_id
+        has_token = live.placement is not None and not live.is_prefilling
+        for worker in self._where.pop(name, ()):
+            self._take_off(self._pages[worker], name, now, has_token)
+            if not self._pages[worker].lives:
+                del self._pages[worker]
+        workers = live.workers
+        for worker in workers:
+            page = self._page(worker)
+            page.lives[name] = live
+            page.is_current = False
+        if workers:
+            self._where[name] = workers
+        forecast = self._forecasts.get(name)
+        if forecast is not None and live.first_worker is not None and live.is_prefilling and live.leader is None:
+            page = self._page(live.first_worker)
+            page.since = page.since if page.prompts else now
+            page.prompts[name] = forecast.prompt
+
+    def ended(self, live: LiveRequest, now: float) -> None:
+        """Nothing of it is left."""
+        name = live.request.request_id
+        for worker in self._where.pop(name, ()):
+            self._take_off(self._pages[worker], name, now, has_token=False)
+            if not self._pages[worker].lives:
+                del self._pages[worker]
+        self._forecasts.pop(name, None)
+        if live.is_finished:
+            share = len(live.tokens) / max(1, live.request.sampling.max_tokens)
+            self._used_share += LEARNING_RATE * (min(1.0, share) - self._used_share)
+
+    def _take_off(self, page: _Page, name: str, now: float, has_token: bool) -> None:
+        del page.lives[name]
+        page.is_current = False
+        if name in page.prompts and has_token:
+            self._end_step(page, now)
+        page.prompts.pop(name, None)
+
+    def _end_step(self, page: _Page, now: float) -> None:
+        """First tokens tell of a step's end."""
+        limits, names = self._limits, list(page.prompts)
+        ordered = sorted(names, key=lambda name: turn_of(page.prompts[name]))
+        before = [page.prompts[name] for name in ordered]
+        after = progressed(before, page.since, now, limits.prefill_chunk, limits.max_batch_tokens)
+        page.prompts = dict(zip(ordered, after, strict=True))
+        page.since = now
+
+    # --- what follows ----------------------------------------------------------------------------------------
+
+    def load(self, link: WorkerLink, now: float) -> WorkerLoad:
+        member, stats = link.member, link.stats
+        page = self._pages.get((member.worker_id, member.incarnation))
+        if page is None:
+            return WorkerLoad(member, link.connected, 0, 0, stats)
+        if not page.is_current or (page.decodes.ends and page.decodes.ends[0] < now):
+            self._derive(page, (member.worker_id, member.incarnation), member.pool, now)
+        num_tokens = sum(page.lives[name].request.num_tokens for name in page.prompts)
+        return WorkerLoad(member, link.connected, len(page.lives), num_tokens, stats, page.queue, page.decodes)
+
+    def _page(self, worker: Name) -> _Page:
+        page = self._pages.get(worker)
+        if page is None:
+            page = self._pages[worker] = _Page()
+        return page
+
+    def _derive(self, page: _Page, worker: Name, pool: Pool, now: float) -> None:
+        page.queue = self._queue(page)
+        here = [(name, live) for name, live in page.lives.items() if worker == live.decodes_on]
+        num_tokens = sum(live.request.num_tokens + live.num_generated for _, live in here)
+        step_s = self._predictor.decode_step_s(pool, len(here), num_tokens) if here else 0.0
+        page.decodes = decodes_of(self._decode(name, live, step_s, now) for name, live in here)
+        page.is_current = True
+
+    def _queue(self, page: _Page) -> Prompts:
+        limits = self._limits
+        return prompts_of(page.prompts.values(), page.since, limits.prefill_chunk, limits.max_batch_tokens)
+
+    def _decode(self, name: str, live: LiveRequest, step_s: float, now: float) -> Decode:
+        left, begins = self.expected_output(live), now
+        forecast = self._forecasts.get(name)
+        if live.is_prefilling and forecast is not None:
+            begins = max(now, forecast.placed + forecast.ttft_s)
+        num_tokens = live.request.num_tokens + live.num_generated + left / 2
+        return Decode(begins + left * step_s, num_tokens, live.request.service.tpot_s)

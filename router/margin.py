@@ -1,0 +1,37 @@
+"""How far first tokens came from when they were predicted, of late: what admission adds to a prediction.
+
+A sliding window of forecasts and what came of them. Both measures are kept, as a factor and in seconds; short waits are
+off by a factor and long ones by seconds, so of one prediction the lesser counts.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from router.policies.snapshot import Margin
+
+WINDOW = 256  # first tokens
+COVERED = 0.9  # of them, by the margin
+FIRST_FACTOR, FIRST_ADDED_S = 1.1, 0.1  # as long as there are too few
+FEWEST = 16
+STEP_FACTOR = 1.05
+
+
+class TtftErrors:
+    def __init__(self) -> None:
+        self._factors: deque[float] = deque(maxlen=WINDOW)
+        self._added: deque[float] = deque(maxlen=WINDOW)
+        self.margin = Margin(FIRST_FACTOR, FIRST_ADDED_S, STEP_FACTOR)
+
+    def add(self, predicted_s: float, actual_s: float) -> None:
+        if predicted_s <= 0:
+            return
+        self._factors.append(actual_s / predicted_s)
+        self._added.append(actual_s - predicted_s)
+        if len(self._factors) >= FEWEST:
+            factor, added_s = _quantile(self._factors), _quantile(self._added)
+            self.margin = Margin(max(1.0, factor), max(0.0, added_s), STEP_FACTOR)
+
+
+def _quantile(values: deque[float]) -> float:
+    return sorted(values)[int(COVERED * (len(values) - 1))]

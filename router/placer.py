@@ -1,0 +1,211 @@
+"""The placer: asks the policy where a request goes, lets it wait while it is not to go anywhere yet, or refuses it.
+
+1. `choose` makes a snapshot of what is known now, and the policy decides by it;
+2. a request that is to wait takes a seat in the waiting room, and is decided on again when it is called;
+3. a refusal is Overloaded, with the time at which a client that comes back is expected to be taken;
+4. `changed` hears of each change in where live requests are: the book files it, and who waits is called.
+It holds what decisions rest on: the book, the policy's memory, and by how much predictions were off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from engine.errors import Overloaded, Unavailable
+from router.book import Book
+from router.config import RouterConfig
+from router.learnt import Learnt
+from router.live import LiveRequest
+from router.margin import TtftErrors
+from router.policies import POLICIES
+from router.policies.snapshot import (
+    Ask,
+    Decision,
+    EngineLimits,
+    Memory,
+    Name,
+    Placement,
+    Predictor,
+    Refuse,
+    Return,
+    Snapshot,
+    Wait,
+    WorkerLoad,
+    has_targets,
+)
+from router.waiting_room import Ticket, WaitingRoom
+from router.workers import WorkerLink
+
+PROMISED_FOR_S = 10.0  # after the last request with targets, others yield no longer
+MEMORY_RATE = 0.05  # of the mean prompt
+MOST_RETURNS = 1024  # of refused clients that are reckoned with
+BEHIND, FULL, WORKER = "behind others", "full", "worker"
+WORDS = {
+    "ttft": "The first token would be late", "tpot": "Tokens would come too slowly", "blocks": "There is no room",
+    "seats": "No worker has a seat for it", "yields": "Others go first", BEHIND: "Others wait before it",
+    FULL: "Too many wait already", WORKER: "Workers have no room for it",
+}  # fmt: skip
+
+
+class Placer:
+    def __init__(
+        self, config: RouterConfig, links: Mapping[Name, WorkerLink], learnt: Learnt, limits: EngineLimits,
+        now: Callable[[], float],
+    ) -> None:  # fmt: skip
+        self._config = config
+        self._policy = POLICIES[config.policy]
+        self._links = links
+        self._learnt = learnt
+        self._predictor: Predictor = learnt.predictor
+        self._limits = limits
+        self._now = now
+        self._book = Book(self._predictor, limits)
+        self._errors = TtftErrors()
+        self._room = WaitingRoom(config.max_waiting)
+        self._memory = Memory()
+        self._promised_at = -math.inf
+        self._num_decided: Counter[tuple[str, str]] = Counter()
+
+    @property
+    def counts(self) -> tuple[tuple[str, str, int], ...]:
+        """See router.api.HealthView.admissions."""
+        return tuple((*key, count) for key, count in sorted(self._num_decided.items()))
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._room)
+
+    def loads(self) -> list[WorkerLoad]:
+        """Every linked worker's load, derived from the live requests and its last report."""
+        now = self._now()
+        return [self._book.load(link, now) for link in self._links.values()]
+
+    # --- one request ------------------------------------------------------------------------------------------
+
+    async def choose(self, live: LiveRequest) -> Placement:
+        """May wait; the caller bounds that. Raises Overloaded, or Unavailable if nobody can be reached."""
+        cached = self._cached(live)
+        if has_targets(live.request.service):
+            self._promised_at = self._now()
+        decision: Decision = self._first_decision(live, cached)
+        ticket: Ticket | None = None
+        try:
+            while isinstance(decision, Wait):
+                if ticket is None and self._room.is_full:
+                    decision = Refuse(FULL, 1.0)
+                    break
+                if ticket is None:
+                    ticket = self._room.enter(live.request.service.priority, live.first_due)
+                    self._num_decided["waited", decision.reason] += 1
+                decision = await self._decide_when_called(live, cached, ticket, decision)
+        finally:
+            if ticket is not None:
+                self._room.leave(ticket)
+        if isinstance(decision, Refuse):
+            raise self._refusal(live, decision)
+        self._num_decided["admitted", "targets" if has_targets(live.request.service) else "no targets"] += 1
+        self._remember(live, decision)
+        return decision
+
+    def _first_decision(self, live: LiveRequest, cached: Mapping[Name, int]) -> Decision:
+        """Without targets nobody goes before those who wait already."""
+        service = live.request.service
+        if not has_targets(service) and self._room.has_before(service.priority, live.first_due):
+            return Wait(BEHIND)
+        return self._decide(live, cached)
+
+    async def _decide_when_called(
+        self, live: LiveRequest, cached: Mapping[Name, int], ticket: Ticket, wait: Wait
+    ) -> Decision:
+        ticket.called.clear()
+        try:
+            async with asyncio.timeout(wait.until_s if math.isfinite(wait.until_s) else None):
+                await ticket.called.wait()
+        except TimeoutError:
+            decision = self._decide(live, cached)
+            return Refuse(decision.reason, 1.0) if isinstance(decision, Wait) else decision
+        return self._decide(live, cached)
+
+    def _decide(self, live: LiveRequest, cached: Mapping[Name, int]) -> Decision:
+        decision = self._policy(self._snapshot(live, cached))
+        if decision is None:
+            raise Unavailable("no worker can be reached", retry_after_s=1)
+        return decision
+
+    def _snapshot(self, live: LiveRequest, cached: Mapping[Name, int]) -> Snapshot:
+        now = self._now()
+        self._memory = replace(self._memory, returns=tuple(one for one in self._memory.returns if one.at > now))
+        return Snapshot(
+            now, self.loads(), self._ask(live, cached, now), self._predictor, self._limits, self._errors.margin,
+            self._memory, now - self._promised_at < PROMISED_FOR_S,
+        )  # fmt: skip
+
+    def _ask(self, live: LiveRequest, cached: Mapping[Name, int], now: float) -> Ask:
+        request, done = live.request, len(live.tokens)
+        service = request.service
+        ttft_s = math.inf if done else live.first_due - now  # it has its first token
+        return Ask(
+            request.num_tokens + done, max(1, request.sampling.max_tokens - done), self._book.expected_output(live),
+            ttft_s, service.tpot_s, service.priority, len(live.placed_together), not live.shuns_wire, cached,
+            live.refused_by,
+        )  # fmt: skip
+
+    def _cached(self, live: LiveRequest) -> Mapping[Name, int]:
+        """What is known to be where; after a refused hand-off the chunk with which it was offered is, too."""
+        cached = dict(self._learnt.num_cached(live))
+        if live.refused_after is not None:
+            size, num_tokens = self._limits.block_size, live.request.num_tokens + len(live.tokens)
+            num_done = min(num_tokens, self._limits.prefill_chunk) // size * size
+            cached[live.refused_after] = max(cached.get(live.refused_after, 0), num_done)
+        return cached
+
+    def _remember(self, live: LiveRequest, placement: Placement) -> None:
+        memory, num_prompt = self._memory, live.request.num_tokens
+        mean = memory.mean_prompt + MEMORY_RATE * (num_prompt - memory.mean_prompt) if memory.turn else num_prompt
+        first = (placement.first.worker_id, placement.first.incarnation)
+        short_batch = first if num_prompt <= mean else memory.short_batch
+        self._memory = replace(memory, turn=memory.turn + 1, mean_prompt=mean, short_batch=short_batch)
+        self._room.call()
+
+    # --- what happens -----------------------------------------------------------------------------------------
+
+    def placed(self, live: LiveRequest, placement: Placement) -> None:
+        """It has just been given this placement."""
+        num_cached = self._cached(live).get((placement.first.worker_id, placement.first.incarnation), 0)
+        self._book.placed(live, placement, num_cached, self._now())
+
+    def changed(self, live: LiveRequest) -> None:
+        """Its workers or its phase may be others now."""
+        now = self._now()
+        foretold = self._book.foretold(live) if live.placement is not None and not live.is_prefilling else None
+        if foretold is not None:
+            self._errors.add(foretold.at - foretold.placed, now - foretold.placed)
+        self._book.note(live, now)
+        self._room.call()
+
+    def ended(self, live: LiveRequest) -> None:
+        """Nobody wants more of it."""
+        self._book.ended(live, self._now())
+        self._room.call()
+
+    def heard(self) -> None:
+        """A worker has reported, or has come or gone: what other gateways do shows in that alone."""
+        self._room.call()
+
+    def refused_by_workers(self, live: LiveRequest) -> Overloaded:
+        """They had the last word."""
+        decision = self._decide(live, self._cached(live))
+        return self._refusal(live, Refuse(WORKER, decision.retry_after_s if isinstance(decision, Refuse) else 1.0))
+
+    def _refusal(self, live: LiveRequest, refuse: Refuse) -> Overloaded:
+        self._num_decided["refused", refuse.reason] += 1
+        retry_after_s = float(max(1, math.ceil(refuse.retry_after_s)))  # as HTTP tells it, in whole seconds
+        pool = next(iter(self._links.values())).member.pool
+        compute_s = self._predictor.prefill_s(pool, live.request.num_tokens, 0, self._limits.prefill_chunk)
+        back = Return(self._now() + retry_after_s, compute_s)
+        self._memory = replace(self._memory, returns=(*self._memory.returns, back)[-MOST_RETURNS:])
+        return Overloaded(f"{WORDS[refuse.reason]}; come back in {retry_after_s:g} s", retry_after_s=retry_after_s)

@@ -1,0 +1,94 @@
+"""A rehearsal: the steps by which an engine will compute the prompts that it has, in the order of engine/scheduler.py.
+
+The step under way holds what was there when it began. All whose last position is in a step get their first tokens at
+its end, so who joins a step makes everybody in it wait. The first prompt that has begun always has its chunk, then come
+begun ones with no more than a chunk left, those that fit whole, and the rest as far as there is room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """`due`: when its first token is; infinite: nothing was promised. `compute_s`: of all its `num_tokens`, predicted
+    when it was placed; `num_left` of them are still to be computed."""
+
+    due: float
+    placed: float
+    num_tokens: int
+    compute_s: float
+    num_left: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """(number, tokens) of the prompts in it."""
+
+    begins: float
+    ends: float
+    taken: tuple[tuple[int, int], ...]
+
+
+def rehearse(prompts: Sequence[Prompt], since: float, chunk: int, budget: int) -> list[float]:
+    """When each gives its first token, if a step begins at `since`. `prompts` are in the order of their turns, with at
+    least one token each; a step takes at most `chunk` tokens of one and `budget` of all."""
+    ends = [0.0] * len(prompts)
+    for step in _steps(prompts, since, chunk, budget):
+        for number, _ in step.taken:
+            ends[number] = step.ends  # the last one that it is in
+    return ends
+
+
+def progressed(prompts: Sequence[Prompt], since: float, now: float, chunk: int, budget: int) -> list[Prompt]:
+    """The same prompts when a step has ended now: with what the steps until then have computed of them. All have at
+    least a token left, for none has given its first one."""
+    left = [one.num_left for one in prompts]
+    for step in _steps(prompts, since, chunk, budget):
+        if (step.begins + step.ends) / 2 > now:
+            break
+        for number, count in step.taken:
+            left[number] = max(1, left[number] - count)
+    return [replace(one, num_left=count) for one, count in zip(prompts, left, strict=True)]
+
+
+def _steps(prompts: Sequence[Prompt], since: float, chunk: int, budget: int) -> Iterator[Step]:
+    left = {number: one.num_left for number, one in enumerate(prompts)}
+    time = since
+    while left:
+        time = max(time, min(prompts[number].placed for number in left))
+        taken = _taken(prompts, left, time, chunk, budget)
+        ends = time + sum(prompts[number].compute_s * count / prompts[number].num_tokens for number, count in taken)
+        yield Step(time, ends, tuple(taken))
+        time = ends
+        for number, count in taken:
+            left[number] -= count
+            if not left[number]:
+                del left[number]
+
+
+def _taken(
+    prompts: Sequence[Prompt], left: dict[int, int], time: float, chunk: int, budget: int
+) -> list[tuple[int, int]]:
+    """(number, tokens) of the prompts in the step that begins at this time."""
+    here = [number for number in left if prompts[number].placed <= time]
+    begun = [number for number in here if left[number] < prompts[number].num_tokens]
+    waiting = [number for number in here if left[number] == prompts[number].num_tokens]
+    first = begun[:1]
+    taken: dict[int, int] = {}
+    room = budget
+    for numbers, whole in (
+        (first, False),
+        ([number for number in begun[1:] if left[number] <= chunk], False),
+        (waiting, True),
+        (begun[1:], False),
+        (waiting, False),
+    ):
+        for number in numbers:
+            count = min(left[number], chunk, room)
+            if number not in taken and count > 0 and (count == left[number] or not whole):
+                taken[number] = count
+                room -= count
+    return list(taken.items())

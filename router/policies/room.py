@@ -1,0 +1,74 @@
+"""Room: can a decode worker take one more request at some time to come, so that all keep what was promised?
+
+The step with it must keep the tightest target of all that still run then; its own average, the hand-off's gap included,
+must keep its own; and the blocks must hold its prompt and growth, beside what the others have in the middle of what is
+left of their lives.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from router.policies.snapshot import Snapshot, WorkerLoad
+
+SEATS, BLOCKS, TPOT = "seats", "blocks", "tpot"
+USABLE = 0.98  # of the blocks: last blocks are full of half-used ones
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """`problem`: why there is none, or empty. `step_s`: with the request, as predicted."""
+
+    problem: str
+    step_s: float
+
+
+def room_on(snapshot: Snapshot, load: WorkerLoad, at: float, gap_s: float = 0.0) -> Room:
+    """For the request of the snapshot, that gets there at this time; `gap_s`: its hand-off's."""
+    ask, limits, stats = snapshot.ask, snapshot.limits, load.stats
+    num, tokens, tpot_s = load.decodes.at(at)
+    num += max(0, stats.num_running - len(load.decodes.ends))  # other gateways'
+    count = num + ask.num_answers
+    if count > limits.max_batch_seqs:
+        return Room(SEATS, math.inf)
+    slots = (tokens + ask.num_tokens + ask.num_output * ask.num_answers) / limits.block_size + count / 2
+    if num and slots > USABLE * stats.num_blocks:  # an empty one takes whatever may come
+        return Room(BLOCKS, math.inf)
+    context = round(tokens + ask.num_answers * (ask.num_tokens + ask.expected_output / 2))
+    step_s = snapshot.predictor.decode_step_s(load.member.pool, count, context)
+    late_s = step_s * snapshot.margin.step_factor
+    num_steps = max(1.0, ask.expected_output - 1)
+    own_s = late_s + gap_s / num_steps
+    return Room(TPOT if late_s > tpot_s or own_s > ask.tpot_s else "", step_s)
+
+
+def gap_s(snapshot: Snapshot, first: WorkerLoad, load: WorkerLoad, own_s: float) -> float:
+    """What of the transfer is left when the first token is sampled, after a prefill of `own_s`: all but the last chunk
+    travels meanwhile, if there is time."""
+    num_moved = snapshot.ask.num_tokens - snapshot.cached_on(load)
+    num_last = min(num_moved, snapshot.limits.prefill_chunk)
+    source, target, token_bytes = first.member.worker_id, load.member.worker_id, first.member.kv_token_bytes
+    last_s = snapshot.predictor.transfer_s(source, target, num_last * token_bytes)
+    if num_last == num_moved:
+        return last_s
+    all_s = snapshot.predictor.transfer_s(source, target, num_moved * token_bytes)
+    return max(last_s, all_s - own_s * (1 - num_last / num_moved))
+
+
+def free_from(snapshot: Snapshot, load: WorkerLoad, at: float, gap_s: float) -> float:
+    """The first time from `at` on at which there is room, if nobody else comes: when somebody ends there. Infinite: not
+    even when all have."""
+    if not room_on(snapshot, load, at, gap_s).problem:
+        return at
+    ends = [end for end in load.decodes.ends if end > at]
+    if not ends or room_on(snapshot, load, ends[-1], gap_s).problem:
+        return math.inf
+    low, high = 0, len(ends) - 1  # there is room from ends[high] on
+    while low < high:
+        middle = (low + high) // 2
+        if room_on(snapshot, load, ends[middle], gap_s).problem:
+            low = middle + 1
+        else:
+            high = middle
+    return ends[high]

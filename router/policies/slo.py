@@ -1,0 +1,128 @@
+"""Ours: the least predicted time to first token that keeps what was promised to everybody.
+
+1. every prefill worker: the work before it there + its prefill with the prefix cached there, if nobody who comes after
+   it in that queue is late by it;
+2. every decode worker with slack: its prompt in one step inside the tightest target there, without a transfer;
+3. of these the one with the least time, then the most cached;
+4. a decode worker with room for it when it gets there (router/policies/room.py): the fullest, so that slack gathers
+   elsewhere; where it has no target, the one with the shortest step;
+5. what does not fit is a case for admission (router/policies/admission.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from heapq import nsmallest
+
+from engine.step_shape import Chunk, StepShape
+from engine.types import Role
+from router.policies.admission import YIELDS, admitted, without_room, yields
+from router.policies.occupancy import with_one_more
+from router.policies.pools import by_decode_work, by_prefill_work, pair
+from router.policies.rehearsal import Prompt
+from router.policies.room import gap_s, room_on
+from router.policies.slack import slack_tokens
+from router.policies.snapshot import Decision, Placement, Snapshot, Wait, WorkerLoad
+
+MOST_REHEARSED = 3  # each takes as many steps as it has prompts
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A worker that could compute the prompt. `is_kind`: nobody is late by it."""
+
+    is_kind: bool
+    ttft_s: float
+    own_s: float
+    num_cached: int
+    first: WorkerLoad
+
+    @property
+    def rank(self) -> tuple[bool, float, int, str]:
+        return not self.is_kind, self.ttft_s, -self.num_cached, self.first.member.worker_id
+
+
+def slo(snapshot: Snapshot) -> Decision | None:
+    prefill, decode = snapshot.pool(Role.PREFILL), snapshot.pool(Role.DECODE)
+    if not (prefill and decode and snapshot.ask.hand_off):
+        return pair(snapshot, by_prefill_work(snapshot), by_decode_work(snapshot))
+    if yields(snapshot, prefill):
+        return Wait(YIELDS)
+    beside = min(_beside(snapshot, decode), key=lambda one: one.rank, default=None)
+    apart = [
+        option
+        for cohort in dict.fromkeys(load.member.cohort for load in decode)
+        if (option := _apart(snapshot, [load for load in prefill if load.member.cohort == cohort]))
+    ]
+    if not apart:  # no two workers can be paired
+        return pair(snapshot, by_prefill_work(snapshot), by_decode_work(snapshot))
+    best = min(apart, key=lambda one: one.rank)
+    if beside is not None and beside.rank < best.rank:
+        return admitted(snapshot, Placement(beside.first.member, None, beside.ttft_s), beside.own_s)
+    for option in sorted(apart, key=lambda one: one.rank):
+        target = _decode_worker(snapshot, option, decode)
+        if target is not None:
+            placement = Placement(option.first.member, target.member, option.ttft_s)
+            return admitted(snapshot, placement, option.own_s, option.is_kind)
+    if beside is not None:
+        return admitted(snapshot, Placement(beside.first.member, None, beside.ttft_s), beside.own_s)
+    mates = [load for load in decode if load.member.cohort == best.first.member.cohort]
+    return without_room(snapshot, best.first, best.ttft_s, best.own_s, mates)
+
+
+def _apart(snapshot: Snapshot, prefill: Sequence[WorkerLoad]) -> Option | None:
+    """The best of the prefill workers: all are ranked by sums, and the best of these rehearsed."""
+    now = snapshot.now
+    due = now + snapshot.ask.ttft_s
+    options: list[Option] = []
+    for load in prefill:
+        own_s, prompts = snapshot.prefill_s(load), load.prompts
+        ttft_s = prompts.before_s(due, now) + own_s
+        options.append(Option(own_s <= prompts.room_s(due), ttft_s, own_s, snapshot.cached_on(load), load))
+    best = nsmallest(MOST_REHEARSED, options, key=lambda one: one.rank)
+    return min((_rehearsed(snapshot, one, due) for one in best), key=lambda one: one.rank, default=None)
+
+
+def _rehearsed(snapshot: Snapshot, option: Option, due: float) -> Option:
+    """With the time of the step's end in which its prompt is done, and what that means for those in the same step."""
+    now, limits = snapshot.now, snapshot.limits
+    num_new = snapshot.ask.num_tokens - option.num_cached
+    new = Prompt(due, now, num_new, option.own_s, num_new)
+    end, others = with_one_more(option.first.prompts, new, limits.prefill_chunk, limits.max_batch_tokens)
+    is_kind = all(now + snapshot.margin.ttft_s(max(0.0, other - now)) <= its_due for other, its_due in others)
+    return replace(option, ttft_s=max(end - now, option.own_s), is_kind=is_kind)
+
+
+def _beside(snapshot: Snapshot, decode: Sequence[WorkerLoad]) -> Iterator[Option]:
+    """Decode workers that can take the whole prompt into a step and then have room for the request."""
+    ask, chunk = snapshot.ask, snapshot.limits.prefill_chunk
+    for load in decode:
+        num_cached = snapshot.cached_on(load)
+        num, tokens, tpot_s = load.decodes.at(snapshot.now)
+        limit_s = min(tpot_s, ask.tpot_s) / snapshot.margin.step_factor
+        if ask.num_tokens - num_cached > chunk or load.prompts.dues or math.isinf(limit_s):
+            continue
+        num_new = ask.num_tokens - num_cached
+        if slack_tokens(snapshot, load, num_cached, limit_s) < num_new:
+            continue
+        shape = StepShape((Chunk(num_cached, num_new),), num, round(tokens))
+        own_s = snapshot.predictor.step_s(load.member.pool, shape)
+        waits_s = snapshot.predictor.decode_step_s(load.member.pool, num, round(tokens)) if num else 0.0
+        if not room_on(snapshot, load, snapshot.now + waits_s + own_s).problem:
+            yield Option(True, waits_s + own_s, own_s, num_cached, load)
+
+
+def _decode_worker(snapshot: Snapshot, option: Option, decode: Sequence[WorkerLoad]) -> WorkerLoad | None:
+    """One with room for what this option computes; where there is a choice, not who has just refused it."""
+    at, packs = snapshot.now + option.ttft_s, math.isfinite(snapshot.ask.tpot_s)
+    found: list[tuple[bool, float, str, WorkerLoad]] = []
+    for load in decode:
+        if load.member.cohort != option.first.member.cohort:
+            continue
+        room = room_on(snapshot, load, at, gap_s(snapshot, option.first, load, option.own_s))
+        if not room.problem:
+            step_s = -room.step_s if packs else room.step_s
+            found.append((load.name == snapshot.ask.refused_by, step_s, load.member.worker_id, load))
+    return min(found, key=lambda one: one[:3])[3] if found else None
