@@ -43,7 +43,7 @@ from router.live import LiveRequest
 from router.membership import Member, Membership
 from router.moves import Moves
 from router.placer import Placer
-from router.policies.snapshot import EngineLimits, Placement, WorkerLoad, has_targets
+from router.policies.snapshot import DEFAULT_LIMITS, EngineLimits, Placement, WorkerLoad, has_targets
 from router.rebalance import Rebalancer
 from router.step_history import StepHistory
 from router.workers import Connector, WorkerLink
@@ -69,7 +69,7 @@ class Dispatcher:
     def __init__(
         self, config: RouterConfig, gateway_id: str, connector: Connector, names: Names,
         on_retry: Callable[[Key, SteelyardError], None] = lambda _key, _error: None, naming: Naming = UNNAMED,
-        limits: EngineLimits = EngineLimits(),
+        limits: EngineLimits = DEFAULT_LIMITS,
     ) -> None:  # fmt: skip
         """`on_retry` hears which placement is given up for another one, and why. `naming`: of the workers' blocks."""
         self._config = config

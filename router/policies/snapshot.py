@@ -49,6 +49,9 @@ class EngineLimits:
     max_batch_seqs: int = 64
 
 
+DEFAULT_LIMITS = EngineLimits()
+
+
 @dataclass(frozen=True, slots=True)
 class Margin:
     """How far times may be beyond their predictions, as it was measured: the lesser of times `factor` and plus
@@ -125,7 +128,7 @@ class Snapshot:
     loads: Sequence[WorkerLoad]
     ask: Ask
     predictor: Predictor
-    limits: EngineLimits = EngineLimits()
+    limits: EngineLimits = DEFAULT_LIMITS
     margin: Margin = Margin()
     memory: Memory = Memory()
     promised_of_late: bool = False  # have there been requests with targets?
