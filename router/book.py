@@ -11,7 +11,7 @@ Nothing is counted up and down: what is filed are the live requests themselves.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from router.live import LiveRequest
@@ -39,11 +39,13 @@ class _Page:
 
 @dataclass(frozen=True, slots=True)
 class _Forecast:
-    """Of one placement, when it was made."""
+    """Of one placement, when it was made: `num_done` tokens had been generated. `began`: when its first token came."""
 
     placed: float
     ttft_s: float
     prompt: Prompt
+    num_done: int
+    began: float = 0.0
 
 
 class Foretold(NamedTuple):
@@ -64,8 +66,7 @@ class Book:
 
     def expected_output(self, live: LiveRequest) -> float:
         """Tokens still to come."""
-        done = live.num_generated
-        return max(live.request.sampling.max_tokens * self._used_share - done, LEAST_LEFT * done, 1.0)
+        return _left(live.request.sampling.max_tokens * self._used_share, len(live.tokens))
 
     def foretold(self, live: LiveRequest) -> Foretold | None:
         """Of a request whose first token has just come: when it was expected, with all that was placed after it."""
@@ -91,7 +92,7 @@ class Book:
         if ttft_s is None:
             ttft_s = self._queue(page).before_s(live.first_due, now) + compute_s
         for one in live.placed_together:
-            self._forecasts[one.request.request_id] = _Forecast(now, ttft_s, prompt)
+            self._forecasts[one.request.request_id] = _Forecast(now, ttft_s, prompt, len(one.tokens))
 
     def note(self, live: LiveRequest, now: float) -> None:
         """Where it is may have changed, or in which phase."""
@@ -113,6 +114,8 @@ class Book:
             page = self._page(live.first_worker)
             page.since = page.since if page.prompts else now
             page.prompts[name] = forecast.prompt
+        elif forecast is not None and has_token and not forecast.began:
+            self._forecasts[name] = replace(forecast, began=now)
 
     def ended(self, live: LiveRequest, now: float) -> None:
         """Nothing of it is left."""
@@ -163,7 +166,7 @@ class Book:
     def _derive(self, page: _Page, worker: Name, pool: Pool, now: float) -> None:
         page.queue = self._queue(page)
         here = [(name, live) for name, live in page.lives.items() if worker == live.decodes_on]
-        num_tokens = sum(live.request.num_tokens + live.num_generated for _, live in here)
+        num_tokens = sum(live.request.num_tokens + len(live.tokens) for _, live in here)
         step_s = self._predictor.decode_step_s(pool, len(here), num_tokens) if here else 0.0
         page.decodes = decodes_of(self._decode(name, live, step_s, now) for name, live in here)
         page.is_current = True
@@ -173,9 +176,17 @@ class Book:
         return prompts_of(page.prompts.values(), page.since, limits.prefill_chunk, limits.max_batch_tokens)
 
     def _decode(self, name: str, live: LiveRequest, step_s: float, now: float) -> Decode:
-        left, begins = self.expected_output(live), now
-        forecast = self._forecasts.get(name)
-        if live.is_prefilling and forecast is not None:
-            begins = max(now, forecast.placed + forecast.ttft_s)
-        num_tokens = live.request.num_tokens + live.num_generated + left / 2
-        return Decode(begins + left * step_s, num_tokens, live.request.service.tpot_s)
+        """How far it is follows from when it began and from the pace, as if nobody had counted: its tokens may be told
+        of later than they are made."""
+        forecast, total = self._forecasts[name], live.request.sampling.max_tokens * self._used_share
+        begins, done = forecast.placed + forecast.ttft_s, forecast.num_done
+        if live.is_prefilling:
+            begins = max(now, begins)
+        elif step_s:
+            begins, done = now, done + max(0.0, now - forecast.began) / step_s
+        left = _left(total, done)
+        return Decode(begins + left * step_s, live.request.num_tokens + done + left / 2, live.request.service.tpot_s)
+
+
+def _left(total: float, done: float) -> float:
+    return max(total - done, LEAST_LEFT * done, 1.0)

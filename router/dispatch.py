@@ -43,7 +43,7 @@ from router.live import LiveRequest
 from router.membership import Member, Membership
 from router.moves import Moves
 from router.placer import Placer
-from router.policies.snapshot import DEFAULT_LIMITS, EngineLimits, Placement, WorkerLoad, has_targets
+from router.policies.snapshot import DEFAULT_LIMITS, EngineLimits, Placement, Predictor, WorkerLoad, has_targets
 from router.rebalance import Rebalancer
 from router.step_history import StepHistory
 from router.workers import Connector, WorkerLink
@@ -69,9 +69,10 @@ class Dispatcher:
     def __init__(
         self, config: RouterConfig, gateway_id: str, connector: Connector, names: Names,
         on_retry: Callable[[Key, SteelyardError], None] = lambda _key, _error: None, naming: Naming = UNNAMED,
-        limits: EngineLimits = DEFAULT_LIMITS,
+        limits: EngineLimits = DEFAULT_LIMITS, predictor: Predictor | None = None,
     ) -> None:  # fmt: skip
-        """`on_retry` hears which placement is given up for another one, and why. `naming`: of the workers' blocks."""
+        """`on_retry` hears which placement is given up for another one, and why. `naming`: of the workers' blocks.
+        `predictor`: by which it decides, if not by what it learns."""
         self._config = config
         self._on_retry = on_retry
         self._gateway_id = gateway_id
@@ -89,7 +90,7 @@ class Dispatcher:
         self.moves = Moves(self._live, self._links)
         self.rebalancer = Rebalancer(self.moves, self.loads, config.migrate_below, config.back_up_below)
         self.learnt = Learnt(naming)
-        self._placer = Placer(config, self._links, self.learnt, limits, self._now)
+        self._placer = Placer(config, self._links, self.learnt, predictor or self.learnt.predictor, limits, self._now)
         self.step_history = StepHistory()
 
     def new_request_id(self) -> str:

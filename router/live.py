@@ -181,11 +181,6 @@ class LiveRequest:
         )
 
     @property
-    def num_generated(self) -> int:
-        """Tokens that have come, whether the client has taken them or not."""
-        return self._next_index
-
-    @property
     def decodes_on(self) -> Name | None:
         """Where it generates, or will."""
         if self.placement is None:

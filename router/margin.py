@@ -11,8 +11,9 @@ from collections import deque
 from router.policies.snapshot import Margin
 
 WINDOW = 256  # first tokens
-COVERED = 0.9  # of them, by the margin
+COVERED = 0.95  # of them, by the margin
 FIRST_FACTOR, FIRST_ADDED_S = 1.1, 0.1  # as long as there are too few
+LEAST_FACTOR, LEAST_ADDED_S = 1.05, 0.05  # however good they were: the worst of a hundred is worse
 FEWEST = 16
 STEP_FACTOR = 1.05
 
@@ -30,7 +31,7 @@ class TtftErrors:
         self._added.append(actual_s - predicted_s)
         if len(self._factors) >= FEWEST:
             factor, added_s = _quantile(self._factors), _quantile(self._added)
-            self.margin = Margin(max(1.0, factor), max(0.0, added_s), STEP_FACTOR)
+            self.margin = Margin(max(LEAST_FACTOR, factor), max(LEAST_ADDED_S, added_s), STEP_FACTOR)
 
 
 def _quantile(values: deque[float]) -> float:

@@ -53,14 +53,14 @@ WORDS = {
 
 class Placer:
     def __init__(
-        self, config: RouterConfig, links: Mapping[Name, WorkerLink], learnt: Learnt, limits: EngineLimits,
-        now: Callable[[], float],
+        self, config: RouterConfig, links: Mapping[Name, WorkerLink], learnt: Learnt, predictor: Predictor,
+        limits: EngineLimits, now: Callable[[], float],
     ) -> None:  # fmt: skip
         self._config = config
         self._policy = POLICIES[config.policy]
         self._links = links
         self._learnt = learnt
-        self._predictor: Predictor = learnt.predictor
+        self._predictor = predictor
         self._limits = limits
         self._now = now
         self._book = Book(self._predictor, limits)

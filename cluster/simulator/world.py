@@ -20,6 +20,7 @@ from cluster.sides import Cache, Links, WorkerSides
 from cluster.simulator.chance import Chance, SeededNames
 from cluster.simulator.clock import virtual_loop
 from cluster.simulator.host import Host
+from cluster.simulator.known_times import KnownTimes
 from cluster.simulator.links import (
     SimulatedCarriers,
     SimulatedConnector,
@@ -101,9 +102,11 @@ class World:
         self.gateway_port = self.network.attach(GATEWAY, GATEWAY, "1", None)
         names = SeededNames(self._chance.fork("names"))
         connector = SimulatedConnector(self.network, self.gateway_port, self._port_and_steps)
+        predictor = KnownTimes(lambda role: spec.role(role).steps, spec.links)
         self.dispatcher = Dispatcher(
-            spec.config.router, GATEWAY, connector, names, self._retried, spec.naming, spec.config.engine_limits
-        )
+            spec.config.router, GATEWAY, connector, names, self._retried, spec.naming, spec.config.engine_limits,
+            predictor,
+        )  # fmt: skip
 
     # --- life ----------------------------------------------------------------------------------------------
 

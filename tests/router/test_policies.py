@@ -18,11 +18,8 @@ from router.policies.snapshot import Ask, Decision, EngineLimits, Memory, Placem
 from tests.router.fake_workers import member
 
 LIMITS = EngineLimits(block_size=16, prefill_chunk=1000, max_batch_tokens=2000, max_batch_seqs=8)
-# A prompt token takes 1 ms, a step with n sequences 10 + n ms, whatever their contexts; links take no time.
-TIMES = KnownTimes(
-    Roofline(overhead_s=0.0, weights_s=0.0, context_token_s=0.0, prefill_token_s=1e-3, decode_sequence_s=0.01),
-    LinkTimes(0.0, 1e12),
-)
+STEPS = Roofline(0.0, 0.0, 0.0, prefill_token_s=1e-3, decode_sequence_s=0.01)  # 10 ms per sequence in a step
+TIMES = KnownTimes(lambda _role: STEPS, LinkTimes(0.0, 1e12))
 
 
 def load(
