@@ -25,13 +25,14 @@ import numpy as np
 
 from benchmarks.report import Row, machine, print_table, print_targets, target, write_json
 from engine.streams import StreamBatch
-from engine.types import CacheNews, EngineStats, Key, Move, Request, Role, SamplingParams, Submission
+from engine.types import CacheNews, EngineStats, Key, Move, Request, Role, SamplingParams, Service, Submission
 from router.block_names import BlockNames, Naming
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.live import LiveRequest
 from router.membership import Member, Membership
-from router.policy import choose
+from router.policies import POLICIES
+from router.policies.snapshot import Placement
 
 NUM_WORKERS, NUM_LIVE = 256, 512
 NUM_PREFIXES, NUM_TOKENS, BLOCK = 100_000, 2000, 16
@@ -40,6 +41,7 @@ NUM_CONVERSATIONS = round(1.15 * NUM_PREFIXES / (NUM_TOKENS // BLOCK))  # the sh
 NUM_DECISIONS, QUICK_DECISIONS = 5000, 500
 NAMING = Naming(BLOCK, b"benchmark")
 SEED = 1
+SERVICE = Service(ttft_s=60.0, tpot_s=1.0)
 
 Worker = str
 
@@ -150,22 +152,24 @@ class Times:
         ]
 
 
-def decide(dispatcher: Dispatcher, live: LiveRequest, turn: int, into: Times) -> None:
+def decide(dispatcher: Dispatcher, live: LiveRequest, into: Times) -> None:
     """As Dispatcher._place does it."""
     begun = time.perf_counter()
     live.names = BlockNames(NAMING, live.request.namespace)
     live.names.of(live.request.prompt_ids)
     named = time.perf_counter()
-    loads = dispatcher.loads()
+    cached = dispatcher.placer.cached(live)
+    found = time.perf_counter()
+    snapshot = dispatcher.placer.snapshot(live, cached)
     loaded = time.perf_counter()
-    placement = choose(loads, True, "least_work", turn)
+    placement = POLICIES["slo"](snapshot)
     chosen = time.perf_counter()
-    assert placement is not None
+    assert isinstance(placement, Placement)
     dispatcher.learnt.source(live, (placement.first.worker_id, placement.first.incarnation))
-    ended = time.perf_counter()
-    times = (into.naming, into.loads, into.choice, into.lookup)
-    for part, since, until in zip(times, (begun, named, loaded, chosen), (named, loaded, chosen, ended), strict=True):
-        part.append(1e3 * (until - since))
+    into.naming.append(1e3 * (named - begun))
+    into.lookup.append(1e3 * (found - named + time.perf_counter() - chosen))
+    into.loads.append(1e3 * (loaded - found))
+    into.choice.append(1e3 * (chosen - loaded))
 
 
 async def measure(num_decisions: int) -> tuple[int, Times]:
@@ -180,8 +184,8 @@ async def measure(num_decisions: int) -> tuple[int, Times]:
     ]
     await asyncio.sleep(0.5)
     for turn in range(num_decisions):
-        live = LiveRequest(Request(f"r{turn}", prompts.pop(), SamplingParams()), deadline=0.0)
-        decide(dispatcher, live, turn, times)
+        live = LiveRequest(Request(f"r{turn}", prompts.pop(), SamplingParams(), service=SERVICE), deadline=0.0)
+        decide(dispatcher, live, times)
         await asyncio.sleep(0)  # the workers are heard
     num_names = dispatcher.learnt.prefixes.num_names
     for stream in streams:

@@ -90,7 +90,7 @@ class Dispatcher:
         self.moves = Moves(self._live, self._links)
         self.rebalancer = Rebalancer(self.moves, self.loads, config.migrate_below, config.back_up_below)
         self.learnt = Learnt(naming)
-        self._placer = Placer(config, self._links, self.learnt, predictor or self.learnt.predictor, limits, self._now)
+        self.placer = Placer(config, self._links, self.learnt, predictor or self.learnt.predictor, limits, self._now)
         self.step_history = StepHistory()
 
     def new_request_id(self) -> str:
@@ -148,7 +148,7 @@ class Dispatcher:
             for live in lives:
                 del self._live[live.request.request_id]
                 self._abandon(live)
-                self._placer.ended(live)
+                self.placer.ended(live)
 
     def cancel(self, request_id: str) -> None:
         """See router.api.Generator."""
@@ -207,7 +207,7 @@ class Dispatcher:
                 raise InvalidRequest(f"request id {request.request_id} is in use", param="request_id")
         now, first = self._now(), requests[0]
         deadline, first_due = now + min(first.timeout_s, self._config.deadline_s), now + first.service.ttft_s
-        lives = [LiveRequest(request, deadline, first_due, self._placer.changed) for request in requests]
+        lives = [LiveRequest(request, deadline, first_due, self.placer.changed) for request in requests]
         for live in lives[1:]:
             live.follow(lives[0])
         self._live |= {live.request.request_id: live for live in lives}
@@ -229,9 +229,9 @@ class Dispatcher:
 
     async def _place(self, live: LiveRequest) -> None:
         """Choose workers and submit; a failure to submit becomes the placement's first event."""
-        placement = await self._placer.choose(live)
+        placement = await self.placer.choose(live)
         live.leave()
-        self._placer.placed(live, placement)
+        self.placer.placed(live, placement)
         for one in live.placed_together:
             one.place(placement)
         decode = None if placement.decode is None else placement.decode.endpoint
@@ -287,7 +287,7 @@ class Dispatcher:
         if not isinstance(error, Overloaded) or live.placement is None:
             return
         if live.num_refusals > MOST_REFUSALS and has_targets(live.request.service) and not live.tokens:
-            raise self._placer.refused_by_workers(live)
+            raise self.placer.refused_by_workers(live)
         first, decode = live.placement.first, live.placement.decode
         if decode is not None and not live.refused_at_once:
             live.refused_after = (first.worker_id, first.incarnation)
@@ -320,7 +320,7 @@ class Dispatcher:
     def _on_batch(self, member: Member, batch: StreamBatch) -> None:
         self._news.set()
         if not batch.outputs:
-            self._placer.heard()
+            self.placer.heard()
         if (member.worker_id, member.incarnation) in self._links:  # what has left is forgotten
             self.step_history.add(member, batch.steps)
             self.learnt.hear(member, batch)
@@ -354,14 +354,14 @@ class Dispatcher:
 
     def loads(self) -> list[WorkerLoad]:
         """Every linked worker's load."""
-        return self._placer.loads()
+        return self.placer.loads()
 
     def health(self) -> HealthView:
         healthy, reason, age_s = self.canary.verdict()
         workers = tuple(_view(link) for link in self._links.values())
         return HealthView(
             healthy, reason, age_s, self._membership.version, workers, len(self._live), self.retries, self.moves.counts,
-            self.learnt.predictor.view(), self._placer.counts, self._placer.num_waiting,
+            self.learnt.predictor.view(), self.placer.counts, self.placer.num_waiting,
         )  # fmt: skip
 
     @property

@@ -88,7 +88,7 @@ class Placer:
 
     async def choose(self, live: LiveRequest) -> Placement:
         """May wait; the caller bounds that. Raises Overloaded, or Unavailable if nobody can be reached."""
-        cached = self._cached(live)
+        cached = self.cached(live)
         if has_targets(live.request.service):
             self._promised_at = self._now()
         decision: Decision = self._first_decision(live, cached)
@@ -131,12 +131,12 @@ class Placer:
         return self._decide(live, cached)
 
     def _decide(self, live: LiveRequest, cached: Mapping[Name, int]) -> Decision:
-        decision = self._policy(self._snapshot(live, cached))
+        decision = self._policy(self.snapshot(live, cached))
         if decision is None:
             raise Unavailable("no worker can be reached", retry_after_s=1)
         return decision
 
-    def _snapshot(self, live: LiveRequest, cached: Mapping[Name, int]) -> Snapshot:
+    def snapshot(self, live: LiveRequest, cached: Mapping[Name, int]) -> Snapshot:
         now = self._now()
         self._memory = replace(self._memory, returns=tuple(one for one in self._memory.returns if one.at > now))
         return Snapshot(
@@ -154,7 +154,7 @@ class Placer:
             live.refused_by,
         )  # fmt: skip
 
-    def _cached(self, live: LiveRequest) -> Mapping[Name, int]:
+    def cached(self, live: LiveRequest) -> Mapping[Name, int]:
         """What is known to be where; after a refused hand-off the chunk with which it was offered is, too."""
         cached = dict(self._learnt.num_cached(live))
         if live.refused_after is not None:
@@ -175,7 +175,7 @@ class Placer:
 
     def placed(self, live: LiveRequest, placement: Placement) -> None:
         """It has just been given this placement."""
-        num_cached = self._cached(live).get((placement.first.worker_id, placement.first.incarnation), 0)
+        num_cached = self.cached(live).get((placement.first.worker_id, placement.first.incarnation), 0)
         self._book.placed(live, placement, num_cached, self._now())
 
     def changed(self, live: LiveRequest) -> None:
@@ -198,7 +198,7 @@ class Placer:
 
     def refused_by_workers(self, live: LiveRequest) -> Overloaded:
         """They had the last word."""
-        decision = self._decide(live, self._cached(live))
+        decision = self._decide(live, self.cached(live))
         return self._refusal(live, Refuse(WORKER, decision.retry_after_s if isinstance(decision, Refuse) else 1.0))
 
     def _refusal(self, live: LiveRequest, refuse: Refuse) -> Overloaded:
