@@ -41,7 +41,7 @@ NUM_CONVERSATIONS = round(1.15 * NUM_PREFIXES / (NUM_TOKENS // BLOCK))  # the sh
 NUM_DECISIONS, QUICK_DECISIONS = 5000, 500
 NAMING = Naming(BLOCK, b"benchmark")
 SEED = 1
-SERVICE = Service(ttft_s=60.0, tpot_s=1.0)
+SERVICE = Service(ttft_s=600.0, tpot_s=60.0)
 
 Worker = str
 

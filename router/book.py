@@ -33,6 +33,7 @@ class _Page:
     prompts: dict[str, Prompt] = field(default_factory=dict)
     since: float = 0.0  # when it began with the first of its prompts
     is_current: bool = False
+    num_prompt_tokens: int = 0
     queue: Prompts = NO_PROMPTS
     decodes: Decodes = NO_DECODES
 
@@ -154,8 +155,9 @@ class Book:
             return WorkerLoad(member, link.connected, 0, 0, stats)
         if not page.is_current or (page.decodes.ends and page.decodes.ends[0] < now):
             self._derive(page, (member.worker_id, member.incarnation), member.pool, now)
-        num_tokens = sum(page.lives[name].request.num_tokens for name in page.prompts)
-        return WorkerLoad(member, link.connected, len(page.lives), num_tokens, stats, page.queue, page.decodes)
+        return WorkerLoad(
+            member, link.connected, len(page.lives), page.num_prompt_tokens, stats, page.queue, page.decodes
+        )
 
     def _page(self, worker: Name) -> _Page:
         page = self._pages.get(worker)
@@ -165,6 +167,7 @@ class Book:
 
     def _derive(self, page: _Page, worker: Name, pool: Pool, now: float) -> None:
         page.queue = self._queue(page)
+        page.num_prompt_tokens = sum(page.lives[name].request.num_tokens for name in page.prompts)
         here = [(name, live) for name, live in page.lives.items() if worker == live.decodes_on]
         num_tokens = sum(live.request.num_tokens + len(live.tokens) for _, live in here)
         step_s = self._predictor.decode_step_s(pool, len(here), num_tokens) if here else 0.0

@@ -30,6 +30,8 @@ def admitted(snapshot: Snapshot, placement: Placement, own_s: float, is_kind: bo
     late_s = snapshot.margin.ttft_s(placement.ttft_s) - snapshot.ask.ttft_s
     if snapshot.margin.ttft_s(own_s) > snapshot.ask.ttft_s:
         return Refuse(TTFT, NEVER_S)
+    if not is_kind and math.isinf(snapshot.ask.ttft_s):
+        return Wait(YIELDS)
     if late_s > 0 or not is_kind:
         return Refuse(TTFT, _retry_after_s(snapshot, max(late_s, own_s)))
     return placement

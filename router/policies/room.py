@@ -9,11 +9,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from router.policies.snapshot import Snapshot, WorkerLoad
 
 SEATS, BLOCKS, TPOT = "seats", "blocks", "tpot"
 USABLE = 0.98  # of the blocks: last blocks are full of half-used ones
+
+
+class Crowd(NamedTuple):
+    """`count` sequences with the request, which reads beside `tokens` of theirs; `tpot_s`: the tightest of theirs."""
+
+    count: int
+    tokens: float
+    tpot_s: float
+    problem: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,21 +36,31 @@ class Room:
 
 def room_on(snapshot: Snapshot, load: WorkerLoad, at: float, gap_s: float = 0.0) -> Room:
     """For the request of the snapshot, that gets there at this time; `gap_s`: its hand-off's."""
+    crowd = crowd_on(snapshot, load, at)
+    return Room(crowd.problem, math.inf) if crowd.problem else room_in(snapshot, load, crowd, gap_s)
+
+
+def crowd_on(snapshot: Snapshot, load: WorkerLoad, at: float) -> Crowd:
+    """Whom it would share a step with."""
     ask, limits, stats = snapshot.ask, snapshot.limits, load.stats
     num, tokens, tpot_s = load.decodes.at(at)
-    num += max(0, stats.num_running - len(load.decodes.ends))  # other gateways'
-    count = num + ask.num_answers
+    others = stats.num_running - len(load.decodes.ends)  # other gateways'
+    count = num + (others if others > 0 else 0) + ask.num_answers
     if count > limits.max_batch_seqs:
-        return Room(SEATS, math.inf)
+        return Crowd(count, tokens, tpot_s, SEATS)
     slots = (tokens + ask.num_tokens + ask.num_output * ask.num_answers) / limits.block_size + count / 2
-    if num and slots > USABLE * stats.num_blocks:  # an empty one takes whatever may come
-        return Room(BLOCKS, math.inf)
-    context = round(tokens + ask.num_answers * (ask.num_tokens + ask.expected_output / 2))
-    step_s = snapshot.predictor.decode_step_s(load.member.pool, count, context)
-    late_s = step_s * snapshot.margin.step_factor
-    num_steps = max(1.0, ask.expected_output - 1)
-    own_s = late_s + gap_s / num_steps
-    return Room(TPOT if late_s > tpot_s or own_s > ask.tpot_s else "", step_s)
+    is_full = count > ask.num_answers and slots > USABLE * stats.num_blocks  # an empty one takes whatever may come
+    return Crowd(count, tokens, tpot_s, BLOCKS if is_full else "")
+
+
+def room_in(snapshot: Snapshot, load: WorkerLoad, crowd: Crowd, gap_s: float) -> Room:
+    """Is such a step quick enough for everybody?"""
+    ask, margin = snapshot.ask, snapshot.margin
+    context = round(crowd.tokens + ask.num_answers * (ask.num_tokens + ask.expected_output / 2))
+    step_s = snapshot.predictor.decode_step_s(load.member.pool, crowd.count, context)
+    late_s = step_s * margin.step_factor
+    own_s = late_s + gap_s / max(1.0, ask.expected_output - 1)
+    return Room(TPOT if late_s > crowd.tpot_s or own_s > ask.tpot_s else "", step_s)
 
 
 def gap_s(snapshot: Snapshot, first: WorkerLoad, load: WorkerLoad, own_s: float) -> float:

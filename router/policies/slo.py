@@ -12,9 +12,11 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from heapq import nsmallest
+from operator import itemgetter
 
 from engine.step_shape import Chunk, StepShape
 from engine.types import Role
@@ -22,7 +24,7 @@ from router.policies.admission import YIELDS, admitted, without_room, yields
 from router.policies.occupancy import with_one_more
 from router.policies.pools import by_decode_work, by_prefill_work, pair
 from router.policies.rehearsal import Prompt
-from router.policies.room import gap_s, room_on
+from router.policies.room import Crowd, crowd_on, gap_s, room_in, room_on
 from router.policies.slack import slack_tokens
 from router.policies.snapshot import Decision, Placement, Snapshot, Wait, WorkerLoad
 
@@ -76,13 +78,19 @@ def _apart(snapshot: Snapshot, prefill: Sequence[WorkerLoad]) -> Option | None:
     """The best of the prefill workers: all are ranked by sums, and the best of these rehearsed."""
     now = snapshot.now
     due = now + snapshot.ask.ttft_s
-    options: list[Option] = []
+    ranked: list[tuple[bool, float, int, str, float, WorkerLoad]] = []
+    times_s: dict[int, float] = {}  # by what is cached: few workers have anything
     for load in prefill:
-        own_s, prompts = snapshot.prefill_s(load), load.prompts
-        ttft_s = prompts.before_s(due, now) + own_s
-        options.append(Option(own_s <= prompts.room_s(due), ttft_s, own_s, snapshot.cached_on(load), load))
-    best = nsmallest(MOST_REHEARSED, options, key=lambda one: one.rank)
-    return min((_rehearsed(snapshot, one, due) for one in best), key=lambda one: one.rank, default=None)
+        num_cached, prompts = snapshot.cached_on(load), load.prompts
+        own_s = times_s.get(num_cached)
+        if own_s is None:
+            own_s = times_s[num_cached] = snapshot.prefill_s(load)
+        before_s = prompts.before_s(due, now) if prompts.all else 0.0
+        is_unkind = bool(prompts.all) and own_s > prompts.room_s(due)
+        ranked.append((is_unkind, before_s + own_s, -num_cached, load.member.worker_id, own_s, load))
+    best = nsmallest(MOST_REHEARSED, ranked, key=itemgetter(0, 1, 2, 3))
+    options = (Option(not unkind, ttft_s, own_s, -cached, load) for unkind, ttft_s, cached, _, own_s, load in best)
+    return min((_rehearsed(snapshot, one, due) for one in options), key=lambda one: one.rank, default=None)
 
 
 def _rehearsed(snapshot: Snapshot, option: Option, due: float) -> Option:
@@ -100,9 +108,11 @@ def _beside(snapshot: Snapshot, decode: Sequence[WorkerLoad]) -> Iterator[Option
     ask, chunk = snapshot.ask, snapshot.limits.prefill_chunk
     for load in decode:
         num_cached = snapshot.cached_on(load)
+        if ask.num_tokens - num_cached > chunk or load.prompts.dues:
+            continue
         num, tokens, tpot_s = load.decodes.at(snapshot.now)
         limit_s = min(tpot_s, ask.tpot_s) / snapshot.margin.step_factor
-        if ask.num_tokens - num_cached > chunk or load.prompts.dues or math.isinf(limit_s):
+        if math.isinf(limit_s):
             continue
         num_new = ask.num_tokens - num_cached
         if slack_tokens(snapshot, load, num_cached, limit_s) < num_new:
@@ -115,14 +125,25 @@ def _beside(snapshot: Snapshot, decode: Sequence[WorkerLoad]) -> Iterator[Option
 
 
 def _decode_worker(snapshot: Snapshot, option: Option, decode: Sequence[WorkerLoad]) -> WorkerLoad | None:
-    """One with room for what this option computes; where there is a choice, not who has just refused it."""
-    at, packs = snapshot.now + option.ttft_s, math.isfinite(snapshot.ask.tpot_s)
-    found: list[tuple[bool, float, str, WorkerLoad]] = []
+    """One with room for what this option computes; where there is a choice, not who has just refused it. They are tried
+    from the fullest on, or from the emptiest, and those that are sure to be too full are passed over by halves."""
+    at, packs, ask = snapshot.now + option.ttft_s, math.isfinite(snapshot.ask.tpot_s), snapshot.ask
+    ranked: list[tuple[bool, float, float, str, WorkerLoad, Crowd]] = []
+    sign = -1 if packs else 1
     for load in decode:
-        if load.member.cohort != option.first.member.cohort:
-            continue
-        room = room_on(snapshot, load, at, gap_s(snapshot, option.first, load, option.own_s))
-        if not room.problem:
-            step_s = -room.step_s if packs else room.step_s
-            found.append((load.name == snapshot.ask.refused_by, step_s, load.member.worker_id, load))
-    return min(found, key=lambda one: one[:3])[3] if found else None
+        if load.member.cohort == option.first.member.cohort:
+            crowd = crowd_on(snapshot, load, at)
+            if not crowd.problem:
+                is_last = load.name == ask.refused_by
+                name = load.member.worker_id
+                ranked.append((is_last, sign * crowd.count, sign * crowd.tokens, name, load, crowd))
+    ranked.sort(key=itemgetter(0, 1, 2, 3))
+
+    def has_room(number: int, with_gap: bool = True) -> bool:
+        *_, load, crowd = ranked[number]
+        gap = gap_s(snapshot, option.first, load, option.own_s) if with_gap else 0.0
+        return not room_in(snapshot, load, crowd, gap).problem
+
+    first = bisect_left(range(len(ranked)), True, key=lambda number: has_room(number, False)) if packs else 0
+    numbers = (*range(first, len(ranked)), *range(first))
+    return next((ranked[number][4] for number in numbers if has_room(number)), None)

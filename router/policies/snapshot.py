@@ -139,7 +139,7 @@ class Snapshot:
 
     def cached_on(self, load: WorkerLoad) -> int:
         """Positions of the prompt's beginning there; the last position is always computed."""
-        return min(self.ask.cached.get(load.name, 0), self.ask.num_tokens - 1)
+        return min(self.ask.cached.get(load.name, 0), self.ask.num_tokens - 1) if self.ask.cached else 0
 
     def prefill_s(self, load: WorkerLoad) -> float:
         cached = self.cached_on(load)

@@ -308,6 +308,10 @@ def test_slo_lets_best_effort_wait_while_requests_with_targets_come_and_prompts_
     assert names(decide("slo", [busy, idle, load("d0")], batch, promised_of_late=True)) == ("p1", "d0")
 
 
+def test_slo_lets_who_has_no_target_wait_where_others_would_be_late() -> None:
+    assert decide("slo", [load("p0", prompts=queue((900, 1.0))), load("d0")], ask(200)) == Wait("yields")
+
+
 def test_slo_refuses_a_target_that_no_load_could_keep() -> None:
     decision = decide("slo", [load("p0"), load("d0")], ask(2000, ttft_s=0.5))
     assert isinstance(decision, Refuse) and decision.retry_after_s == 60.0

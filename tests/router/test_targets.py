@@ -10,6 +10,7 @@ from engine.errors import InvalidRequest
 from engine.types import Request, SamplingParams, Service
 from router.config import RouterConfig
 from router.targets import with_targets
+from tests.router.fakes import CHAT, FakeGenerator, chat, make_client
 
 REQUEST = Request("r", (1, 2, 3), SamplingParams(), timeout_s=600.0, service=Service(tenant="t"))
 
@@ -61,3 +62,18 @@ def test_an_unknown_class_is_refused_and_told_which_there_are() -> None:
     with pytest.raises(InvalidRequest, match="batch, interactive, standard") as caught:
         targets({"x-slo-class": "gold"})
     assert caught.value.param == "x-slo-class"
+
+
+async def test_headers_of_a_request_reach_the_one_who_places_it() -> None:
+    generator = FakeGenerator()
+    async with make_client(generator) as client:
+        headers = {"x-slo-ttft-ms": "60000", "x-slo-class": "batch"}
+        assert (await client.post(CHAT, json=chat(), headers=headers)).status_code == 200
+    (request,) = generator.requests
+    assert 0 < request.service.ttft_s <= 60.0 and request.service.priority == 10
+
+
+async def test_a_wrong_header_is_bad_input() -> None:
+    async with make_client(FakeGenerator()) as client:
+        response = await client.post(CHAT, json=chat(), headers={"x-slo-tpot-ms": "quick"})
+    assert response.status_code == 400 and response.json()["error"]["param"] == "x-slo-tpot-ms"
