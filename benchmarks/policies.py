@@ -106,7 +106,7 @@ def main() -> None:
 
 def capacity_of(seconds: float) -> float:
     """The highest rate at which some policy that refuses nobody keeps the targets of ATTAINED."""
-    patient = [policy for policy in reversed(POLICIES) if policy not in REFUSING]
+    patient: list[PolicyName] = [policy for policy in reversed(POLICIES) if policy not in REFUSING]
 
     def is_kept(rate: float) -> bool:
         return any(outcome(policy, 1.0, rate, seconds).attained >= ATTAINED for policy in patient)

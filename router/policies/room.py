@@ -18,9 +18,9 @@ USABLE = 0.98  # of the blocks: last blocks are full of half-used ones
 
 
 class Crowd(NamedTuple):
-    """`count` sequences with the request, which reads beside `tokens` of theirs; `tpot_s`: the tightest of theirs."""
+    """`num` sequences with the request, which reads beside `tokens` of theirs; `tpot_s`: the tightest of theirs."""
 
-    count: int
+    num: int
     tokens: float
     tpot_s: float
     problem: str
@@ -57,7 +57,7 @@ def room_in(snapshot: Snapshot, load: WorkerLoad, crowd: Crowd, gap_s: float) ->
     """Is such a step quick enough for everybody?"""
     ask, margin = snapshot.ask, snapshot.margin
     context = round(crowd.tokens + ask.num_answers * (ask.num_tokens + ask.expected_output / 2))
-    step_s = snapshot.predictor.decode_step_s(load.member.pool, crowd.count, context)
+    step_s = snapshot.predictor.decode_step_s(load.member.pool, crowd.num, context)
     late_s = step_s * margin.step_factor
     own_s = late_s + gap_s / max(1.0, ask.expected_output - 1)
     return Room(TPOT if late_s > crowd.tpot_s or own_s > ask.tpot_s else "", step_s)

@@ -89,12 +89,19 @@ def _apart(snapshot: Snapshot, prefill: Sequence[WorkerLoad]) -> Option | None:
         is_unkind = bool(prompts.all) and own_s > prompts.room_s(due)
         ranked.append((is_unkind, before_s + own_s, -num_cached, load.member.worker_id, own_s, load))
     best = nsmallest(MOST_REHEARSED, ranked, key=itemgetter(0, 1, 2, 3))
-    options = (Option(not unkind, ttft_s, own_s, -cached, load) for unkind, ttft_s, cached, _, own_s, load in best)
-    return min((_rehearsed(snapshot, one, due) for one in options), key=lambda one: one.rank, default=None)
+    found: Option | None = None
+    for is_unkind, ttft_s, minus_cached, _, own_s, load in best:
+        if found is not None and found.is_kind and found.ttft_s <= ttft_s:
+            break  # a rehearsal finds no first token sooner than the sums
+        option = _rehearsed(snapshot, Option(not is_unkind, ttft_s, own_s, -minus_cached, load), due)
+        found = option if found is None or option.rank < found.rank else found
+    return found
 
 
 def _rehearsed(snapshot: Snapshot, option: Option, due: float) -> Option:
     """With the time of the step's end in which its prompt is done, and what that means for those in the same step."""
+    if not option.first.prompts.all:
+        return option
     now, limits = snapshot.now, snapshot.limits
     num_new = snapshot.ask.num_tokens - option.num_cached
     new = Prompt(due, now, num_new, option.own_s, num_new)
@@ -136,7 +143,7 @@ def _decode_worker(snapshot: Snapshot, option: Option, decode: Sequence[WorkerLo
             if not crowd.problem:
                 is_last = load.name == ask.refused_by
                 name = load.member.worker_id
-                ranked.append((is_last, sign * crowd.count, sign * crowd.tokens, name, load, crowd))
+                ranked.append((is_last, sign * crowd.num, sign * crowd.tokens, name, load, crowd))
     ranked.sort(key=itemgetter(0, 1, 2, 3))
 
     def has_room(number: int, with_gap: bool = True) -> bool:
