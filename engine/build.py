@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from llguidance import LLTokenizer
 
 from engine.engine import Engine
+from engine.grammar import Grammars, read_vocabulary
 from engine.host_tier import HostTier
 from engine.kv_cache import DTYPES, KVCache
 from engine.model_runner import TorchRunner, build_model
 from engine.models.split import split_config, split_weights
+from engine.models.tokenizer import load_tokenizer
 from engine.models.weights import load_weights
 from engine.pinned import pin
 from engine.pool import BlockBytes, SharedPool
@@ -44,7 +47,18 @@ def build_model_runner(setup: EngineSetup, pool: SharedPool | None, ranks: Ranks
     with torch.inference_mode():
         model = build_model(split_config(setup.model, share), weights, block_size, setup.batch_invariant, ranks)
         cache = KVCache(rank_layout(setup.layout, share), setup.spec.num_blocks, device, pool)
-    return TorchRunner(model, cache, block_size, device)
+    return TorchRunner(model, cache, block_size, device, grammars_of(setup))
+
+
+def grammars_of(setup: EngineSetup) -> Grammars:
+    """Of this model. Its vocabulary is read when the first answer with a grammar comes: a second for 128,000 tokens."""
+
+    def read() -> LLTokenizer:
+        tokenizer = load_tokenizer(setup.files, setup.model)
+        vocab_size = max(setup.model.vocab_size, tokenizer.vocab_size)
+        return read_vocabulary(tokenizer.to_json(), vocab_size, setup.spec.eos_token_ids)
+
+    return Grammars(read, setup.config.threads)
 
 
 def behind_ring(cache: KVCache, ring: StagingRing, device: str) -> RingPool:

@@ -316,6 +316,11 @@ class Engine:
 
     def _finish_item(self, item: Scheduled, chosen: Sampled) -> None:
         sequence = item.sequence
+        if chosen.error is not None:
+            self._fail(sequence.answers, chosen.error)
+            self.scheduler.remove(sequence)
+            self.scheduler.holdings.free(sequence)
+            return
         sequence.prompt_logprobs += chosen.prompt_logprobs
         if item.samples and sequence.is_joint:
             self._finish_joint(item, chosen)
@@ -408,6 +413,8 @@ class Engine:
             )
         if longest > capacity:
             return ErrorInfo("invalid_request", f"{longest} tokens do not fit the KV pool of {capacity}")
+        if request.sampling.grammar and request.sampling.ignore_eos:
+            return ErrorInfo("invalid_request", "an answer that keeps to a grammar ends with it: not with ignore_eos")
         token_ids = (*request.prompt_ids, *request.generated_ids)
         if min(token_ids) < 0 or max(token_ids) >= self.spec.vocab_size:
             return ErrorInfo("invalid_request", f"a token id is outside the vocabulary of {self.spec.vocab_size}")

@@ -1,5 +1,6 @@
-"""From a model's logits to those that are sampled: bias, penalties and bans, in this order.
+"""From a model's logits to those that are sampled: a grammar, bias, penalties and bans, in this order.
 
+0. tokens that the grammar does not allow are banned, and stay so: what follows chooses among the others;
 1. logit_bias is added; 2. repetition penalty (Keskar et al., 2019) over prompt and answer; 3. presence and frequency
 penalties over the answer, as the OpenAI API defines them; 4. bad words; 5. before min_tokens, whatever would end the
 answer. Temperature and truncation follow in engine/sampler.py. Pure: nothing is changed in place.
@@ -17,11 +18,15 @@ MINUS_INFINITY = -np.inf
 
 
 def process(
-    logits: np.ndarray, params: SamplingParams, tokens: Sequence[int], num_prompt: int, eos_token_ids: Collection[int]
-) -> np.ndarray:
+    logits: np.ndarray, params: SamplingParams, tokens: Sequence[int], num_prompt: int, eos_token_ids: Collection[int],
+    allowed: np.ndarray | None = None,
+) -> np.ndarray:  # fmt: skip
     """Logits [vocab] float32 after `tokens`, of which the first `num_prompt` are the prompt -> [vocab] of that type.
 
-    Where nothing applies it is `logits` itself; where everything would be banned, too."""
+    `allowed` [at least vocab] bool: what the answer's grammar allows. Where nothing applies it is `logits` itself;
+    where 4 and 5 would ban all that is allowed, they are left out with 1 to 3."""
+    if allowed is not None:
+        logits = np.where(allowed[: len(logits)], logits, MINUS_INFINITY)
     changed = logits.copy() if _changes(params, len(tokens) - num_prompt) else logits
     if changed is logits:
         return logits

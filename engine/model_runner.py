@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from llguidance import LLTokenizer
 
 from engine.batch import build_input, num_rows_of, plan_step
 from engine.errors import ModelError
+from engine.grammar import Grammars, Mask
 from engine.kv_cache import KVCache
 from engine.layer_groups import LayersStored
 from engine.logits import process
@@ -19,7 +21,7 @@ from engine.ranks import ONE_RANK, Ranks
 from engine.sampler import sample
 from engine.scheduler import Batch, Scheduled
 from engine.step_plan import StepPlan
-from engine.types import Sampled, SamplingParams, TokenLogprob
+from engine.types import ErrorInfo, Sampled, SamplingParams, TokenLogprob
 from kernels.reference.attention import tile_tokens
 from kernels.reference.ladder import FREE_LADDERS, Ladders, measure_attention, measure_linear
 
@@ -27,31 +29,38 @@ from kernels.reference.ladder import FREE_LADDERS, Ladders, measure_attention, m
 class TorchRunner:
     """Implements engine.engine.ModelRunner over a model and its cache."""
 
-    def __init__(self, model: Decoder, cache: KVCache, block_size: int, device: str) -> None:
+    def __init__(
+        self, model: Decoder, cache: KVCache, block_size: int, device: str, grammars: Grammars | None = None
+    ) -> None:
+        """Without `grammars` no answer can keep to one."""
         self.model = model
         self.cache = cache
         self.block_size = block_size
         self.device = device
+        self._grammars = grammars or Grammars(_no_vocabulary)
 
     def execute(self, batch: Batch, stored: LayersStored | None = None) -> list[Sampled]:
         """As rank 0: the others compute the step, too."""
         plan = plan_step(batch, self.cache.layout.groups, self.block_size)
         self.model.ranks.tell(plan)
         rows = self.compute(plan, stored).cpu().numpy()
+        masks = self._grammars.masks([item.sequence if item.samples else None for item in batch.scheduled])
         starts = np.cumsum([0, *map(num_rows_of, batch.scheduled)])
         return [
-            self._sample(item, rows[start:stop])
-            for item, start, stop in zip(batch.scheduled, starts, starts[1:], strict=False)
+            self._sample(item, rows[start:stop], mask)
+            for item, mask, start, stop in zip(batch.scheduled, masks, starts, starts[1:], strict=False)
         ]
 
-    def _sample(self, item: Scheduled, rows: np.ndarray) -> Sampled:
+    def _sample(self, item: Scheduled, rows: np.ndarray, mask: Mask) -> Sampled:
         """rows: [num_rows_of(item), vocab], of the item's last positions. The answers differ in their noise only."""
         sequence, params = item.sequence, item.sequence.request.sampling
         prompt_logprobs = _prompt_logprobs(item, rows) if len(rows) > item.samples else ()
         if not item.samples:
             return Sampled(prompt_logprobs=prompt_logprobs)
+        if isinstance(mask, ErrorInfo):
+            return Sampled(error=mask)
         eos_token_ids = self.model.config.eos_token_ids
-        processed = process(rows[-1], params, sequence.tokens, sequence.num_prompt, eos_token_ids)
+        processed = process(rows[-1], params, sequence.tokens, sequence.num_prompt, eos_token_ids, mask)
         first, *siblings = (_choose(item, rows[-1], processed, answer.sampling) for answer in sequence.answers)
         return replace(first, prompt_logprobs=prompt_logprobs, siblings=tuple(siblings))
 
@@ -63,6 +72,10 @@ class TorchRunner:
         groups = self.model.config.num_heads // self.model.config.num_kv_heads
         step = build_input(plan, self.cache.layout.groups, self.block_size, groups, self.model.ladders, self.device)
         return self.model.forward(step, self.cache, stored)
+
+
+def _no_vocabulary() -> LLTokenizer:
+    raise ModelError("this engine was built without a vocabulary")
 
 
 def _choose(item: Scheduled, logits: np.ndarray, processed: np.ndarray, params: SamplingParams) -> Sampled:

@@ -13,6 +13,7 @@ from collections.abc import Sequence as Siblings
 from dataclasses import dataclass, field
 
 from engine.block_table import BlockTable
+from engine.matching import Matching
 from engine.types import FinishReason, Key, Request, TokenLogprob
 
 
@@ -29,6 +30,7 @@ class Sequence:
     cached_tokens: int = 0  # prompt tokens found in a prefix cache
     announced: bool = False  # of a hand-off: its first chunk was reported
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # as far as they are computed
+    matching: Matching | None = None  # how far its grammar is; made when it is first asked for (engine/grammar.py)
     num_overtaken: int = 0  # how often another was admitted before it
 
     @classmethod

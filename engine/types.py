@@ -41,8 +41,8 @@ class Key(NamedTuple):
 class SamplingParams:
     """How to choose tokens, and when to end. Each default is neutral; temperature 0 is greedy; seed is always set.
 
-    Applied in this order (engine/sampler.py): logit_bias, penalties, bad_words, min_tokens, temperature, top_k, top_p,
-    min_p, typical_p.
+    Applied in this order (engine/logits.py, engine/sampler.py): grammar, logit_bias, penalties, bad_words, min_tokens,
+    temperature, top_k, top_p, min_p, typical_p.
     """
 
     max_tokens: int = 16
@@ -177,12 +177,13 @@ class Sampled:
 
     `logprobs` has one for each token where they are wanted; `prompt_logprobs` those of the prompt's tokens at positions
     [start + 1, start + num_new + 1), as far as the prompt goes, where these are wanted. `siblings` is what was chosen
-    for the sequence's other answers, in their order."""
+    for the sequence's other answers, in their order. With `error` nothing was, and these answers end with it."""
 
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     siblings: tuple[Sampled, ...] = ()
+    error: ErrorInfo | None = None
 
 
 @dataclass(frozen=True, slots=True)

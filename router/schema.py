@@ -25,6 +25,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from router.structured import ResponseFormat, StructuredOutputs
 from router.tools.schema import (
     MAX_TOOLS,
     CalledFunction,
@@ -210,6 +211,9 @@ class GenerationBody(ApiModel):
     bad_words: Annotated[tuple[BadWord, ...], Field(max_length=MAX_BAD_WORDS)] | None = Field(
         default=None, description="extension: texts that the answer never contains"
     )
+    structured_outputs: StructuredOutputs | None = Field(
+        default=None, description="extension: what the answer keeps to, as response_format and more"
+    )
     n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] | None = None
     prompt_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
         default=None, description="extension: logprobs of the prompt's tokens, not with 'stream'"
@@ -301,7 +305,7 @@ class ChatBody(GenerationBody):
     chat_template_kwargs: Annotated[dict[str, JsonValue] | None, AfterValidator(_as_variables)] = Field(
         default=None, description="extension: variables of the chat template, such as enable_thinking"
     )
-    response_format: Annotated[JsonValue, only(None, {"type": "text"})] = None
+    response_format: ResponseFormat | None = None
     service_tier: Annotated[JsonValue, only(None, "auto", "default")] = None
     store: StrictBool | None = Field(default=None, description="taken, without effect")
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None

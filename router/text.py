@@ -18,6 +18,7 @@ from engine.types import Key, Request, SamplingParams
 from router.chat_prompt import chat_prompt
 from router.chat_style import PLAIN_STYLE, ChatStyle, reading_of
 from router.errors import shown
+from router.grammar import answer_grammar
 from router.reader import PLAIN, Reading
 from router.schema import ChatBody, CompletionBody, Prompt
 from router.text_stream import Detokenizer, TextStream
@@ -111,6 +112,7 @@ class TextModel:
         self._check_ids(body, max_tokens)
         sampling = replace(_sampling(body, max_tokens, seed), bad_words=await self._bad_words(body.bad_words or ()))
         _check_prompt_logprobs(sampling.prompt_logprobs, body, len(prompt_ids))
+        sampling = replace(sampling, grammar=await answer_grammar(body))
         return Request(request_id, prompt_ids, sampling, timeout_s=timeout_s)
 
     def check_name(self, model: str | None) -> None:

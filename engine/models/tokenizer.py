@@ -73,6 +73,10 @@ class Tokenizer:
         token_id = self._backend.token_to_id(token)
         return token_id if token_id in self.special_ids else None
 
+    def to_json(self) -> str:
+        """In Hugging Face's format, tokenizer.json."""
+        return self._backend.to_str()
+
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         """Token ids of `text`; `add_special` adds what the model puts around a prompt, e.g. BOS. Special tokens
         written out in the text become their ids. Raises InvalidRequest for a text that no UTF-8 can hold."""

@@ -30,7 +30,7 @@ def write_tiny_model(folder: Path) -> Path:
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
-    _byte_tokenizer().save(str(folder / "tokenizer.json"))
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
     return folder
 
 
@@ -44,7 +44,7 @@ def _hf_config() -> dict[str, object]:
     }  # fmt: skip
 
 
-def _byte_tokenizer() -> tokenizers.Tokenizer:
+def byte_tokenizer() -> tokenizers.Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = tokenizers.Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

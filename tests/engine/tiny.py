@@ -18,6 +18,7 @@ from engine.batch import build_input, plan_step
 from engine.block_manager import Holder, HolderKind
 from engine.build import BuiltEngine
 from engine.engine import Engine, EngineSpec, ModelRunner
+from engine.grammar import Grammars
 from engine.host_tier import HostTier
 from engine.kv_cache import DTYPES, KVCache
 from engine.layer_groups import LayersStored
@@ -154,7 +155,7 @@ def _hf_weights(config: ModelConfig, weights: Weights) -> Weights:
 
 def tiny_engine(
     config: ModelConfig, weights: Weights, *, num_blocks: int = 64, batch_invariant: bool = True,
-    shuffle_seed: int | None = None, host_tier_blocks: int = 0, **limits: Any,
+    shuffle_seed: int | None = None, host_tier_blocks: int = 0, grammars: Grammars | None = None, **limits: Any,
 ) -> BuiltEngine:  # fmt: skip
     """An engine over a poisoned pool. `limits` replace fields of its SchedulerLimits; `weights` are left alone."""
     torch.set_num_threads(1)  # as engine.build does by default
@@ -176,7 +177,7 @@ def tiny_engine(
     engine = Engine(spec, HostTier(layout, cache, tier_bytes) if tier_bytes else None)
     if shuffle_seed is not None:
         shuffle_blocks(engine, shuffle_seed)
-    return BuiltEngine(engine, TorchRunner(model, cache, bounds.block_size, "cpu"), cache)
+    return BuiltEngine(engine, TorchRunner(model, cache, bounds.block_size, "cpu", grammars), cache)
 
 
 def shuffle_blocks(engine: Engine, seed: int) -> None:
