@@ -22,7 +22,7 @@ from router.grammar import answer_grammar
 from router.reader import PLAIN, Reading
 from router.schema import ChatBody, CompletionBody, Prompt
 from router.text_stream import Detokenizer, TextStream
-from router.tools.grammar import tools_grammar
+from router.tools.grammar import after_reasoning, tools_grammar
 
 DEFAULT_CHAT_TOKENS = 1024  # an answer's length when the client names none, if the context has that much left
 DEFAULT_COMPLETION_TOKENS = 16  # the API's own default
@@ -88,14 +88,14 @@ class TextModel:
         seed = new_seed() if body.seed is None else body.seed % 2**64
         if isinstance(body, ChatBody):
             prompt_ids, reading = await self._chat_ids(body)
-            grammar = tools_grammar(body.tool_use, self.style.tool_format, reading, self.tokenizer.special_id)
-            request = await self._request(body, request_id, prompt_ids, "messages", seed, timeout_s)
-            sampling = replace(request.sampling, grammar=grammar or request.sampling.grammar)
-            return Prepared((replace(request, sampling=sampling),), reading=reading)
+            grammar = await self._chat_grammar(body, reading)
+            request = await self._request(body, request_id, prompt_ids, "messages", seed, timeout_s, grammar)
+            return Prepared((request,), reading=reading)
+        grammar = await answer_grammar(body)
         prompts = [await self._prompt_ids(prompt) for prompt in body.prompt]
         names = [request_id, *(f"{request_id}-{index}" for index in range(1, len(prompts)))]
         named = zip(names, prompts, strict=True)
-        requests = [await self._request(body, name, ids, "prompt", seed, timeout_s) for name, ids in named]
+        requests = [await self._request(body, name, ids, "prompt", seed, timeout_s, grammar) for name, ids in named]
         echoes = tuple(map(self._echo, body.prompt)) if body.echo else ()
         return Prepared(tuple(requests), echoes, is_silent=body.max_tokens == 0)
 
@@ -107,13 +107,23 @@ class TextModel:
         field: str,
         seed: int,
         timeout_s: float,
+        grammar: str,
     ) -> Request:
         max_tokens = self._max_tokens(body, field, len(prompt_ids))
         self._check_ids(body, max_tokens)
-        sampling = replace(_sampling(body, max_tokens, seed), bad_words=await self._bad_words(body.bad_words or ()))
+        bad_words = await self._bad_words(body.bad_words or ())
+        sampling = replace(_sampling(body, max_tokens, seed), bad_words=bad_words, grammar=grammar)
         _check_prompt_logprobs(sampling.prompt_logprobs, body, len(prompt_ids))
         sampling = replace(sampling, grammar=await answer_grammar(body))
         return Request(request_id, prompt_ids, sampling, timeout_s=timeout_s)
+
+    async def _chat_grammar(self, body: ChatBody, reading: Reading) -> str:
+        """Of calls that are demanded or strict, else of the form that the answer is to have, after its reasoning."""
+        special_id = self.tokenizer.special_id
+        calls = partial(tools_grammar, body.tool_use, self.style.tool_format, reading, special_id)
+        if body.tool_use.is_bound:
+            return await asyncio.to_thread(calls)
+        return after_reasoning(await answer_grammar(body), reading, special_id)
 
     def check_name(self, model: str | None) -> None:
         """ModelNotFound for another name than ours; None is whichever is served."""

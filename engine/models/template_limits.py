@@ -7,17 +7,20 @@ get around that, for the checks are put into its syntax tree, not into names tha
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from jinja2 import TemplateError, nodes, pass_context
+from jinja2.filters import do_format
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-MAX_TURNS = 1_000_000  # of loops, and calls: well under a second, and far more than any real template takes
+MAX_TURNS = 100_000  # of loops, and calls: a second or two at worst, and more than thousands of messages take
 MAX_CHARS = 64 * 2**20  # of one text; a body is smaller, and templates repeat it at most a few times
 MAX_ARGUMENT = 100_000  # of a number given to a call or a filter: a width, an indent; as much as range may have
+LONG_NUMBER = re.compile(r"[%{][^%{}]{0,16}\d{6}")  # in a format: a width beyond MAX_ARGUMENT
 BUDGET = "_budget"  # the variable that holds it: one of render's, which a template can hide but not replace
 
 
@@ -59,9 +62,17 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         _check_arguments(budget, owner, (*args, *kwargs.values()))
         return super().call(__context, __obj, *args, **kwargs)
 
+    def wrap_str_format(self, value: object) -> Callable[..., str] | None:
+        text = getattr(value, "__self__", None)
+        if getattr(value, "__name__", None) in ("format", "format_map") and isinstance(text, str):
+            _check_format(text, ())
+        return super().wrap_str_format(value)
+
     def call_binop(self, context: Context, operator: str, left: object, right: object) -> object:
         if operator == "+":
             _budget_of(context).check(_length(left) + _length(right))
+        elif operator == "%" and isinstance(left, str):
+            _check_format(left, right if isinstance(right, tuple) else (right,))
         elif isinstance(left, int) and isinstance(right, int):
             if operator == "**" and (abs(left) > MAX_ARGUMENT or right > 64):
                 raise TemplateError("the template makes too large a number")
@@ -111,6 +122,8 @@ def _limited(inner: Callable[..., object]) -> Callable[..., object]:
         budget = _budget_of(context)
         budget.take()
         _check_arguments(budget, value, (*args, *kwargs.values()))
+        if inner is do_format:
+            _check_format(str(value), args)
         state = _state_for(inner, context) if wants_state else ()
         return inner(*state, value, *args, **kwargs)
 
@@ -128,6 +141,12 @@ def _check_arguments(budget: Budget, value: object, arguments: Sequence[object])
         raise TemplateError("the template uses too large a number")
     if isinstance(value, str | list | tuple):
         budget.check(max(1, len(value)) * max((_length(one) for one in arguments if isinstance(one, str)), default=1))
+
+
+def _check_format(text: str, arguments: Sequence[object]) -> None:
+    """A text that may be a format, with widths written in it or given to it."""
+    if LONG_NUMBER.search(text) or any(_number(one) > MAX_ARGUMENT for one in arguments):
+        raise TemplateError("the template uses too large a number")
 
 
 def _length(value: object) -> int:

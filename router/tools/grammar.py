@@ -14,15 +14,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pydantic import JsonValue
-
+from router.grammar import ANY_OBJECT, HEADER, SPACING, check_grammar, check_schema
 from router.reader import Reading
 from router.tools.formats import MARKS, Marks, ToolFormat
 from router.tools.schema import Tool
 from router.tools.use import ToolUse
 
-ANY_OBJECT: dict[str, JsonValue] = {"type": "object"}
-SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as json.dumps has it
+START = f"{HEADER}start: answer"
 TEXT = "TEXT: /(.|\\n)*/"
 BARE_TEXT = "BARE_TEXT: /([^{\\[ \\n\\t](.|\\n)*)?/"  # what would not be taken for a call
 
@@ -30,15 +28,24 @@ SpecialId = Callable[[str], int | None]
 
 
 def tools_grammar(use: ToolUse, tool_format: ToolFormat, reading: Reading, special_id: SpecialId) -> str:
-    """Empty where the answer is free. `special_id` tells of a mark that is a special token, which no text can be."""
-    if not use.must and not use.has_strict:
-        return ""
+    """Of an answer that is bound. `special_id` tells of a mark that is a special token, which no text can be.
+    InvalidRequest names a schema that is no schema, or too much of one. Takes long: not for the event loop."""
+    for tool in use.callable:
+        if tool.function.parameters and (use.must or tool.function.strict):
+            check_schema(tool.function.parameters, f"tools.{use.offered.index(tool)}.function.parameters")
     words = _Words(MARKS[tool_format], special_id)
     answer = words.demanded(use) if use.must else words.free(use)
-    rules = [*words.thought(reading), *answer, *words.calls(use), TEXT, BARE_TEXT]
-    return (
-        "\n".join(["%llguidance {}", "start: thought answer" if reading.reasoning else "start: answer", *rules]) + "\n"
-    )
+    grammar = "\n".join([START, *answer, *words.calls(use), TEXT, BARE_TEXT]) + "\n"
+    return check_grammar(after_reasoning(grammar, reading, special_id), "tools")
+
+
+def after_reasoning(grammar: str, reading: Reading, special_id: SpecialId) -> str:
+    """The same after the reasoning that there may be, for a grammar that begins with START."""
+    if reading.reasoning is None or not grammar.startswith(START):
+        return grammar
+    words = _Words(MARKS[ToolFormat.HERMES], special_id)
+    text = [] if TEXT in grammar else [TEXT]
+    return "\n".join([f"{HEADER}start: thought answer", *words.thought(reading), *text]) + grammar.removeprefix(START)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +95,7 @@ class _Words:
         keeps = must or function.strict
         schema = (function.parameters or ANY_OBJECT) if keeps else ANY_OBJECT
         head = f'{{"name": {json.dumps(function.name)}, "{self.marks.arguments}": '
-        return f'call_{index}: {_text(head)} %json {json.dumps(schema | {"x-guidance": SPACING})} "}}"'
+        return f'call_{index}: {_text(head)} %json {json.dumps({**schema, "x-guidance": SPACING})} "}}"'
 
     def _list(self, use: ToolUse) -> str:
         return 'list: "[" call "]"' if use.is_single else 'list: "[" call (", " call)* "]"'

@@ -43,8 +43,11 @@ class CallParser:
         self._has_call = False  # since the last opener
 
     def push(self, text: str) -> tuple[Part, ...]:
-        for char in text:
-            self._state(char)
+        if self._state == self._in_text and self._marks.opener[:1] not in text and not self._held.strip():
+            self._pass_on(self._held + text)
+        else:
+            for char in text:
+                self._state(char)
         return self._taken()
 
     def flush(self) -> tuple[Part, ...]:
@@ -86,6 +89,12 @@ class CallParser:
             doubtful = self._doubtful(held)
             self._say(held[: len(held) - len(doubtful)])
             self._held = doubtful
+
+    def _pass_on(self, text: str) -> None:
+        """The same for text in which no mark begins, at once."""
+        num_spaces = min(len(text) - len(text.rstrip()), MAX_HELD_SPACE)
+        self._held = text[len(text) - num_spaces :]
+        self._say(text[: len(text) - num_spaces])
 
     def _doubtful(self, held: str) -> str:
         """The longest end of the text, but not all of it, that may be white space and the beginning of the mark."""

@@ -26,8 +26,9 @@ class ToolUse:
         return tuple(tool.function.name for tool in self.callable)
 
     @property
-    def has_strict(self) -> bool:
-        return any(tool.function.strict for tool in self.callable)
+    def is_bound(self) -> bool:
+        """Is there anything about calls that the answer has to keep to?"""
+        return self.must or any(tool.function.strict for tool in self.callable)
 
 
 NO_TOOLS = ToolUse()

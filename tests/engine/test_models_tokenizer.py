@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from engine.errors import InvalidRequest, ModelError
 from engine.models.chat_template import ChatTemplate
 from engine.models.config import ModelConfig
+from engine.models.detokenizer import IncrementalDetokenizer
 from engine.models.gguf_file import read_gguf
 from engine.models.gguf_tokenizer import build_tokenizer
 from engine.models.loader import load_config
@@ -169,6 +170,29 @@ def test_a_template_may_be_in_the_settings_and_have_a_name(copied, config):
     named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
     change_settings(copied, chat_template=named)
     assert load_tokenizer(hf_files(copied), config).render_chat(CHATS[0]) == "D"
+
+
+def test_a_template_for_tools_is_used_where_there_are_tools(copied, config):
+    (copied / "chat_template.jinja").unlink(missing_ok=True)
+    change_settings(copied, chat_template=[{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}])
+    tokenizer = load_tokenizer(hf_files(copied), config)
+    assert (tokenizer.render_chat(CHATS[0], tools=TOOLS), tokenizer.render_chat(CHATS[0], tools=[])) == ("T", "D")
+    assert tokenizer.knows_tools and tokenizer.template_source == "DT"
+    (copied / "additional_chat_templates").mkdir()
+    (copied / "additional_chat_templates/tool_use.jinja").write_text("F")
+    assert load_tokenizer(hf_files(copied), config).render_chat(CHATS[0], tools=TOOLS) == "F"
+
+
+def test_the_default_model_is_not_shown_tools_by_its_template(ours):
+    assert not ours.knows_tools and "im_start" in ours.template_source
+
+
+def test_special_tokens_that_mark_something_can_be_shown(ours):
+    end = ours.special_id("<|im_end|>")
+    assert end == 2 and ours.special_id("the") is None and ours.special_id("<nothing>") is None
+    ids = [*ours.encode("a"), 1, end, *ours.encode("b")]
+    detokenizer = IncrementalDetokenizer(ours, shown=frozenset([end]))
+    assert detokenizer.push(ids) + detokenizer.flush() == "a<|im_end|>b"
 
 
 def test_without_a_template_chat_is_an_invalid_request(copied, config):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import httpx
 import pytest
@@ -29,7 +30,7 @@ THINKING = replace(KNOWING, reasoning=STYLES["think"])
 
 
 async def ask(
-    text: str, style: ChatStyle = KNOWING, size: int = 3, finish: FinishReason = FinishReason.STOP, **fields: object
+    text: str, style: ChatStyle = KNOWING, size: int = 3, finish: FinishReason = FinishReason.STOP, **fields: Any
 ) -> tuple[FakeGenerator, httpx.Response]:
     generator = FakeGenerator(say(text, size, finish))
     body = {"tools": TOOLS, **fields}
@@ -39,13 +40,13 @@ async def ask(
         )
 
 
-async def complete(text: str, style: ChatStyle = KNOWING, **fields: object) -> ChatCompletion:
+async def complete(text: str, style: ChatStyle = KNOWING, **fields: Any) -> ChatCompletion:
     reply = (await ask(text, style, **fields))[1]
     check_schema("CreateChatCompletionResponse", reply.json())
     return ChatCompletion.model_validate(reply.json())
 
 
-async def stream(text: str, style: ChatStyle = KNOWING, **fields: object) -> list[ChatCompletionChunk]:
+async def stream(text: str, style: ChatStyle = KNOWING, **fields: Any) -> list[ChatCompletionChunk]:
     reply = (await ask(text, style, stream=True, **fields))[1]
     check_schema("CreateChatCompletionStreamResponse", *events(reply))
     return [ChatCompletionChunk.model_validate(event) for event in events(reply)]
@@ -83,7 +84,8 @@ def taken_apart(message: ChatCompletionMessage) -> dict[str, object]:
 async def test_a_call_is_told_in_the_apis_words() -> None:
     (choice,) = (await complete(f"I ask.\n{CALL}")).choices
     assert choice.finish_reason == "tool_calls" and choice.message.content == "I ask."
-    (call,) = choice.message.tool_calls or ()
+    assert choice.message.tool_calls is not None
+    (call,) = choice.message.tool_calls
     assert call.type == "function" and call.id.startswith("call_")
     assert (call.function.name, json.loads(call.function.arguments)) == ("weather", {"city": "Paris"})
 
@@ -155,7 +157,7 @@ async def test_logprobs_of_all_tokens_are_told_beside_calls() -> None:
 # --- what the model is shown --------------------------------------------------------------------------------------
 
 
-async def prompt_of(style: ChatStyle, **fields: object) -> str:
+async def prompt_of(style: ChatStyle, **fields: Any) -> str:
     generator, reply = await ask("x", style, **fields)
     assert reply.status_code == 200, reply.text
     return bytes(generator.requests[0].prompt_ids).decode()
@@ -201,8 +203,8 @@ async def test_earlier_calls_go_to_another_template_as_the_model_would_write_the
 
 async def test_mistrals_template_gets_the_ids_that_it_takes() -> None:
     mistral = replace(KNOWING, tool_format=ToolFormat.MISTRAL)
-    first = (await complete("[TOOL_CALLS]add[ARGS]{}", mistral)).choices[0].message.tool_calls or ()
-    assert len(first[0].id) == 9 and first[0].id.isalnum()
+    first = (await complete("[TOOL_CALLS]add[ARGS]{}", mistral)).choices[0].message.tool_calls
+    assert first is not None and len(first[0].id) == 9 and first[0].id.isalnum()
     shown = await prompt_of(mistral, messages=HISTORY, tools=None)
     assert '"id": "c1"' not in shown
 
@@ -243,7 +245,7 @@ def keeps_to(grammar: str, text: str) -> bool:
     return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
 
 
-async def grammar_of(style: ChatStyle = KNOWING, **fields: object) -> str:
+async def grammar_of(style: ChatStyle = KNOWING, **fields: Any) -> str:
     generator, reply = await ask("x", style, **fields)
     assert reply.status_code == 200, reply.text
     return generator.requests[0].sampling.grammar
@@ -313,3 +315,28 @@ async def test_what_a_grammar_asks_for_is_read_as_a_call(tool_format: ToolFormat
     fields |= {} if is_strict else {"tool_choice": "required"}
     assert keeps_to(await grammar_of(style, **fields), text)
     assert taken_apart((await complete(text, style, **fields)).choices[0].message)["calls"]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "field"),
+    [
+        ({"type": "foo"}, "tools"),
+        ({"$ref": "http://example.com/schema"}, "tools.1.function.parameters.$ref"),
+        ({"allOf": [{}] * 9}, "tools.1.function.parameters.allOf"),
+    ],
+)
+async def test_a_schema_that_cannot_be_kept_to_is_refused_where_it_has_to_be(parameters: dict, field: str) -> None:
+    tools = [TOOLS[0], {"type": "function", "function": {"name": "bad", "parameters": parameters}}]
+    generator, reply = await ask("x", tools=tools, tool_choice="required")
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, field) and not generator.requests
+    assert (await ask("x", tools=tools))[1].status_code == 200
+
+
+async def test_a_form_that_is_asked_for_comes_after_the_reasoning() -> None:
+    form = {"type": "json_object"}
+    grammar = await grammar_of(THINKING, tools=None, response_format=form)
+    assert keeps_to(grammar, '<think>hm</think>\n\n{"a": 1}') and keeps_to(grammar, '{"a": 1}')
+    opened = {"chat_template_kwargs": {"ends_with": "<think>"}}
+    grammar = await grammar_of(THINKING, tools=None, response_format=form, **opened)
+    assert keeps_to(grammar, 'hm</think>\n\n{"a": 1}') and not keeps_to(grammar, '{"a": 1}')
+    assert not keeps_to(await grammar_of(tools=None, response_format=form), 'hm {"a": 1}')

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from engine.errors import DeadlineExceeded, Overloaded, SteelyardError, Unavailable, WorkerLost
 from engine.types import ErrorInfo, FinishReason, Request, TokenOutput
+from router.chat_style import PLAIN_STYLE
 from tests.router.fakes import (
     CHAT,
     COMPLETIONS,
@@ -183,7 +184,7 @@ def error_of(reply: httpx.Response) -> dict:
 
 
 async def send(body: bytes, path: str = CHAT, generator: FakeGenerator | None = None, **limits: int) -> httpx.Response:
-    async with make_client(generator or FakeGenerator(), **limits) as client:
+    async with make_client(generator or FakeGenerator(), PLAIN_STYLE, **limits) as client:
         return await client.post(path, content=body)
 
 
