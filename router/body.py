@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import TypeVar
 
 from pydantic import ValidationError
@@ -31,10 +32,18 @@ def _parse(raw: bytes, kind: type[Body]) -> Body:
     try:
         body = kind.model_validate_json(raw)
     except ValidationError as error:
-        raise refusal(error) from None
+        raise refusal(error, _document(raw)) from None
     if (path := given_twice(raw)) is not None:
         raise InvalidRequest(f"'{shown(path)}': This field is given twice", param=shown(path))
     return body
+
+
+def _document(raw: bytes) -> object:
+    """The body as it is, to find a path in; None where it is no JSON, or holds what Python cannot read."""
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
 
 
 async def _read_bytes(request: HttpRequest, max_bytes: int) -> bytes:

@@ -50,6 +50,10 @@ class RouterConfig(StrictModel):
     classes: dict[str, ServiceClass] = Field(default=CLASSES, description="targets by the name of a service class")
     max_waiting: int = Field(default=256, ge=0, description="requests that wait at the gateway for room; more get 429")
     max_attempts: int = Field(default=3, ge=1, description="placements of one request before it fails")
+    max_stored_responses: int = Field(
+        default=1024, ge=0, description="answers of /v1/responses that a gateway keeps; 0: none"
+    )
+    max_stored_bytes: int = Field(default=64 * 2**20, ge=0, description="of these, with their conversations")
     migrate_below: float = Field(
         default=0.05,
         ge=0,

@@ -8,7 +8,10 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterator
 from http import HTTPStatus
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
@@ -17,6 +20,7 @@ from starlette.responses import Response
 from engine.errors import InvalidRequest, SteelyardError
 
 MAX_SHOWN_CHARS = 200  # of anything that the client wrote
+FIELD_NAME = re.compile("[a-z_]+")  # what union members are called is written otherwise
 UNSAID = "The server failed at this request"  # what is told of an unexpected fault
 PLAIN_WORDS = {"missing": "This field is required", "extra_forbidden": "Unknown field"}
 
@@ -66,14 +70,30 @@ def shown(text: str) -> str:
     return text if len(text) <= MAX_SHOWN_CHARS else text[:MAX_SHOWN_CHARS] + "..."
 
 
-def refusal(error: ValidationError) -> InvalidRequest:
-    """The first complaint about a body, with the dotted path of its field as `param`."""
+def refusal(error: ValidationError, document: object = None) -> InvalidRequest:
+    """The first complaint about a body, with the dotted path of its field as `param`. `document` is the body, if it is
+    known: names of union members are no steps of a path in it."""
     complaints = error.errors(include_url=False, include_input=False)
     first = complaints[0]
     words = PLAIN_WORDS.get(first["type"], first["msg"])
-    path = shown(".".join(str(step) for step in first["loc"]))
+    steps = first["loc"] if document is None else _path(first["loc"], document, first["type"] == "missing")
+    path = shown(".".join(map(str, steps)))
     more = f" (and {len(complaints) - 1} more)" if len(complaints) > 1 else ""
     return InvalidRequest(f"'{path}': {words}{more}" if path else f"{words}{more}", param=path or None)
+
+
+def _path(loc: tuple[int | str, ...], document: object, is_missing: bool) -> Iterator[int | str]:
+    """The steps that lead somewhere; with `is_missing` the last one names what is not there."""
+    node: Any = document
+    for index, step in enumerate(loc[: len(loc) - is_missing]):
+        is_index = isinstance(node, list) and isinstance(step, int) and step < len(node)
+        if is_index or (isinstance(node, dict) and step in node):
+            node = node[step]
+            yield step
+        elif index == len(loc) - 1 and isinstance(node, dict) and FIELD_NAME.fullmatch(str(step)):
+            yield step  # a default that is none
+    if is_missing:
+        yield loc[-1]
 
 
 def as_steelyard_error(error: Exception) -> SteelyardError:

@@ -13,33 +13,42 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from typing import Annotated
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Query
 from fastapi import Request as HttpRequest
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from engine.errors import InvalidRequest, ModelNotFound
 from router.answer import Answer, Generation
-from router.api import Generator
+from router.api import Generator, HealthView
 from router.begin import begin_generation
 from router.body import read_body
 from router.boundary import Boundary, arrival_of
-from router.chat_replies import ChatReplies, ChatReply
+from router.chat_replies import ChatChunk, ChatReplies, ChatReply
 from router.config import RouterConfig
-from router.errors import ErrorReply, as_steelyard_error, error_response, shown
+from router.errors import as_steelyard_error, error_response, shown
 from router.ledger import Ledger
 from router.metrics import CONTENT_TYPE, Metrics
+from router.openapi import OF_GENERATION, add_docs_routes, route_docs
 from router.patience import Patience
 from router.replies import CompletionReplies, CompletionReply, ModelCard, ModelList
+from router.responses.body import ResponseBody
+from router.responses.records import RESPONSE_EVENTS
+from router.responses.routes import Responses, add_response_routes
+from router.responses.store import ResponseStore
 from router.schema import ChatBody, CompletionBody
 from router.step_history import StepHistory, StepsView
 from router.targets import with_targets
 from router.text import TextModel
+from router.tokens import DetokenizeBody, TokenizeBody, add_token_routes
 
+BODIES = (ChatBody, CompletionBody, ResponseBody, TokenizeBody, DetokenizeBody)
+EVENTS = (ChatChunk, CompletionReply, *RESPONSE_EVENTS)
+StepNumber = Annotated[str, Query(json_schema_extra={"pattern": "^[0-9]{1,19}$"})]
 PREPARE_STAGE = "prepare"  # arrival to Request: reading, checking, tokenising
-ERROR_DOCS: dict[int | str, dict[str, object]] = {"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}}
 
 
 def create_app(
@@ -53,7 +62,7 @@ def create_app(
 ) -> FastAPI:
     """The ASGI application. `wall_clock` gives seconds since 1970, for `created` only."""
     metrics = Metrics(model.name, generator.health)
-    app = FastAPI(title="Steelyard", version=version, redirect_slashes=False)
+    app = FastAPI(title="Steelyard", version=version, redirect_slashes=False, docs_url=None, redoc_url=None)
     app.add_middleware(Boundary, new_request_id=generator.new_request_id, on_refused=metrics.count_refused)
     app.add_middleware(Patience, config=config, on_let_go=metrics.count_let_go)  # the last one added is the outermost
 
@@ -64,10 +73,15 @@ def create_app(
         return error_response(known, dict(headers or {}))
 
     app.add_exception_handler(HTTPException, routing_error)
-    _add_generation_routes(app, _Front(generator, model, config, metrics, wall_clock, f"fp_{version}"))
+    front = _Front(generator, model, config, metrics, wall_clock, f"fp_{version}")
+    _add_generation_routes(app, front)
+    store = ResponseStore(config.max_stored_responses, config.max_stored_bytes)
+    add_response_routes(app, Responses(front.begin, metrics, config, store, wall_clock))
+    add_token_routes(app, model, config.max_body_bytes)
     _add_model_routes(app, ModelCard(id=model.name, created=int(wall_clock()), max_model_len=model.max_context))
     _add_operator_routes(app, generator, metrics, version)
     _add_step_route(app, steps)
+    add_docs_routes(app, BODIES, EVENTS, model.name)
     return app
 
 
@@ -107,65 +121,55 @@ class _Front:
 
 
 def _add_generation_routes(app: FastAPI, front: _Front) -> None:
-    chat_docs = _body_docs("/v1/chat/completions", ChatBody)
-    completion_docs = _body_docs("/v1/completions", CompletionBody)
-
-    @app.post("/v1/chat/completions", responses=_docs(ChatReply), openapi_extra=chat_docs)
+    @app.post("/v1/chat/completions", **route_docs(ChatReply, OF_GENERATION, "ChatBody", [ChatChunk]))
     async def chat_completions(request: HttpRequest) -> Response:
+        """Answers a conversation, by the model's chat template."""
         return await front.answer(request, ChatBody)
 
-    @app.post("/v1/completions", responses=_docs(CompletionReply), openapi_extra=completion_docs)
+    @app.post("/v1/completions", **route_docs(CompletionReply, OF_GENERATION, "CompletionBody", [CompletionReply]))
     async def completions(request: HttpRequest) -> Response:
+        """Goes on after a prompt."""
         return await front.answer(request, CompletionBody)
 
 
 def _add_model_routes(app: FastAPI, card: ModelCard) -> None:
-    @app.get("/v1/models")
+    @app.get("/v1/models", **route_docs(ModelList))
     async def models() -> ModelList:
+        """The model that is served here."""
         return ModelList(data=[card])
 
-    @app.get("/v1/models/{model_id:path}", responses=ERROR_DOCS)
+    @app.get("/v1/models/{model_id:path}", **route_docs(ModelCard, (404,)))
     async def one_model(model_id: str) -> ModelCard:
         if model_id != card.id:
             raise ModelNotFound(f"The model '{shown(model_id)}' is not served here; '{card.id}' is", param="model")
         return card
 
 
+class Version(BaseModel):
+    version: str
+
+
 def _add_operator_routes(app: FastAPI, generator: Generator, metrics: Metrics, version: str) -> None:
-    @app.get("/health")
+    @app.get("/health", **route_docs(HealthView, unhealthy=HealthView))
     async def health() -> Response:
         """200 if a canary went through prefill, wire and decode in time, else 503; the workers either way."""
         view = generator.health()
         return JSONResponse(asdict(view), 200 if view.healthy else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse, **route_docs(None))
     async def prometheus() -> Response:
+        """Prometheus text."""
         return Response(metrics.render(), media_type=None, headers={"content-type": CONTENT_TYPE})
 
-    @app.get("/version")
-    async def show_version() -> dict[str, str]:
-        return {"version": version}
+    @app.get("/version", **route_docs(Version))
+    async def show_version() -> Version:
+        return Version(version=version)
 
 
 def _add_step_route(app: FastAPI, steps: StepHistory) -> None:
-    @app.get("/debug/steps", responses=_docs(StepsView))
-    async def last_steps(request: HttpRequest, after: str = "0") -> Response:
+    @app.get("/debug/steps", **route_docs(StepsView, (400,)))
+    async def last_steps(after: StepNumber = "0") -> Response:
         """The workers' steps with numbers above `after`, oldest first; go on with the answer's `last`."""
         if not (after.isascii() and after.isdigit() and len(after) < 20):
             raise InvalidRequest(f"'after': '{shown(after)}' is not the number of a step", param="after")
         return JSONResponse(asdict(steps.since(int(after))))
-
-
-def _docs(reply: type[BaseModel | StepsView]) -> dict[int | str, dict[str, object]]:
-    return {200: {"model": reply}, **ERROR_DOCS}
-
-
-def _body_docs(path: str, kind: type[BaseModel]) -> dict[str, object]:
-    """OpenAPI's description of a body that we read ourselves; its definitions are found by JSON pointer."""
-    here = f"#/paths/{path.replace('/', '~1')}/post/requestBody/content/application~1json/schema/$defs/{{model}}"
-    return {
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": kind.model_json_schema(ref_template=here)}},
-        }
-    }

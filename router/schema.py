@@ -10,6 +10,7 @@ Knows neither tokens nor the model: what depends on these is checked in `router/
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -18,12 +19,16 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     JsonValue,
     Strict,
     ValidationInfo,
     field_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic_core.core_schema import no_info_after_validator_function
 
 from router.structured import ResponseFormat, StructuredOutputs
 from router.tools.schema import (
@@ -68,15 +73,27 @@ def _same(left: JsonValue, right: JsonValue) -> bool:
     return left == right and isinstance(left, bool) == isinstance(right, bool)
 
 
-def only(*neutral: JsonValue) -> AfterValidator:
-    """Take these values, which ask for nothing, and refuse all others as not supported yet."""
+@dataclass(frozen=True, slots=True)
+class Only:
+    """Says so in the schema, too."""
 
-    def check(value: JsonValue) -> JsonValue:
-        if not any(_same(value, one) for one in neutral):
+    neutral: tuple[JsonValue, ...]
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, _schema: CoreSchema, _handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"enum": list(self.neutral), "description": "others are not supported yet"}
+
+    def _check(self, value: JsonValue) -> JsonValue:
+        if not any(_same(value, one) for one in self.neutral):
             raise PydanticCustomError("not_supported", "This value is not supported yet")
         return value
 
-    return AfterValidator(check)
+
+def only(*neutral: JsonValue) -> Only:
+    """Take these values, which ask for nothing, and refuse all others as not supported yet."""
+    return Only(neutral)
 
 
 Unsupported = Annotated[JsonValue, only(None)]
@@ -118,7 +135,8 @@ class Message(ApiModel):
     annotations: UnsupportedList = None
     audio: Unsupported = None
     content: Annotated[
-        tuple[TextPart, ...], BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart] | None)
+        tuple[TextPart, ...],
+        BeforeValidator(_as_parts, json_schema_input_type=str | Annotated[list[TextPart], Field(min_length=1)] | None),
     ] = Field(default=(), validate_default=True)
 
     @field_validator("tool_call_id", "name")
@@ -374,7 +392,10 @@ def _as_prompt(value: object) -> Prompt:
     return value
 
 
-PROMPT_DOCS = str | list[str] | list[int] | list[list[int]]
+Text = Annotated[str, Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Several = Field(min_length=1, max_length=MAX_CHOICES)
+PROMPT_DOCS = Text | Annotated[list[Text], Several] | TokenIds | Annotated[list[TokenIds], Several]
 
 
 class CompletionBody(GenerationBody):

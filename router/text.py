@@ -43,6 +43,10 @@ class Tokenizer(Protocol):
 
     def token_text(self, token_id: int) -> str: ...
 
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str: ...
+
+    def token_name(self, token_id: int) -> str: ...
+
     def special_id(self, token: str) -> int | None:
         """The id of a special token; None for ordinary text."""
         ...
@@ -130,6 +134,11 @@ class TextModel:
         if model is not None and model != self.name:
             raise ModelNotFound(f"The model '{shown(model)}' is not served here; '{self.name}' is", param="model")
 
+    def render(self, body: ChatBody, add_generation_prompt: bool = True) -> str:
+        """The prompt of a conversation. It may take long: never to be called on the loop."""
+        chat = chat_prompt(body, self.style)
+        return self.tokenizer.render_chat(chat.messages, add_generation_prompt, chat.tools, chat.variables)
+
     def siblings_of(self, request: Request, num_choices: int) -> tuple[Request, ...]:
         """The other answers to the same prompt: same parameters, other noise."""
         names = ((choice, f"{request.request_id}.{choice}") for choice in range(1, num_choices))
@@ -167,8 +176,7 @@ class TextModel:
         """A template may take long over few messages, so it never runs on the loop."""
 
         def render() -> tuple[tuple[int, ...], Reading]:
-            chat = chat_prompt(body, self.style)
-            prompt = self.tokenizer.render_chat(chat.messages, True, chat.tools, chat.variables)
+            prompt = self.render(body)
             return tuple(self.tokenizer.encode(prompt, add_special=False)), reading_of(
                 body.tool_use, self.style, prompt
             )

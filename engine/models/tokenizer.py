@@ -93,6 +93,10 @@ class Tokenizer:
         """Text of one token, special or not; U+FFFD where it is a part of a character."""
         return self.decode([token_id], skip_special=False)
 
+    def token_name(self, token_id: int) -> str:
+        """The vocabulary's own word for a token, in which bytes and spaces may stand as other characters."""
+        return self._backend.id_to_token(token_id) or ""
+
     def visible_ids(
         self, ids: Iterable[int], skip_special: bool = True, shown: frozenset[int] = frozenset()
     ) -> list[int]:

@@ -43,6 +43,11 @@ class LocalCluster:
         self.workers[name] = worker
         self.publish()
 
+    async def connected(self) -> None:
+        """Returns when the gateway has connected to all workers: without a pool of each kind there is no proof."""
+        while not all(view.connected for view in self.dispatcher.health().workers):  # noqa: ASYNC110 (no event)
+            await asyncio.sleep(0.02)
+
     def publish(self) -> None:
         self.version += 1
         self.gateway.apply(Membership(self.version, tuple(self.members.values())))
@@ -66,7 +71,7 @@ async def local_cluster(
         starts += [cluster.start_worker(Role.DECODE, index) for index in range(num_decode)]
         await asyncio.gather(*starts)
         async with asyncio.timeout(READY_TIMEOUT_S):
-            await cluster.gateway.ready()
+            await (cluster.gateway.ready() if num_prefill and num_decode else cluster.connected())
         yield cluster
     finally:
         await cluster.stop()

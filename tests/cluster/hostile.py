@@ -13,13 +13,18 @@ from dataclasses import dataclass
 from enum import StrEnum, auto
 
 from router.errors import MAX_SHOWN_CHARS
+from router.responses.body import MAX_ITEMS, ResponseBody
 from router.schema import ChatBody, CompletionBody
+from router.tokens import DetokenizeBody, TokenizeBody
 from tests.cluster.tiny_model import EOS, MAX_CONTEXT, NAME, VOCAB
 
 MAX_BODY_BYTES = 200_000
 SEED = 20261124
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
+RESPONSES = "/v1/responses"
+TOKENIZE = "/tokenize"
+DETOKENIZE = "/detokenize"
 
 
 class Outcome(StrEnum):
@@ -46,7 +51,7 @@ def attacks() -> list[Attack]:
     made = [
         *wrong_types(), *unknown_fields(), *broken_json(), *numbers(), *duplicate_keys(), *biases(), *stops(), *empty(),
         *prompts(), *roles_and_models(), *routes_and_methods(), *lengths(), *chunks(), *too_large(), *no_http(),
-        *half_open(), *pipelined(), *leaving(), *cut_off(20),
+        *half_open(), *pipelined(), *leaving(), *cut_off(20), *responses(), *stored(), *token_routes(), *floods(),
     ]  # fmt: skip
     random.Random(SEED).shuffle(made)
     return made
@@ -61,6 +66,10 @@ def chat(**fields: object) -> dict[str, object]:
 
 def completion(**fields: object) -> dict[str, object]:
     return {"model": NAME, "prompt": "hi", "max_tokens": 3} | fields
+
+
+def response(**fields: object) -> dict[str, object]:
+    return {"model": NAME, "input": "hi", "max_output_tokens": 3} | fields
 
 
 def post(path: str, body: object, *headers: str) -> bytes:
@@ -88,8 +97,14 @@ def with_prompt(literal: bytes) -> bytes:
 
 
 def wrong_types() -> Iterator[Attack]:
-    """Every field of both bodies with two values that it cannot have."""
-    for path, kind, body in ((CHAT, ChatBody, chat()), (COMPLETIONS, CompletionBody, completion())):
+    """Every field of all bodies with two values that it cannot have."""
+    for path, kind, body in (
+        (CHAT, ChatBody, chat()),
+        (COMPLETIONS, CompletionBody, completion()),
+        (RESPONSES, ResponseBody, response()),
+        (TOKENIZE, TokenizeBody, {}),
+        (DETOKENIZE, DetokenizeBody, {"tokens": []}),
+    ):
         for field in kind.model_fields:
             for value in ([{"a": [1]}], 77.5):
                 yield refused("wrong type", path, body | {field: value}, field)
@@ -283,6 +298,81 @@ def cut_off(number: int) -> list[Attack]:
     return [refused("cut off", CHAT, body[:cut], None) for cut in cuts]
 
 
+# --- the other routes -----------------------------------------------------------------------------------------
+
+
+def deep(depth: int) -> object:
+    """Objects in objects, as Python makes them; deeper than a parser takes it is written by hand."""
+    value: object = 1
+    for _ in range(depth):
+        value = {"a": [value]}
+    return value
+
+
+def responses() -> Iterator[Attack]:
+    for items in ([], [{}], [[]], [None], [{"type": "message"}], [{"role": "wizard", "content": "x"}], [{"type": 5}]):
+        yield refused("items", RESPONSES, response(input=items), "input")
+    yield refused("items", RESPONSES, response(input=[{"role": "user", "content": "x"}] * (MAX_ITEMS + 1)), "input")
+    for kind in ("computer_call", "mcp_call", "item_reference", "constructor", "", "x" * 5000):
+        yield refused("items", RESPONSES, response(input=[{"type": kind}]), "input.0")
+    for part in ({"type": "input_image", "image_url": "file:///etc/passwd"}, {"type": "input_file"}, {"text": "x"}, 1):
+        yield refused("items", RESPONSES, response(input=[{"role": "user", "content": [part]}]), "input.0.content")
+    yield refused("items", RESPONSES, response(input="x" * MAX_CONTEXT), "input")
+    yield refused("items", RESPONSES, response(input="x", instructions="x" * MAX_CONTEXT), "input")
+    yield refused("metadata", RESPONSES, response(metadata={str(index): "x" for index in range(1000)}), "metadata")
+    yield refused("metadata", RESPONSES, response(metadata={"x": "x" * 1000}), "metadata")
+    for count in (2**31, 2**63, -1, 0, MAX_CONTEXT):
+        yield refused("number", RESPONSES, response(max_output_tokens=count), "max_output_tokens")
+    for name in ("resp_x", "", "../x", "x" * 5000, "\0", "日本"):
+        yield refused("previous", RESPONSES, response(previous_response_id=name), "previous_response_id")
+    for depth in (300, 10_000):
+        text = b'{"model":"%s","input":' % NAME.encode() + b'[{"a":' * depth + b"1" + b"}]" * depth + b"}"
+        yield refused("depth", RESPONSES, text, None)
+    yield refused("depth", RESPONSES, response(input=[deep(60)]), "input")
+    yield refused("depth", RESPONSES, response(metadata=deep(60)), "metadata")
+    yield refused("depth", RESPONSES, response(text={"format": deep(60)}), "text.format")
+    text = json.dumps(response())[:-1] + ', "input": "again"}'
+    yield refused("duplicate key", RESPONSES, text.encode(), "input")
+    body = json.dumps(response(metadata={"a": "b"}, stream=True)).encode()
+    for cut in random.Random(SEED).sample(range(1, len(body)), 10):
+        yield refused("cut off", RESPONSES, body[:cut], None)
+
+
+def stored() -> Iterator[Attack]:
+    """Of responses that nobody made."""
+    for name in ("resp_x", "%00", "..", "%2e%2e", "x" * 5000, "%F0%9F%99%82"):
+        for method in ("GET", "DELETE"):
+            data = f"{method} {RESPONSES}/{name} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+            yield Attack("stored", data, param="response_id", status=404)
+    for method in ("PUT", "POST", "PATCH"):
+        data = f"{method} {RESPONSES}/x HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n".encode()
+        yield Attack("stored", data, status=405)
+
+
+def token_routes() -> Iterator[Attack]:
+    yield refused("tokenize", TOKENIZE, {}, "prompt")
+    yield refused("tokenize", TOKENIZE, {"prompt": "x", "messages": chat()["messages"]}, "messages")
+    yield refused("tokenize", TOKENIZE, {"prompt": "x", "chat_template": "{{ 1/0 }}"}, "chat_template")
+    yield refused("tokenize", TOKENIZE, {"model": "other", "prompt": "x"}, "model", 404)
+    yield refused("depth", TOKENIZE, b'{"messages":' + b"[" * 10_000 + b"]" * 10_000 + b"}", None)
+    yield refused("depth", DETOKENIZE, b'{"tokens":' + b"[" * 10_000, None)
+    for tokens in ([VOCAB], [2**31], [2**63], [-1], [1.0], [True], [[1]], ["1"], [None]):
+        yield refused("detokenize", DETOKENIZE, {"tokens": tokens}, "tokens")
+    yield refused("number", DETOKENIZE, b'{"tokens":[' + b"1" * 5000 + b"]}", None)
+
+
+def floods() -> Iterator[Attack]:
+    """Heads without an end, and bodies that stay away, on each route that takes a body."""
+    many = [f"x-{index}: {'y' * 20}" for index in range(6_000)]
+    for path in (CHAT, COMPLETIONS, RESPONSES, TOKENIZE, DETOKENIZE):
+        yield broken("header flood", raw(path, *many))
+        yield broken("header flood", raw(path, "Cookie: " + "a=b; " * 40_000))
+        yield broken("body never complete", raw(path, "Content-Length: 50", body=b'{"model":'))
+        yield broken("body never complete", raw(path, "Transfer-Encoding: chunked", body=b"9\r\n{"))
+        over = b" " * (MAX_BODY_BYTES + 1)
+        yield refused("too large", path, over, None, 413)
+
+
 # --- HTTP -----------------------------------------------------------------------------------------------------
 
 
@@ -386,7 +476,10 @@ def leaving() -> Iterator[Attack]:
     for body in (chat(), chat(**long), chat(stream=True), chat(stream=True, **long)):
         yield Attack("leaves at once", post(CHAT, body), Outcome.LEFT)
         yield Attack("leaves with another behind", post(CHAT, body) * 2, Outcome.LEFT)
+    unending = response(max_output_tokens=3000, stream=True)
+    yield Attack("leaves at once", post(RESPONSES, unending), Outcome.LEFT)
     for reads in (1, 200, 2_000, 20_000):
+        yield Attack("leaves mid-stream", post(RESPONSES, unending), Outcome.LEFT, reads=reads)
         yield Attack("leaves mid-stream", post(CHAT, chat(stream=True, **long)), Outcome.LEFT, reads=reads)
         heavy = chat(stream=True, logprobs=True, top_logprobs=20, **long)
         yield Attack("never reads", post(CHAT, heavy), Outcome.SAT_OUT)

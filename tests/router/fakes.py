@@ -39,6 +39,12 @@ class ByteTokenizer:
     def encode(self, text: str, add_special: bool) -> list[int]:
         return [BOS] * add_special + list(text.encode())
 
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        return bytes(one for one in ids if one < 256).decode("utf-8", "replace")
+
+    def token_name(self, token_id: int) -> str:
+        return {BOS: "<bos>", EOS: "<eos>"}.get(token_id, f"<0x{token_id:02X}>")
+
     def token_text(self, token_id: int) -> str:
         return bytes([token_id]).decode("utf-8", "replace") if token_id < 256 else ""
 

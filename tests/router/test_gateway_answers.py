@@ -205,11 +205,10 @@ async def test_version_and_docs(client: httpx.AsyncClient) -> None:
     assert (await client.get("/docs")).status_code == 200
     schema = (await client.get("/openapi.json")).json()
     body = schema["paths"][CHAT]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    pointer = body["properties"]["messages"]["items"]["$ref"].removeprefix("#/").split("/")
-    found = schema
-    for step in pointer:
-        found = found[step.replace("~1", "/")]
-    assert found["title"] == "Message"
+    chat_body = schema["components"]["schemas"][body["$ref"].rpartition("/")[2]]
+    assert chat_body["properties"]["model"]["enum"] == [MODEL]
+    message = chat_body["properties"]["messages"]["items"]["$ref"].rpartition("/")[2]
+    assert schema["components"]["schemas"][message]["title"] == "Message"
 
 
 async def test_every_answer_has_its_own_request_id(client: httpx.AsyncClient) -> None:

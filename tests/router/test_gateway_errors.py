@@ -114,7 +114,7 @@ BAD = [
     ("too many tools", CHAT, chat(tools=[tool(f"f{i}") for i in range(129)]), "tools"),
     ("parameters no object", CHAT, chat(tools=[tool("f", parameters=[1])]), "tools.0.function.parameters"),
     ("tool_choice without tools", CHAT, chat(tool_choice="required"), "tool_choice"),
-    ("tool_choice of another word", CHAT, chat(tools=[tool("f")], tool_choice="any"), "tool_choice.type"),
+    ("tool_choice of another word", CHAT, chat(tools=[tool("f")], tool_choice="any"), "tool_choice"),
     ("tool_choice of a stranger", CHAT, chat(tools=[tool("f")], tool_choice=named("g")), "tool_choice"),
     ("tool_choice without its function", CHAT, chat(tools=[tool("f")], tool_choice={"type": "function"}),
      "tool_choice.function"),
