@@ -28,6 +28,7 @@ from kv_transfer.carrier import CarrierPool
 from kv_transfer.fetcher import Fetcher, Lenders
 from kv_transfer.lease import Loan, Offer
 from kv_transfer.lender import Lender
+from prefill_worker.forecast import Forecast
 from prefill_worker.outbox import Outbox
 from prefill_worker.queue import PrefillQueue
 from prefill_worker.side import DecodePeers, PrefillSide
@@ -93,13 +94,15 @@ class WorkerSides:
         self.outbox = Outbox(
             cache.layout, cache.pool, transfer.frame_bytes, transfer.lease_ttl_s, new_secret, self._lease_ended
         )
-        queue = PrefillQueue(config.prefill.max_queue, config.prefill.outbox_fraction)
+        queue = PrefillQueue(config.prefill.queue_rules(config.engine))
         self._intake = Intake(me, cache.layout, cache.pool, links.carriers, self.streams, send, config.decode, transfer)
         take = self._intake.take_loan
         fetcher = Fetcher(cache.hash_key, cache.layout.block_size, links.peers, links.carriers, take)
         prefixes = fetcher if config.prefill.fetch_prefixes and config.engine.prefix_cache else None
+        engine, prefill = config.engine, config.prefill
+        forecast = Forecast(engine.prefill_chunk, engine.max_batch_tokens, prefill.refuse_late, prefill.knee_tokens)
         self._prefill = PrefillSide(
-            me, queue, self.outbox, self.streams, links.peers, send, prefixes, cache.layout.bytes_per_token
+            me, queue, self.outbox, self.streams, links.peers, send, prefixes, cache.layout.bytes_per_token, forecast
         )
         self._lender = Lender(me, self.outbox, self._intake.questions, send)
         self._mover = Mover(me, self._lender, self.outbox, self._intake.questions, self.streams, links.peers, send)
@@ -168,7 +171,6 @@ class WorkerSides:
 
     def _distribute(self, outputs: StepOutputs) -> None:
         """Give a turn's outputs to both sides, then to the gateways."""
-        self._stats = outputs.stats
         if outputs.calibration:
             self.streams.publish_calibration(outputs.calibration)
         self.streams.publish_cache(outputs.cache)
@@ -176,7 +178,12 @@ class WorkerSides:
         tokens = self._prefill.on_outputs(outputs)
         outputs = outputs if tokens == outputs.tokens else replace(outputs, tokens=tokens)
         tokens = self._intake.on_outputs(outputs)
-        self.streams.publish(tokens, outputs.stats, outputs.steps)
+        self._stats = self._with_queue(outputs.stats)
+        self.streams.publish(tokens, self._stats, outputs.steps)
+
+    def _with_queue(self, stats: EngineStats) -> EngineStats:
+        num_tokens, queued_s = self._prefill.num_queued_tokens, self._prefill.queued_s
+        return replace(stats, num_queued_tokens=num_tokens, queued_s=queued_s) if num_tokens or queued_s else stats
 
     async def _tick(self) -> None:
         while True:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -112,7 +113,7 @@ class Intake:
             self._send(Release(key))
             raise
         for one in arrival.keys:
-            self._streams.register(one, offer.gateway_id)
+            self._streams.register(one, offer.gateway_id, offer.service.tenant)
         pull = self._pull_moving if offer.moving else self._pull
         arrival.task = asyncio.get_running_loop().create_task(pull(arrival, reserved.block_ids, reserved.present))
         if offer.moving:
@@ -167,7 +168,8 @@ class Intake:
     # --- parts ---------------------------------------------------------------------------------------------
 
     async def _ask_engine(self, offer: Offer) -> Reserved:
-        command = Reserve(offer.lease.key, offer.num_tokens, offer.num_growth, len(offer.keys), offer.names)
+        tpot_s = math.inf if offer.moving else offer.service.tpot_s
+        command = Reserve(offer.lease.key, offer.num_tokens, offer.num_growth, len(offer.keys), offer.names, tpot_s)
         return await self.questions.reserve(command)
 
     async def _renew(self, leases: list[Lease]) -> None:
@@ -234,7 +236,7 @@ class Intake:
         self.totals = self.totals.with_pull(pulled, arrival.committed - arrival.begun)
         self._report()
         assert pulled.handoff is not None, "only loans come without"
-        self._settle(arrival, pulled.handoff)
+        self._settle(arrival, pulled.handoff, pulled.exposed_s)
 
     def _report(self) -> None:
         """To the gateways, with the next batch of tokens."""
@@ -244,8 +246,9 @@ class Intake:
         totals = (replace(known.get(name, CarrierTotals(name)), num_fallbacks=fallbacks.get(name, 0)) for name in names)
         self._streams.transfers = TransferReport(tuple(totals), self._carriers.paths())
 
-    def _settle(self, arrival: _Arrival, handoff: HandOff) -> None:
-        """Those answers go on here that the hand-off brings and that are still wanted."""
+    def _settle(self, arrival: _Arrival, handoff: HandOff, waited_s: float) -> None:
+        """Those answers go on here that the hand-off brings and that are still wanted. `waited_s`: since their first
+        tokens."""
         lease_key = arrival.offer.lease.key
         del self._arrivals[lease_key]
         going = [request for request in (handoff.request, *handoff.siblings) if request.key in arrival.keys]
@@ -257,7 +260,7 @@ class Intake:
             return
         self._arrivals |= {request.key: arrival for request in going}
         first, *siblings = going
-        self._send(Adopt(first, handoff.computed, handoff.cached_tokens, tuple(siblings), lease_key))
+        self._send(Adopt(first, handoff.computed, handoff.cached_tokens, tuple(siblings), lease_key, waited_s))
 
     def _give_back(self, key: Key) -> None:
         self.totals = replace(self.totals, num_failed=self.totals.num_failed + 1)

@@ -6,7 +6,7 @@ One turn, as a step runner drives it:
 3. `take_outputs`: answers to reservations and news of first chunks go out before the step is computed;
 4. the model computes the batch (a ModelRunner, or a modelled delay in the simulator), and meanwhile its `layer_news`
    goes out;
-5. `finish` records the sampled tokens; `take_outputs` again.
+5. `finish` records the sampled tokens, and `learn` how long the step took; `take_outputs` again.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ from engine.runs import runs_of
 from engine.scheduler import Batch, Scheduled, Scheduler, SchedulerLimits
 from engine.sequence import Sequence
 from engine.sequence_blocks import COPY, holder_of
+from engine.slack import Paced, broken_promise
+from engine.step_shape import StepRecord
 from engine.types import (
     NO_NEWS,
+    UNBOUNDED,
     Abort,
     Add,
     Adopt,
@@ -54,6 +57,7 @@ from engine.types import (
     TokenOutput,
 )
 
+SAMPLED_STEPS = 16  # one in so many steps that only decode is learnt from
 LEAK_CHECK_STEPS = 100  # the allocator is walked whenever the engine falls idle, and this often while it is busy
 
 
@@ -93,6 +97,8 @@ class Engine:
         self._told_leaked = 0  # in the last outputs
         self._is_new = False  # has somebody come whose first step is still to be computed?
         self._tells_cache = False
+        self._slack_tokens = UNBOUNDED
+        self._slack_of: list[Sequence] = []  # who ran when that was found
         self.moves = Moves(spec.limits, self.blocks, self.scheduler, self._held)
 
     # --- one turn ------------------------------------------------------------------------------------------
@@ -125,6 +131,7 @@ class Engine:
         batch = self.scheduler.schedule()
         if batch is None or self.num_steps % LEAK_CHECK_STEPS == 0:
             self._num_leaked = self.blocks.num_leaked(self._live_tables())
+        self._renew_slack(batch)
         for item in batch.scheduled if batch else ():
             if item.sequence.handoff and not item.sequence.announced:
                 item.sequence.announced = True
@@ -154,6 +161,25 @@ class Engine:
         self._is_new = False
         for item, chosen in zip(batch.scheduled, sampled, strict=True):
             self._finish_item(item, chosen)
+
+    def learn(self, record: StepRecord) -> None:
+        """How long the step took that was finished last."""
+        self.scheduler.slack.pass_time(record.step_s)
+        if record.shape.chunks or self.is_sample:
+            self.scheduler.slack.pace.learn(record)
+
+    @property
+    def is_sample(self) -> bool:
+        """Is the last step, if it only decoded, one to learn from? So many more tell nothing new."""
+        return self.num_steps % SAMPLED_STEPS == 0 or self.num_steps < SAMPLED_STEPS
+
+    def _renew_slack(self, batch: Batch | None) -> None:
+        """Where somebody has come, gone, or got on with a prompt."""
+        scheduler = self.scheduler
+        in_prompt = any(not item.sequence.is_decoding for item in batch.scheduled) if batch else False
+        if in_prompt or scheduler.running != self._slack_of:
+            self._slack_of = [*scheduler.running]
+            self._slack_tokens = scheduler.slack.report(scheduler.decoding, self.spec.limits.prefill_chunk)
 
     def take_outputs(self) -> StepOutputs:
         """What has happened since the last call."""
@@ -206,6 +232,7 @@ class Engine:
             host_queries=tier.num_queries,
             host_hits=tier.num_hits,
             host_saves=tier.num_saves,
+            slack_tokens=self._slack_tokens,
         )
 
     # --- commands ------------------------------------------------------------------------------------------
@@ -240,11 +267,26 @@ class Engine:
         free = self.blocks.num_available - self.scheduler.num_blocks_wanted
         if self.scheduler.lacks_seats:
             return "sequences wait for a seat"
+        late = self._would_be_late(command)
+        if late:
+            return late
         block_ids = take(self.blocks, holder, len(entries), names) if needed + growth <= free else None
         if block_ids is None:
             return f"{needed}+{growth} blocks wanted, {max(free, 0)} available"
-        self._held[holder] = Held(tuple(block_ids), command.num_tokens, runs_of(names))
+        num_answers = command.num_answers if command.num_growth else 0
+        self._held[holder] = Held(tuple(block_ids), command.num_tokens, runs_of(names), num_answers, command.tpot_s)
         return None
+
+    def _would_be_late(self, command: Reserve) -> str | None:
+        """Why somebody's promise would not be kept if these answers joined the step, or None."""
+        running = [Paced.of(sequence) for sequence in self.scheduler.decoding]
+        coming = [
+            Paced(one.num_answers, one.num_answers * one.num_tokens, one.tpot_s)
+            for one in self._held.values()
+            if one.num_answers
+        ]
+        new = Paced(command.num_answers, command.num_answers * command.num_tokens, command.tpot_s)
+        return broken_promise(self.scheduler.slack.pace, (*running, *coming), new)
 
     def _reserve_entries(self, num_tokens: int) -> list[tuple[int, int]]:
         """(group, index) of what is transferred of these positions, then of what the next token needs beside it."""
@@ -282,6 +324,7 @@ class Engine:
         forks = [Sequence.from_request(one) for one in requests]
         for fork in forks:
             fork.cached_tokens = command.cached_tokens
+            fork.waited_s = command.waited_s
         self.scheduler.fork(sequence, forks)
 
     def _tables_of(self, held: Held) -> list[BlockTable]:

@@ -8,6 +8,7 @@ A block that is here has a name, so nobody writes to it again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ class Held:
     block_ids: tuple[int, ...]
     num_tokens: int
     present: Runs = ()
+    num_answers: int = 0  # of a reservation: that will decode here
+    tpot_s: float = math.inf  # that these were promised
 
 
 def reserve_entries(groups: Sequence[Group], num_tokens: int, block_size: int) -> list[tuple[int, int]]:

@@ -9,6 +9,7 @@ A step, under a token budget:
    served, but a prompt that the step cannot hold whole is overtaken by those behind it that it can: a few very long
    prompts do not hold up many short ones. Nobody is overtaken more than `max_overtaken` times;
 4. what is left goes to the other long prompts under way.
+Beside sequences that were promised a pace, prompts get what fits into the step's time (engine/slack.py).
 Hand-offs are never preempted: a puller may be reading their blocks.
 """
 
@@ -25,6 +26,7 @@ from engine.block_manager import BlockManager
 from engine.planes import Group
 from engine.sequence import Sequence
 from engine.sequence_blocks import SequenceBlocks
+from engine.slack import Slack
 from engine.step_shape import Chunk, StepShape
 from engine.types import Key
 
@@ -81,6 +83,8 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
         self.num_preemptions = 0
+        self.slack = Slack()
+        self._max_tokens = limits.max_batch_tokens  # of the step that is being picked
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -119,6 +123,11 @@ class Scheduler:
         return sum(self.holdings.num_wanted(len(sequence.tokens)) for sequence in self.waiting)
 
     @property
+    def decoding(self) -> list[Sequence]:
+        """Those with one pending token."""
+        return [sequence for sequence in self.running if sequence.is_decoding]
+
+    @property
     def lacks_seats(self) -> bool:
         """Does somebody wait although there may be blocks for it?"""
         return bool(self.waiting) and len(self.running) >= self.limits.max_batch_seqs
@@ -128,14 +137,17 @@ class Scheduler:
 
     def schedule(self) -> Batch | None:
         """The next step's work, with its blocks allocated; None if there is none."""
-        max_tokens, max_seqs = self.limits.max_batch_tokens, self.limits.max_batch_seqs
+        self._max_tokens = max_tokens = self.limits.max_batch_tokens
+        max_seqs = self.limits.max_batch_seqs
         picked: list[Scheduled] = []
         oldest_in_prompt = bool(self.running) and not self.running[0].is_decoding
         max_decodes = min(max_tokens, max_seqs) - oldest_in_prompt  # else these could shut it out for ever
-        for sequence in [seq for seq in self.running if seq.is_decoding]:
+        for sequence in self.decoding:
             if len(picked) < max_decodes and sequence in self.running and self._grow(sequence):
                 picked.append(Scheduled(sequence, sequence.computed, 1, samples=True))
         prompts = [seq for seq in self.running if not seq.is_decoding]
+        next_prompt = next(iter(prompts or self.waiting), None)
+        self._max_tokens = len(picked) + self.slack.tokens_beside(self.decoding, next_prompt, max_tokens - len(picked))
         is_short = [index == 0 or seq.num_pending <= self.limits.prefill_chunk for index, seq in enumerate(prompts)]
         for sequence in compress(prompts, is_short):
             self._pick_chunk(sequence, picked)
@@ -160,7 +172,7 @@ class Scheduler:
         """Tokens that the step can still take."""
         if len(picked) >= self.limits.max_batch_seqs:
             return 0
-        return self.limits.max_batch_tokens - sum(item.num_new for item in picked)
+        return self._max_tokens - sum(item.num_new for item in picked)
 
     def _pick_chunk(self, sequence: Sequence, picked: list[Scheduled]) -> None:
         num_new = min(sequence.num_pending, self.limits.prefill_chunk, self._room(picked))

@@ -32,6 +32,8 @@ class Sequence:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # as far as they are computed
     matching: Matching | None = None  # how far its grammar is; made when it is first asked for (engine/grammar.py)
     num_overtaken: int = 0  # how often another was admitted before it
+    waited_s: float = 0.0  # between its first token and when it could go on here
+    paced_from_s: float | None = None  # by the time of steps: when its token 0 was due, by the pace promised to it
 
     @classmethod
     def from_request(cls, request: Request, handoff: bool = False, siblings: Siblings[Request] = ()) -> Sequence:

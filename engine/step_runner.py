@@ -70,7 +70,9 @@ def drive(
             shape = batch.shape  # as it is before the step moves its sequences on
             engine.finish(batch, compute(engine, model, batch, emit))
             ended = time.perf_counter()
-            emit(replace(engine.take_outputs(), steps=(StepRecord(shape, ended - begun),)))
+            record = StepRecord(shape, ended - begun)
+            engine.learn(record)
+            emit(replace(engine.take_outputs(), steps=(record,)))
 
 
 def begin_turn(engine: Engine, commands: list[Command], emit: Callable[[StepOutputs], None]) -> Batch | None:

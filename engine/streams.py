@@ -68,22 +68,30 @@ class TokenStreams:
         self._abort = abort
         self._keepalive_s = keepalive_s
         self._owners: dict[Key, str] = {}
+        self._tenants: dict[Key, str] = {}
         self._channels: dict[str, _Channel] = {}
         self._stats = EngineStats()
         self.transfers = NO_TRANSFERS  # goes out with every batch
         self._cached: dict[int, None] = {}  # short names of all that the prefix cache has
         self._calibration: tuple[StepRecord, ...] = ()
 
-    def register(self, key: Key, gateway_id: str) -> None:
+    def register(self, key: Key, gateway_id: str, tenant: str = "") -> None:
+        """`tenant`: for whom its tokens are computed."""
         self._owners[key] = gateway_id
+        self._tenants[key] = tenant
         self._channel(gateway_id)
 
     def forget(self, key: Key) -> None:
         self._owners.pop(key, None)
+        self._tenants.pop(key, None)
 
     def owner(self, key: Key) -> str | None:
         """The gateway of a key that has not ended."""
         return self._owners.get(key)
+
+    def tenant(self, key: Key) -> str | None:
+        """Of a key that has not ended."""
+        return self._tenants.get(key)
 
     @property
     def num_keys(self) -> int:

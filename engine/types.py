@@ -78,6 +78,7 @@ class Service:
 
 
 STANDARD = Service()
+UNBOUNDED = 2**32 - 1  # tokens: nobody was promised anything
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,13 +245,15 @@ class Reserve:
     """Take blocks for `num_tokens` positions, to be written from outside, and for the token that comes with them, if
     `num_growth` more of each of `num_answers` are likely to fit.
 
-    `names` are the prefix hashes of the full blocks: what is here under them is shared and need not be written."""
+    `names` are the prefix hashes of the full blocks: what is here under them is shared and need not be written.
+    `tpot_s`: what was promised to these answers."""
 
     key: Key
     num_tokens: int
     num_growth: int = 0
     num_answers: int = 1
     names: tuple[bytes, ...] = ()
+    tpot_s: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,13 +261,14 @@ class Adopt:
     """Go on with a request whose reserved blocks now hold its first `computed` positions, verified.
 
     `cached_tokens` is the prefill side's count, carried on into the outputs. `siblings` go on from the same blocks.
-    `reserved` names the reservation, where it is not the request's own."""
+    `reserved` names the reservation, where it is not the request's own. `waited_s`: since the first token."""
 
     request: Request
     computed: int
     cached_tokens: int = 0
     siblings: tuple[Request, ...] = ()
     reserved: Key | None = None
+    waited_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -397,6 +401,9 @@ class EngineStats:
     host_queries: int = 0  # blocks looked up there, after the pool did not have them
     host_hits: int = 0  # of these, loaded
     host_saves: int = 0  # blocks that the pool evicted into it
+    slack_tokens: int = UNBOUNDED  # that a step takes of a prompt, by what was promised to those that decode
+    num_queued_tokens: int = 0  # positions that wait in the prefill queue
+    queued_s: float = 0.0  # until a prompt that came now would begin, as predicted
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from engine.errors import TransferFailed
 from engine.planes import cohort_difference
-from engine.types import Key
+from engine.types import STANDARD, Key, Service
 
 
 def check_cohort(worker_id: str, theirs: str, ours: str) -> None:
@@ -45,7 +45,7 @@ class Offer:
     `num_growth`: tokens it is expected to generate; `gateway_id`: to whom its tokens go; `siblings`: other answers to
     its prompt, that each will grow as much from the same blocks; `names`: prefix hashes of the full blocks, so that
     what the owner has of them need not move. `moving`: it is a sequence that stands still meanwhile, and goes on where
-    it was unless the answer is that it has been adopted."""
+    was unless the answer is that it has been adopted. `service`: what was promised to it."""
 
     lease: Lease
     num_tokens: int
@@ -55,6 +55,7 @@ class Offer:
     siblings: tuple[Key, ...] = ()
     names: tuple[bytes, ...] = ()
     moving: bool = False
+    service: Service = STANDARD
 
     @property
     def keys(self) -> tuple[Key, ...]:

@@ -10,29 +10,13 @@ A worker learns from its own steps how long a prompt's token takes it, and from 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Protocol
 
-from engine.step_shape import StepRecord
+from engine.pace import Pace
 from engine.types import Endpoint, Key, Request, Submission
 
 OVERHEAD_S = 0.005  # of a loan: two small calls, a turn of each engine
-NEWEST = 0.2  # weight of a step against what was known
-
-
-class PrefillPace:
-    """Seconds that a prompt's token takes here: a running average over steps with chunks, by their tokens."""
-
-    def __init__(self) -> None:
-        self.token_s: float | None = None
-
-    def learn(self, steps: Iterable[StepRecord]) -> None:
-        for record in steps:
-            num_tokens = record.shape.num_chunk_tokens
-            if num_tokens:
-                token_s = record.step_s / num_tokens
-                known = self.token_s if self.token_s is not None else token_s
-                self.token_s = known + NEWEST * (token_s - known)
 
 
 def is_worth_fetching(num_tokens: int, token_bytes: float, bytes_per_s: float | None, token_s: float | None) -> bool:
@@ -58,15 +42,15 @@ class Prefixes(Protocol):
 class Fetches:
     """Of the submissions that the engine does not have yet."""
 
-    def __init__(self, prefixes: Prefixes | None, token_bytes: float) -> None:
+    def __init__(self, prefixes: Prefixes | None, token_bytes: float, pace: Pace) -> None:
         """`prefixes`: None where nothing is fetched. `token_bytes`: of the KV of one token."""
-        self.pace = PrefillPace()
+        self._pace = pace
         self._prefixes = prefixes
         self._token_bytes = token_bytes
         self._tasks: dict[Key, asyncio.Task[None]] = {}
 
     def start(self, submission: Submission) -> None:
-        request, source, token_s = submission.request, submission.source, self.pace.token_s
+        request, source, token_s = submission.request, submission.source, self._pace.token_s
         if self._prefixes is None or source is None or token_s is None:
             return
         if request.sampling.prompt_logprobs >= 0:  # its prompt is computed in any case

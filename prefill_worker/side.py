@@ -1,8 +1,8 @@
 """The prefill side: takes submissions, runs them to their first token, and hands them to decode.
 
 A submission's way:
-1. `submit` queues it (earliest deadline first);
-2. the queue gives it to the engine while decode keeps up with the outbox;
+1. `submit` queues it, or refuses what the queue would make late;
+2. the queue gives it to the engine when its turn has come, while decode keeps up with the outbox;
 3. at its first chunk a lease is granted and offered to the decode worker, which reserves and starts to pull;
 4. each chunk's blocks become readable, group of layers by group; the first token goes to the gateway at once;
 5. with the first token the outbox gets the HandOff; the owner's release frees the blocks.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Protocol
 
 from engine.errors import DeadlineExceeded, LeaseLost, Overloaded, SteelyardError, TransferFailed
@@ -36,8 +36,10 @@ from engine.types import (
 from kv_transfer.handoff import HandOff
 from kv_transfer.lease import Offer
 from prefill_worker.fetching import Fetches, Prefixes
+from prefill_worker.forecast import Forecast
+from prefill_worker.live import Live
 from prefill_worker.outbox import Outbox
-from prefill_worker.queue import PrefillQueue, Waiting
+from prefill_worker.queue import Given, PrefillQueue, Waiting
 
 OFFER_TIMEOUT_S = 5.0
 
@@ -50,36 +52,22 @@ class DecodePeers(Protocol):
         ...
 
 
-@dataclass(slots=True, eq=False)
-class _Live:
-    """A submission that the engine has. `wanted`: its answers that nobody has ended; `firsts`: their first tokens."""
-
-    submission: Submission
-    arrived: float
-    given: float
-    wanted: list[Key]
-    hands_off: bool
-    started: float | None = None  # when its first chunk was scheduled
-    firsts: dict[Key, TokenOutput] = field(default_factory=dict)
-    offer: asyncio.Task[None] | None = None
-    fetch: asyncio.Task[None] | None = None  # that it waits for, or has waited for
-    committed: bool = False  # all computed: it waits in the outbox for its owner
-
-
 class PrefillSide:
     def __init__(
         self, me: Endpoint, queue: PrefillQueue, outbox: Outbox, streams: TokenStreams, peers: DecodePeers,
-        send: Callable[[Command], None], prefixes: Prefixes | None, token_bytes: float,
+        send: Callable[[Command], None], prefixes: Prefixes | None, token_bytes: float, forecast: Forecast,
     ) -> None:  # fmt: skip
         self._me = me
-        self._fetches = Fetches(prefixes, token_bytes)
+        self._forecast = forecast
+        self._fetches = Fetches(prefixes, token_bytes, forecast.pace)
         self._queue = queue
         self._outbox = outbox
         self._streams = streams
         self._peers = peers
         self._send = send
-        self._live: dict[Key, _Live] = {}
+        self._live: dict[Key, Live] = {}
         self._stats = EngineStats()
+        self._busy_since = 0.0  # when the prompt that is computed now began, about
 
     @property
     def num_queued(self) -> int:
@@ -87,13 +75,23 @@ class PrefillSide:
 
     @property
     def num_queued_tokens(self) -> int:
-        return self._queue.num_tokens
+        return self._queue.totals.num_tokens
+
+    @property
+    def queued_s(self) -> float:
+        """Until the prompts that are here are computed, as predicted."""
+        return self._given_s() + self._queue.totals.compute_s
 
     def submit(self, submission: Submission) -> None:
-        """Raises Overloaded when too many wait."""
-        self._queue.push(submission, self._now())
+        """Raises Overloaded when too many wait, or those before it would make its first token late."""
+        now, request = self._now(), submission.request
+        waiting = self._queue.waiting(submission, now, self._forecast.compute_s(request.num_tokens, self._stats))
+        if not request.generated_ids:
+            before_s = self._given_s() + self._queue.before_s(waiting, now)
+            self._forecast.check(request.service.ttft_s, before_s, waiting.compute_s)
+        self._queue.push(waiting)
         for request in submission.requests:
-            self._streams.register(request.key, submission.gateway_id)
+            self._streams.register(request.key, submission.gateway_id, request.service.tenant)
         self._fetches.start(submission)
         self._feed()
 
@@ -117,7 +115,11 @@ class PrefillSide:
     def on_outputs(self, outputs: StepOutputs) -> tuple[TokenOutput, ...]:
         """Take a turn's news of our submissions; returns the token outputs, with our stages on the first ones."""
         self._stats = outputs.stats
-        self._fetches.pace.learn(outputs.steps)
+        self._forecast.learn(outputs.steps)
+        for output in outputs.tokens:
+            tenant = self._streams.tenant(output.key)
+            if tenant is not None:
+                self._queue.charge_output(tenant, len(output.token_ids))
         tokens = tuple(self._on_token(output) for output in outputs.tokens)
         for progress in outputs.progress:
             self._on_progress(progress)
@@ -137,13 +139,24 @@ class PrefillSide:
     # --- parts, in order of a request's way ----------------------------------------------------------------
 
     def _feed(self) -> None:
-        num_given = sum(live.started is None for live in self._live.values())
-        while waiting := self._queue.pop_ready(self._stats, num_given):
+        step_tokens = self._forecast.step_tokens(self._stats)
+        while waiting := self._queue.pop_ready(self._stats, self._given(), self._now(), step_tokens):
             if waiting.deadline <= self._now():
                 self._drop(waiting)
             else:
                 self._give(waiting)
-                num_given += 1
+
+    def _given(self) -> Given:
+        """Of those without a first token. What waits for a prefix takes no turn from others."""
+        before = [live for live in self._live.values() if not live.firsts]
+        sizes = [live.submission.request.num_tokens for live in before if live.fetch is None or live.fetch.done()]
+        chunk = self._queue.rules.prefill_chunk
+        return Given(len(before), sum(size for size in sizes if size <= chunk), any(size > chunk for size in sizes))
+
+    def _given_s(self) -> float:
+        """Until what the engine has of prompts is computed."""
+        compute_s = sum(live.compute_s for live in self._live.values() if not live.firsts)
+        return max(0.0, compute_s - (self._now() - self._busy_since)) if compute_s else 0.0
 
     def _drop(self, waiting: Waiting) -> None:
         """Nobody waits for it any more."""
@@ -156,14 +169,17 @@ class PrefillSide:
         request = submission.request
         wanted = [one.key for one in submission.requests]
         hands_off = submission.decode is not None and request.sampling.max_tokens > len(request.generated_ids) + 1
-        live = self._live[request.key] = _Live(submission, waiting.arrived, self._now(), wanted, hands_off)
+        if all(live.firsts for live in self._live.values()):
+            self._busy_since = self._now()
+        live = Live(submission, waiting.arrived, self._now(), wanted, hands_off, waiting.compute_s)
+        self._live[request.key] = live
         live.fetch = self._fetches.take(request.key)
         if live.fetch is None:
             self._send(Add(request, hands_off, submission.siblings))
         else:
             live.fetch.add_done_callback(lambda _: self._add_after_fetch(live))
 
-    def _add_after_fetch(self, live: _Live) -> None:
+    def _add_after_fetch(self, live: Live) -> None:
         """Unless it has ended meanwhile."""
         first = live.submission.request
         if self._live.get(first.key) is live:
@@ -183,14 +199,17 @@ class PrefillSide:
         else:
             self._outbox.progress(progress.key, progress.block_ids, progress.num_layers)
 
-    def _start_offer(self, live: _Live, names: tuple[bytes, ...]) -> None:
+    def _start_offer(self, live: Live, names: tuple[bytes, ...]) -> None:
         request, target = live.submission.request, live.submission.decode
         assert target is not None
         lease = self._outbox.grant(request.key, self._me)
         growth = request.sampling.max_tokens - len(request.generated_ids)
         timeout_s = request.timeout_s - (self._now() - live.arrived)
         siblings = tuple(key for key in live.wanted if key != request.key)
-        offer = Offer(lease, request.num_tokens, growth, live.submission.gateway_id, timeout_s, siblings, names)
+        offer = Offer(
+            lease, request.num_tokens, growth, live.submission.gateway_id, timeout_s, siblings, names,
+            service=request.service,
+        )  # fmt: skip
         live.offer = asyncio.get_running_loop().create_task(self._offer(target, offer))
 
     async def _offer(self, target: Endpoint, offer: Offer) -> None:
@@ -205,11 +224,11 @@ class PrefillSide:
             if live is not None:
                 self._fail(live, ErrorInfo(code, f"decode worker {target.worker_id}: {error.message}"))
 
-    def _fail(self, live: _Live, error: ErrorInfo) -> None:
+    def _fail(self, live: Live, error: ErrorInfo) -> None:
         self._streams.fail(live.wanted, error)
         self._end(live)
 
-    def _end(self, live: _Live) -> None:
+    def _end(self, live: Live) -> None:
         """Forget a submission; what the engine still has of it goes."""
         self._forget(live)
         if live.offer is not None:
@@ -227,7 +246,7 @@ class PrefillSide:
         if live is None or output.key in live.firsts:
             return output
         live.firsts[output.key] = output
-        now = self._now()
+        now = self._busy_since = self._now()
         started = live.started if live.started is not None else live.given
         output = replace(output, stages=(("prefill_queue", started - live.arrived), ("prefill", now - started)))
         if output.finish:
@@ -236,12 +255,12 @@ class PrefillSide:
             self._forget(live)
         return output
 
-    def _forget(self, live: _Live) -> None:
+    def _forget(self, live: Live) -> None:
         key = live.submission.request.key
         self._outbox.close(key)
         self._live.pop(key, None)
 
-    def _commit(self, live: _Live, progress: Progress) -> None:
+    def _commit(self, live: Live, progress: Progress) -> None:
         """The last chunk is stored and the first token known: complete the outbox's entry."""
         elapsed, submission = self._now() - live.arrived, live.submission
         first, *siblings = (
@@ -261,7 +280,7 @@ class PrefillSide:
         live.committed = True
         self._outbox.commit(progress.key, progress.block_ids, handoff.encode())
 
-    def _find(self, key: Key) -> _Live | None:
+    def _find(self, key: Key) -> Live | None:
         """The submission of which this is an answer that is still wanted."""
         named = self._live.get(key)
         if named is not None and key in named.wanted:

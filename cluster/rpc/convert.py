@@ -100,7 +100,7 @@ def offer_to(offer: Offer) -> request_pb2.OfferRequest:
     return request_pb2.OfferRequest(
         lease=_lease_to(offer.lease), num_tokens=offer.num_tokens, num_growth=offer.num_growth,
         gateway_id=offer.gateway_id, timeout_s=offer.timeout_s, siblings=map(key_to, offer.siblings),
-        names=offer.names, moving=offer.moving,
+        names=offer.names, moving=offer.moving, service=request_pb2.Service(**asdict(offer.service)),
     )  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def offer_from(message: request_pb2.OfferRequest) -> Offer:
     siblings = tuple(map(key_from, message.siblings))
     return Offer(
         _lease_from(message.lease), message.num_tokens, message.num_growth, message.gateway_id, message.timeout_s,
-        siblings, tuple(message.names), message.moving,
+        siblings, tuple(message.names), message.moving, _service_from(message.service),
     )  # fmt: skip
 
 

@@ -153,7 +153,7 @@ class Lease(_message.Message):
     def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., producer: _Optional[_Union[Endpoint, _Mapping]] = ..., secret: _Optional[str] = ...) -> None: ...
 
 class OfferRequest(_message.Message):
-    __slots__ = ("lease", "num_tokens", "num_growth", "gateway_id", "timeout_s", "siblings", "names", "moving")
+    __slots__ = ("lease", "num_tokens", "num_growth", "gateway_id", "timeout_s", "siblings", "names", "moving", "service")
     LEASE_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_GROWTH_FIELD_NUMBER: _ClassVar[int]
@@ -162,6 +162,7 @@ class OfferRequest(_message.Message):
     SIBLINGS_FIELD_NUMBER: _ClassVar[int]
     NAMES_FIELD_NUMBER: _ClassVar[int]
     MOVING_FIELD_NUMBER: _ClassVar[int]
+    SERVICE_FIELD_NUMBER: _ClassVar[int]
     lease: Lease
     num_tokens: int
     num_growth: int
@@ -170,7 +171,8 @@ class OfferRequest(_message.Message):
     siblings: _containers.RepeatedCompositeFieldContainer[Key]
     names: _containers.RepeatedScalarFieldContainer[bytes]
     moving: bool
-    def __init__(self, lease: _Optional[_Union[Lease, _Mapping]] = ..., num_tokens: _Optional[int] = ..., num_growth: _Optional[int] = ..., gateway_id: _Optional[str] = ..., timeout_s: _Optional[float] = ..., siblings: _Optional[_Iterable[_Union[Key, _Mapping]]] = ..., names: _Optional[_Iterable[bytes]] = ..., moving: _Optional[bool] = ...) -> None: ...
+    service: Service
+    def __init__(self, lease: _Optional[_Union[Lease, _Mapping]] = ..., num_tokens: _Optional[int] = ..., num_growth: _Optional[int] = ..., gateway_id: _Optional[str] = ..., timeout_s: _Optional[float] = ..., siblings: _Optional[_Iterable[_Union[Key, _Mapping]]] = ..., names: _Optional[_Iterable[bytes]] = ..., moving: _Optional[bool] = ..., service: _Optional[_Union[Service, _Mapping]] = ...) -> None: ...
 
 class MoveRequest(_message.Message):
     __slots__ = ("key", "target", "to", "timeout_s")

@@ -74,7 +74,7 @@ class TokenOutput(_message.Message):
     def __init__(self, key: _Optional[_Union[_request_pb2.Key, _Mapping]] = ..., first_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish: _Optional[str] = ..., error_code: _Optional[str] = ..., error_message: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[Stage, _Mapping]]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., transfer: _Optional[_Union[KvTransfer, _Mapping]] = ...) -> None: ...
 
 class Stats(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_held", "num_blocks", "num_free_blocks", "num_cached_blocks", "num_held_blocks", "num_leaked_blocks", "num_waiting_tokens", "num_steps", "num_preemptions", "prefix_queries", "prefix_hits", "host_blocks", "host_queries", "host_hits", "host_saves")
+    __slots__ = ("num_running", "num_waiting", "num_held", "num_blocks", "num_free_blocks", "num_cached_blocks", "num_held_blocks", "num_leaked_blocks", "num_waiting_tokens", "num_steps", "num_preemptions", "prefix_queries", "prefix_hits", "host_blocks", "host_queries", "host_hits", "host_saves", "slack_tokens", "num_queued_tokens", "queued_s")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_HELD_FIELD_NUMBER: _ClassVar[int]
@@ -92,6 +92,9 @@ class Stats(_message.Message):
     HOST_QUERIES_FIELD_NUMBER: _ClassVar[int]
     HOST_HITS_FIELD_NUMBER: _ClassVar[int]
     HOST_SAVES_FIELD_NUMBER: _ClassVar[int]
+    SLACK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_S_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_held: int
@@ -109,7 +112,10 @@ class Stats(_message.Message):
     host_queries: int
     host_hits: int
     host_saves: int
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_held: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_cached_blocks: _Optional[int] = ..., num_held_blocks: _Optional[int] = ..., num_leaked_blocks: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., host_blocks: _Optional[int] = ..., host_queries: _Optional[int] = ..., host_hits: _Optional[int] = ..., host_saves: _Optional[int] = ...) -> None: ...
+    slack_tokens: int
+    num_queued_tokens: int
+    queued_s: float
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_held: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_cached_blocks: _Optional[int] = ..., num_held_blocks: _Optional[int] = ..., num_leaked_blocks: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., host_blocks: _Optional[int] = ..., host_queries: _Optional[int] = ..., host_hits: _Optional[int] = ..., host_saves: _Optional[int] = ..., slack_tokens: _Optional[int] = ..., num_queued_tokens: _Optional[int] = ..., queued_s: _Optional[float] = ...) -> None: ...
 
 class TokensRequest(_message.Message):
     __slots__ = ("gateway_id",)

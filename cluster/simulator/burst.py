@@ -20,7 +20,7 @@ from cluster.simulator.service_times.model import ServiceTimes
 from engine.engine import Engine
 from engine.scheduler import Batch
 from engine.sequence import Sequence
-from engine.step_shape import StepShape
+from engine.step_shape import StepRecord, StepShape
 from engine.types import EngineStats, Request, TokenOutput
 
 _STATS = [field.name for field in fields(EngineStats)]
@@ -131,12 +131,22 @@ def fast_forward(
             assert engine.scheduler.holdings.extend(sequence, sequence.computed + 1), "the blocks were counted"
     for sequence, new, start in zip(burst.sequences, fresh, starts, strict=True):
         _advance(sequence, new, start, num_steps - first)
-    engine.num_steps += num_steps - first
+    _pass_time(engine, burst, range(first, num_steps))
     times = tuple(burst.ends[first:num_steps])
     return tuple(
         TimedOutput(sequence.key, index, new, cached_tokens=sequence.cached_tokens, times=times)
         for sequence, index, new in zip(burst.sequences, firsts, fresh, strict=True)
     )
+
+
+def _pass_time(engine: Engine, burst: Burst, steps: range) -> None:
+    """As Engine.learn does it, step by step, so that sums are equal to the last bit."""
+    slack = engine.scheduler.slack
+    for index in steps:
+        engine.num_steps += 1
+        slack.pass_time(burst.steps_s[index])
+        if engine.is_sample:
+            slack.pace.learn(StepRecord(burst.shape_of(index), burst.steps_s[index]))
 
 
 def _moved_on(told: EngineStats, num_free_blocks: int, num_steps: int) -> EngineStats:

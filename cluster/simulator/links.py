@@ -94,7 +94,10 @@ class SimulatedClient:
 
     def stats_by_now(self, told: EngineStats) -> EngineStats:
         latency_s = self._network.latency_s(self._worker, self._gateway)
-        return self._steps.stats_by(told, asyncio.get_running_loop().time() - latency_s)
+        stats = self._steps.stats_by(told, asyncio.get_running_loop().time() - latency_s)
+        if stats is told or not told.num_queued_tokens:
+            return stats
+        return replace(stats, num_queued_tokens=told.num_queued_tokens, queued_s=told.queued_s)  # no step changes it
 
     async def close(self) -> None:
         """Streams end with their readers."""

@@ -139,7 +139,9 @@ class ModelledStepRunner:
             step_s = await self._pass_layers(shape, step_s, news)
         self._last_end = self._loop.time()
         self._engine.finish(batch, sampled)
-        self._emit(replace(self._engine.take_outputs(), steps=(StepRecord(shape, step_s),)))
+        record = StepRecord(shape, step_s)
+        self._engine.learn(record)
+        self._emit(replace(self._engine.take_outputs(), steps=(record,)))
 
     async def _pass(self, shape: StepShape, alone_s: float) -> float:
         """Returns when so much of a step is done, with the time that it took."""

@@ -20,7 +20,7 @@ from cluster.simulator.spec import WorldSpec
 from cluster.simulator.workloads.workload import Arrival, Workload
 from cluster.simulator.world import World
 from engine.errors import SteelyardError
-from engine.types import Key, Request, Role, SamplingParams, TokenOutput
+from engine.types import STANDARD, Key, Request, Role, SamplingParams, Service, TokenOutput
 
 LIMIT_S = 3600.0
 STEPS = Roofline(overhead_s=1.03e-3, weights_s=5.17e-3, context_token_s=4.3e-7)  # no two spans of it are ever equal
@@ -33,6 +33,7 @@ class Plan:
     requests: tuple[tuple[float, int, int, float, int], ...]  # at, prompt, max_tokens, timeout, answers
     leaves: tuple[tuple[float, int], ...]  # at, number of the request
     deaths: tuple[tuple[float, Role, bool], ...]  # at, of the first worker of a role, unlisted first?
+    services: tuple[Service, ...] = (STANDARD,)  # of the requests, in turn
 
 
 def spec(bursts: bool, num_decode: int = 2, **engine: object) -> WorldSpec:
@@ -56,7 +57,8 @@ def log_of(plan: Plan, spec: WorldSpec) -> list[str]:
         await asyncio.sleep(at)
         sampling = SamplingParams(max_tokens, seed=number, ignore_eos=True)
         prompt = tuple(16 + (7 * number + index) % 900 for index in range(num_prompt))
-        asked = Request(f"r{number}", prompt, sampling, timeout_s=timeout_s)
+        service = plan.services[number % len(plan.services)]
+        asked = Request(f"r{number}", prompt, sampling, timeout_s=timeout_s, service=service)
         others = [asked.sibling(Key(f"r{number}.{choice}", 0), choice) for choice in range(1, num_answers)]
         try:
             async with aclosing(world.generate(asked, *others)) as outputs:
@@ -100,6 +102,7 @@ def log_of(plan: Plan, spec: WorldSpec) -> list[str]:
 
 
 seconds = st.floats(0.0, 3.0)
+PROMISED = Service("a", ttft_s=0.3, tpot_s=0.0085)  # of 6.2 ms and more: not for all of them
 plans = st.builds(
     Plan,
     st.lists(
@@ -115,6 +118,7 @@ plans = st.builds(
     ).map(tuple),
     st.lists(st.tuples(seconds, st.integers(0, 9)), max_size=3).map(tuple),
     st.lists(st.tuples(seconds, st.sampled_from([Role.PREFILL, Role.DECODE]), st.booleans()), max_size=2).map(tuple),
+    st.sampled_from([(STANDARD,), (PROMISED, STANDARD), (PROMISED, Service("b", tpot_s=0.02), Service("c", 1))]),
 )
 
 

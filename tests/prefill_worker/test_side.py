@@ -23,6 +23,7 @@ from engine.types import (
     Release,
     Request,
     SamplingParams,
+    Service,
     StepOutputs,
     Submission,
     TokenOutput,
@@ -30,8 +31,9 @@ from engine.types import (
 from kv_transfer.frames import Commit, Frame
 from kv_transfer.handoff import HandOff
 from kv_transfer.lease import Lease, Offer
+from prefill_worker.forecast import Forecast
 from prefill_worker.outbox import Outbox
-from prefill_worker.queue import ENGINE_BACKLOG, PrefillQueue
+from prefill_worker.queue import PrefillQueue, QueueRules
 from prefill_worker.side import PrefillSide
 from tests.kv_transfer.fakes import FRAME_BYTES, LAYOUT, NUM_BLOCKS, PRODUCER, TTL_S, random_pool
 from tests.virtual import in_virtual_time, settle
@@ -41,6 +43,9 @@ DECODE = Endpoint("d0", "j1", "127.0.0.1:2", PRODUCER.cohort)
 KEY = Key("r", 0)
 STATS = EngineStats(num_blocks=NUM_BLOCKS)
 BLOCKS = (5, 3, 9)  # of a prompt of 10 tokens
+STEP_TOKENS = 40
+BACKLOG = 8  # prompts: two steps of them
+PACE = StepRecord(StepShape((Chunk(0, 100),), 0, 0), 1.0)  # 10 ms a token
 
 
 @dataclass(eq=False)
@@ -98,8 +103,8 @@ class House:
         self.streams = TokenStreams(1e6, lambda key: None)
         self.prefixes = Prefixes()
         self.side = PrefillSide(
-            PRODUCER, PrefillQueue(max_queue, 0.3), outbox, self.streams, self.peers, self.sent.append, self.prefixes,
-            token_bytes=1000.0,
+            PRODUCER, PrefillQueue(QueueRules(max_queue)), outbox, self.streams, self.peers, self.sent.append,
+            self.prefixes, token_bytes=1000.0, forecast=Forecast(256, 512, knee_tokens=STEP_TOKENS),
         )  # fmt: skip
 
     def submit(
@@ -295,12 +300,44 @@ async def test_without_a_decode_worker_all_of_it_runs_here() -> None:
 @in_virtual_time
 async def test_the_engine_gets_a_backlog_and_the_next_as_one_starts() -> None:
     with house() as h:
-        for index in range(ENGINE_BACKLOG + 3):
+        for index in range(BACKLOG + 3):
             h.submit(f"r{index}")
-        assert len(h.sent) == ENGINE_BACKLOG
+        assert len(h.sent) == BACKLOG
         assert (h.side.num_queued, h.side.num_queued_tokens) == (3, 30)
         h.turn(Progress(Key("r0", 0), 0, BLOCKS))
-        assert len(h.sent) == ENGINE_BACKLOG + 1
+        assert len(h.sent) == BACKLOG, "it is being computed"
+        h.turn(TokenOutput(Key("r0", 0), 0, (42,)))
+        assert len(h.sent) == BACKLOG + 1
+
+
+@in_virtual_time
+async def test_what_the_queue_would_make_late_is_refused_and_keeps_nothing() -> None:
+    with house() as h:
+        h.side.on_outputs(StepOutputs(stats=STATS, steps=(PACE,)))
+        for index in range(20):
+            h.submit(f"r{index}")  # 0.1 s each
+        assert h.side.queued_s == pytest.approx(2.0)
+        with pytest.raises(Overloaded) as caught:
+            h.submit("late", service=Service(ttft_s=0.75))
+        assert caught.value.retry_after_s == pytest.approx(0.8 + 0.1 - 0.75), "the engine has eight"
+        assert (h.streams.num_keys, h.side.num_queued) == (20, 12)
+        h.submit("urgent", service=Service(ttft_s=0.95))  # goes before those that wait
+        h.submit("late anyway", service=Service(ttft_s=0.05))
+        h.submit("goes on", service=Service(ttft_s=0.5), generated_ids=(1,))
+        await asyncio.sleep(0.05)
+        assert h.side.queued_s == pytest.approx(2.25 + 0.01)
+
+
+@in_virtual_time
+async def test_generated_tokens_are_charged_to_their_tenant() -> None:
+    with house() as h:
+        for index in range(BACKLOG):
+            h.submit(f"r{index}", decode=None, max_tokens=10**6, service=Service("a"))
+        h.submit("a", service=Service("a", ttft_s=60.0))
+        h.submit("b", service=Service("b", ttft_s=90.0))
+        for index in range(5):
+            h.turn(TokenOutput(Key("r1", 0), index, tuple(range(600))))
+        assert isinstance(h.sent[-1], Add) and h.sent[-1].request.request_id == "b"
 
 
 @in_virtual_time
@@ -611,12 +648,12 @@ async def test_the_last_answer_that_is_ended_ends_the_submission() -> None:
 @in_virtual_time
 async def test_one_answer_leaves_the_queue_and_the_others_stay() -> None:
     with house() as h:
-        for index in range(ENGINE_BACKLOG):
+        for index in range(BACKLOG):
             h.submit(f"before{index}")
         request = Request("r", tuple(range(10)), SamplingParams(max_tokens=8))
         h.side.submit(Submission(request, GATEWAY, DECODE, (request.sibling(SIBLING, 1),)))
         h.side.abort(KEY)
-        h.turn(Progress(Key("before0", 0), 0, BLOCKS))
+        h.turn(TokenOutput(Key("before0", 0), 0, (42,)))
         assert h.sent[-1] == Add(request.sibling(SIBLING, 1), handoff=True)
 
 
@@ -634,8 +671,6 @@ async def test_a_refusal_reaches_every_answer() -> None:
 
 
 # --- prefixes that another worker has -----------------------------------------------------------------------------
-
-PACE = StepRecord(StepShape((Chunk(0, 100),), 0, 0), 1.0)  # 10 ms a token
 
 
 async def fetching(h: House, stats: EngineStats = STATS) -> None:
