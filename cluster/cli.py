@@ -133,6 +133,18 @@ def chat(
 
 
 @app.command()
+def report(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="a ledger file, or the URL of a gateway")],
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Say where requests spent their time: waiting and service of prefill and decode, and what a faster stage gives."""
+    with _told_plainly():
+        from cluster.report_command import run_report
+
+        run_report(source, _console(), as_json=as_json)
+
+
+@app.command()
 def profile(
     url: UrlOption = DEFAULT_URL,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="what to write")] = Path(

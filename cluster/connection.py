@@ -25,6 +25,7 @@ from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
+from cluster.turn_writer import Turn, TurnWriter
 from engine.errors import InvalidRequest, SteelyardError, Unavailable
 from router.config import RouterConfig
 from router.errors import HeadTooLarge, error_reply
@@ -39,14 +40,15 @@ log = logging.getLogger(__name__)
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn makes one per connection: functools.partial(Connection, bounds) is its `http`."""
+    """uvicorn makes one per connection: functools.partial(Connection, bounds, turn) is its `http`."""
 
     def __init__(
-        self, bounds: RouterConfig, config: Config, server_state: ServerState, app_state: dict[str, Any],
+        self, bounds: RouterConfig, turn: Turn, config: Config, server_state: ServerState, app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:  # fmt: skip
         super().__init__(config, server_state, app_state, _loop)
         self._bounds = bounds
+        self._turn = turn
         self._head_timer: asyncio.TimerHandle | None = None
         self._leftover_timer: asyncio.TimerHandle | None = None
         self._answering: RequestResponseCycle | None = None  # `cycle` is the newest, which may wait its turn
@@ -62,7 +64,7 @@ class Connection(HttpToolsProtocol):
             self.transport = transport
             self._answer(Unavailable("Too many connections", retry_after_s=RETRY_AFTER_S))
             return
-        super().connection_made(transport)
+        super().connection_made(TurnWriter(transport, self._turn))
         transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
         self._expect_head()
 

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import os
 import secrets
 import socket
 import time
@@ -21,14 +22,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import uvicorn
+from opentelemetry.sdk.trace import TracerProvider
 
 from cluster.config import ClusterConfig
 from cluster.connection import Connection
 from cluster.end_limits import ANSWER_ENDS_S, SERVER_S
+from cluster.line_file import LineFile
 from cluster.rpc.auth import prefix_hash_key
 from cluster.rpc.channels import Channels
 from cluster.rpc.client import GrpcConnector
 from cluster.rpc.tls import load_tls
+from cluster.spans import FLUSH_TIMEOUT_S, open_provider
+from cluster.turn_writer import Turn
 from engine.config import EngineConfig, ModelSource
 from engine.errors import ConfigError
 from engine.models.detokenizer import IncrementalDetokenizer
@@ -74,6 +79,8 @@ class Gateway:
         self._gateway_id = gateway_id
         self._server: uvicorn.Server | None = None
         self._serving: asyncio.Task[None] | None = None
+        self._ledger_file: LineFile | None = None
+        self._tracing: TracerProvider | None = None
 
     async def start(self) -> str:
         """Begin to listen; returns the base URL. Raises ConfigError if the port is taken or TLS cannot
@@ -88,8 +95,12 @@ class Gateway:
             router, self._gateway_id, connector, SystemNames(), naming=naming, limits=limits
         )  # fmt: skip
         self._door = Door(self._dispatcher)
-        steps = self._dispatcher.step_history
-        app = create_app(self._door, model, router, steps=steps, wall_clock=time.time, version=our_version())
+        self._tracing = open_provider(router.tracing, dict(os.environ), our_version())
+        self._ledger_file = LineFile(Path(router.ledger_file), router.ledger_file_bytes) if router.ledger_file else None
+        app = create_app(
+            self._door, model, router, steps=self._dispatcher.step_history, wall_clock=time.time,
+            version=our_version(), ledger_sink=self._ledger_file, tracing=self._tracing,
+        )  # fmt: skip
         self._server = Server(server_config(app, router))
         self._serving = asyncio.create_task(self._serve(self._server, listener))
         self._dispatcher.canary.start()
@@ -123,6 +134,11 @@ class Gateway:
         for connection in list(server.server_state.connections):
             connection.transport.abort()  # its client does not take the end of its answer
         await self._channels.close()
+        if self._ledger_file is not None:
+            await asyncio.to_thread(self._ledger_file.close)
+        if self._tracing is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.to_thread(self._tracing.shutdown), FLUSH_TIMEOUT_S)
 
     async def _serve(self, server: uvicorn.Server, listener: socket.socket) -> None:
         with contextlib.closing(listener):
@@ -132,7 +148,7 @@ class Gateway:
 def server_config(app: Any, router: RouterConfig) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http=cast(type[asyncio.Protocol], partial(Connection, router)),
+        http=cast(type[asyncio.Protocol], partial(Connection, router, Turn(asyncio.get_running_loop()))),
         ws="none",  # no route is a WebSocket, and its connections would have none of our bounds
         log_level="warning",
         access_log=False,

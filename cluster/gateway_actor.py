@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Protocol, cast
 
 from cluster.config import ClusterConfig
+from cluster.garbage import collect_seldom
 from cluster.incarnation import Incarnation, Part
 from cluster.spec import load_part
 from engine.types import ErrorInfo
@@ -37,7 +38,9 @@ class GatewayActor:
         return self._name
 
     async def start(self) -> str | ErrorInfo:
-        return await self._incarnation.start()
+        started = await self._incarnation.start()
+        collect_seldom()
+        return started
 
     async def failed(self) -> str:
         return await self._incarnation.failed()

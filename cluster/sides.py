@@ -22,6 +22,7 @@ from decode_worker.totals import TransferTotals
 from engine.errors import StaleEpoch, WorkerLost
 from engine.planes import CacheLayout
 from engine.pool import BlockBytes
+from engine.step_account import StepAccount
 from engine.streams import StreamBatch, TokenStreams
 from engine.types import Command, Endpoint, EngineStats, Key, Move, Role, StepOutputs, Submission
 from kv_transfer.carrier import CarrierPool
@@ -90,6 +91,7 @@ class WorkerSides:
         self._last_step_s = 0.0
         self._aborting: list[asyncio.Task[None]] = []
         self.streams = TokenStreams(config.decode.orphan_s, self._abort_soon)
+        self._account = StepAccount(lambda key: self.streams.owner(key) is not None)
         self.streams.publish((), self._stats)  # an engine that has done nothing yet says nothing
         self.outbox = Outbox(
             cache.layout, cache.pool, transfer.frame_bytes, transfer.lease_ttl_s, new_secret, self._lease_ended
@@ -177,7 +179,8 @@ class WorkerSides:
         self._last_step_s = outputs.steps[-1].step_s if outputs.steps else self._last_step_s
         tokens = self._prefill.on_outputs(outputs)
         outputs = outputs if tokens == outputs.tokens else replace(outputs, tokens=tokens)
-        tokens = self._intake.on_outputs(outputs)
+        step_s = outputs.steps[-1].step_s if outputs.steps else 0.0
+        tokens = self._account.take(self._intake.on_outputs(outputs), step_s, asyncio.get_running_loop().time())
         self._stats = self._with_queue(outputs.stats)
         self.streams.publish(tokens, self._stats, outputs.steps)
 

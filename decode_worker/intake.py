@@ -26,6 +26,7 @@ from engine.planes import CacheLayout
 from engine.pool import BlockBytes
 from engine.questions import Questions
 from engine.runs import Runs
+from engine.step_account import STEPS
 from engine.streams import TokenStreams
 from engine.types import (
     Abort,
@@ -152,7 +153,8 @@ class Intake:
         """Take a turn's news; returns the token outputs, with our stages on the first ones."""
         self._stats = outputs.stats
         self.questions.on_outputs(outputs)
-        return tuple(self._on_token(output) for output in outputs.tokens)
+        step_s = outputs.steps[-1].step_s if outputs.steps else 0.0
+        return tuple(self._on_token(output, step_s) for output in outputs.tokens)
 
     async def beat(self) -> None:
         """One round of heartbeats for all open leases, grouped by producer."""
@@ -271,12 +273,14 @@ class Intake:
     def _tell_gateway(self, arrival: _Arrival, error: SteelyardError) -> None:
         self._streams.fail(arrival.keys, ErrorInfo(error.code, error.message))
 
-    def _on_token(self, output: TokenOutput) -> TokenOutput:
+    def _on_token(self, output: TokenOutput, step_s: float) -> TokenOutput:
+        """Of a transfer only what was waited for is a stage; of a sequence that moved the gateway knows the pause."""
         arrival = self._arrivals.pop(output.key, None) if output.token_ids or output.finish else None
-        if arrival is None or arrival.committed is None:
+        if arrival is None or arrival.committed is None or arrival.transfer is None:
             return output
-        transfer_s = arrival.committed - arrival.begun
-        stages = (("transfer", transfer_s), ("decode_start", self._now() - arrival.committed))
+        since_s = self._now() - arrival.committed
+        step_s = min(step_s, since_s)
+        stages = (("transfer", arrival.transfer.exposed_s), ("decode_wait", since_s - step_s), (STEPS, step_s))
         return replace(output, stages=stages, transfer=arrival.transfer)
 
     def _now(self) -> float:

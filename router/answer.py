@@ -21,8 +21,9 @@ from engine.errors import SteelyardError, Unavailable, error_from_code
 from engine.types import FinishReason, Request, TokenOutput
 from router.asked import Asked
 from router.boundary import log_failure
+from router.chunk_form import before_end, timeline_field, with_field
 from router.errors import as_steelyard_error
-from router.ledger import Ledger
+from router.ledger import Ledger, Outcome
 from router.logprobs import score
 from router.metrics import Metrics
 from router.parts import Content, spoken
@@ -135,6 +136,8 @@ class Generation:
 
     @property
     def is_done(self) -> bool:
+        if len(self.choices) == 1:
+            return self.first.finish is not None
         return all(choice.finish is not None for choice in self.choices.values())
 
     @property
@@ -210,6 +213,7 @@ class Answer(Response):
         finally:
             one.ledger.close(_now_s())
             self._metrics.count_end(one.ledger, one.usage, one.end)
+            one.ledger.tell(_outcome(one))
 
     async def _send_whole(self, choice: Choice, piece: Piece, send: Send) -> None:
         one = self._generation
@@ -222,6 +226,8 @@ class Answer(Response):
             self._count_sent()
         sent = [_whole(choice, pieces[choice.index], one.token_text) for choice in one.sent]
         body = self._replies.whole(sent, one.usage)
+        if one.ledger.is_shown:
+            body = with_field(body, self._timeline())
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
@@ -242,7 +248,15 @@ class Answer(Response):
             log_failure(one.request.request_id, error)
             one.end = FinishReason.ERROR
             last = self._replies.failure(as_steelyard_error(error))
+        if one.ledger.is_shown:
+            last = before_end(last, self._replies.note(self._timeline()))
         await send({"type": "http.response.body", "body": last})
+
+    def _timeline(self) -> bytes:
+        """So far: what still happens is sending it."""
+        ledger = self._generation.ledger
+        ledger.close(_now_s())
+        return timeline_field(ledger.timeline())
 
     def _events(self, choice: Choice, piece: Piece) -> list[bytes]:
         usage, index = self._usage, choice.index
@@ -277,6 +291,12 @@ class Answer(Response):
         if num_new > 0:
             is_first = ledger.num_tokens == 0
             self._metrics.count_sent(ledger.sent(num_new, _now_s()), is_first=is_first)
+
+
+def _outcome(one: Generation) -> Outcome:
+    usage = one.usage
+    num_cached = usage.prompt_tokens_details.cached_tokens
+    return Outcome(one.request.request_id, one.end, usage.prompt_tokens, num_cached, usage.completion_tokens)
 
 
 def _whole(choice: Choice, pieces: list[Piece], token_text: Callable[[int], str]) -> WholeChoice:

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from pydantic import BaseModel
 
 from engine.errors import SteelyardError
 from engine.types import FinishReason
+from router.chunk_form import ChunkForm
 from router.errors import error_event
 from router.logprobs import ChatLogprobs, PromptLogprobs, ScoredToken, chat_logprobs
 from router.parts import CallArguments, CallStart, Content, Part, Reasoning, Spoken
-from router.replies import STREAM_END, Usage, WholeChoice, as_event, as_json, plain_finish, with_fields
+from router.replies import STREAM_END, Usage, WholeChoice, as_event, as_json, plain_finish, with_fields, with_note
 from router.tools.ids import call_id, short_id
 
 ChatFinish = Literal["stop", "length", "tool_calls", "function_call"]
@@ -101,7 +102,7 @@ class ChatChunk(BaseModel):
     usage: Usage | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ChatReplies:
     """With `has_usage` every chunk has a usage field: null, until the last, unless each is to have it. `is_legacy`:
     calls are in the older words. `has_short_ids`: the model's template takes no others."""
@@ -113,6 +114,10 @@ class ChatReplies:
     has_usage: bool = False
     is_legacy: bool = False
     has_short_ids: bool = False
+    _form: ChunkForm = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._form = ChunkForm(self._text)
 
     def whole(self, choices: Tokens[WholeChoice], usage: Usage) -> bytes:
         reply = ChatReply(
@@ -132,6 +137,10 @@ class ChatReplies:
             yield self._chunk(index, Delta(role="assistant", content=""), None, usage=usage)
 
     def text(self, index: int, text: str, tokens: Tokens[ScoredToken] = (), usage: Usage | None = None) -> bytes:
+        changes = tokens or usage is not None
+        return self._text(index, text, tokens, usage) if changes else self._form.event(index, text)
+
+    def _text(self, index: int, text: str, tokens: Tokens[ScoredToken] = (), usage: Usage | None = None) -> bytes:
         return self._chunk(index, Delta(content=text), None, tokens, usage)
 
     def part(self, index: int, part: Part, tokens: Tokens[ScoredToken] = (), usage: Usage | None = None) -> bytes:
@@ -145,6 +154,9 @@ class ChatReplies:
 
     def failure(self, error: SteelyardError) -> bytes:
         return error_event(error)
+
+    def note(self, field: bytes) -> bytes:
+        return with_note(self._event([], None), field)
 
     # --- whole -----------------------------------------------------------------------------------------------
 

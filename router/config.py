@@ -26,6 +26,17 @@ CLASSES = {
 }
 
 
+class TracingConfig(StrictModel):
+    """Spans of requests, by OpenTelemetry."""
+
+    endpoint: str = Field(
+        default="", description="collector's base URL (OTLP over HTTP); empty: OTEL_EXPORTER_OTLP_ENDPOINT, or none"
+    )
+    sampling_ratio: float = Field(
+        default=1.0, ge=0, le=1, description="share of requests traced, where their sender has not decided it"
+    )
+
+
 class RouterConfig(StrictModel):
     """The HTTP face and how requests are placed."""
 
@@ -49,6 +60,13 @@ class RouterConfig(StrictModel):
     tpot_s: PositiveFloat | None = Field(default=None, description="the most per further token; null: no target")
     classes: dict[str, ServiceClass] = Field(default=CLASSES, description="targets by the name of a service class")
     max_waiting: int = Field(default=256, ge=0, description="requests that wait at the gateway for room; more get 429")
+    ledger_file: str = Field(
+        default="", description="a line of JSON for every request that ended goes there; empty: none"
+    )
+    ledger_file_bytes: int = Field(
+        default=64 * 2**20, ge=1024, description="a larger one becomes FILE.1, in place of the one before"
+    )
+    tracing: TracingConfig = Field(default_factory=TracingConfig)
     max_attempts: int = Field(default=3, ge=1, description="placements of one request before it fails")
     max_stored_responses: int = Field(
         default=1024, ge=0, description="answers of /v1/responses that a gateway keeps; 0: none"

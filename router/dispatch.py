@@ -20,7 +20,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from typing import Protocol
 
 from engine.errors import (
@@ -140,11 +140,15 @@ class Dispatcher:
     async def generate(self, request: Request, *siblings: Request) -> AsyncGenerator[TokenOutput]:
         """See router.api.Generator."""
         lives = self._admit((request, *siblings))
+        loop = asyncio.get_running_loop()
+        timers = [loop.call_at(live.deadline, live.expire) for live in lives]  # one each, not one for each wait
         try:
             async with aclosing(self._follow_all(lives) if siblings else self._follow(lives[0])) as outputs:
                 async for output in outputs:
                     yield output
         finally:
+            for timer in timers:
+                timer.cancel()
             for live in lives:
                 del self._live[live.request.request_id]
                 self._abandon(live)
@@ -215,20 +219,32 @@ class Dispatcher:
 
     async def _next_event(self, live: LiveRequest) -> TokenOutput | None:
         """The next output; None when a placement failed and a new one has been made. Raises what ends the request."""
+        if live.placement is None and live.leader is None:
+            async with self._in_time(live):
+                await self._place(live)
+        event = await live.next_event()  # the end of its time is one, too
+        if isinstance(event, TokenOutput):
+            return event
+        async with self._in_time(live):
+            await self._place_again(live, event)
+        return None
+
+    @asynccontextmanager
+    async def _in_time(self, live: LiveRequest) -> AsyncGenerator[None]:
+        """Raises DeadlineExceeded if its deadline passes before the end, or has passed."""
         try:
             async with asyncio.timeout_at(live.deadline):
-                if live.placement is None and live.leader is None:
-                    await self._place(live)
-                event = await live.next_event()
-                if isinstance(event, TokenOutput):
-                    return event
-                await self._place_again(live, event)
-                return None
+                if live.has_expired:
+                    raise TimeoutError
+                yield
+            if live.has_expired:
+                raise TimeoutError
         except TimeoutError:
             raise DeadlineExceeded(f"the deadline passed after {len(live.tokens)} tokens") from None
 
     async def _place(self, live: LiveRequest) -> None:
         """Choose workers and submit; a failure to submit becomes the placement's first event."""
+        begun = self._now()
         placement = await self.placer.choose(live)
         live.leave()
         self.placer.placed(live, placement)
@@ -244,6 +260,8 @@ class Dispatcher:
         except SteelyardError as error:
             live.refused_at_once = True
             live.fail(error)
+        live.last_heard = max(live.last_heard, placed_at := self._now())
+        live.note("route", placed_at - begun)
 
     def _source_of(self, live: LiveRequest, placement: Placement) -> Endpoint | None:
         """Another worker that has more of the beginning of the prompt, from an earlier turn or request."""
@@ -279,6 +297,7 @@ class Dispatcher:
             await self._news.wait()
             if self._closed.is_set():
                 raise error
+        live.note("recovery", self._now() - live.last_heard)
         await self._place(live)
 
     def _note_refusal(self, live: LiveRequest, error: SteelyardError) -> None:
@@ -324,13 +343,16 @@ class Dispatcher:
         if (member.worker_id, member.incarnation) in self._links:  # what has left is forgotten
             self.step_history.add(member, batch.steps)
             self.learnt.hear(member, batch)
+        now = self._now()
         for output in batch.outputs:
             live = self._live.get(output.key.request_id)
             if live is None or live.is_stray(output):
                 self._abort_stray(member, output)
-            elif live.take(self.moves.with_pause(live, output), member.worker_id) and live.handed_off:
-                self.canary.prove()
-                self.learnt.hear_transfer(live, output)
+            elif live.take(self.moves.with_pause(live, output), member.worker_id):
+                live.last_heard = now
+                if live.handed_off:
+                    self.canary.prove()
+                    self.learnt.hear_transfer(live, output)
 
     def _abort_stray(self, member: Member, output: TokenOutput) -> None:
         """Tokens that nobody wants: an abort came before what it was to end, or was lost. Once at a time."""

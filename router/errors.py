@@ -86,8 +86,9 @@ def _path(loc: tuple[int | str, ...], document: object, is_missing: bool) -> Ite
     """The steps that lead somewhere; with `is_missing` the last one names what is not there."""
     node: Any = document
     for index, step in enumerate(loc[: len(loc) - is_missing]):
-        is_index = isinstance(node, list) and isinstance(step, int) and step < len(node)
-        if is_index or (isinstance(node, dict) and step in node):
+        if (isinstance(node, list) and isinstance(step, int) and step < len(node)) or (
+            isinstance(node, dict) and step in node
+        ):
             node = node[step]
             yield step
         elif index == len(loc) - 1 and isinstance(node, dict) and FIELD_NAME.fullmatch(str(step)):

@@ -17,6 +17,7 @@ from typing import Annotated
 
 from fastapi import FastAPI, Query
 from fastapi import Request as HttpRequest
+from opentelemetry.sdk.trace import TracerProvider
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -30,7 +31,8 @@ from router.boundary import Boundary, arrival_of
 from router.chat_replies import ChatChunk, ChatReplies, ChatReply
 from router.config import RouterConfig
 from router.errors import as_steelyard_error, error_response, shown
-from router.ledger import Ledger
+from router.ledger import Ledger, Outcome
+from router.ledger_log import LedgerLog, LedgersView, LineSink
 from router.metrics import CONTENT_TYPE, Metrics
 from router.openapi import OF_GENERATION, add_docs_routes, route_docs
 from router.patience import Patience
@@ -44,11 +46,14 @@ from router.step_history import StepHistory, StepsView
 from router.targets import with_targets
 from router.text import TextModel
 from router.tokens import DetokenizeBody, TokenizeBody, add_token_routes
+from router.tracing import RequestTrace, Traced
 
 BODIES = (ChatBody, CompletionBody, ResponseBody, TokenizeBody, DetokenizeBody)
 EVENTS = (ChatChunk, CompletionReply, *RESPONSE_EVENTS)
-StepNumber = Annotated[str, Query(json_schema_extra={"pattern": "^[0-9]{1,19}$"})]
+CountText = Annotated[str, Query(json_schema_extra={"pattern": "^[0-9]{1,19}$"})]
 PREPARE_STAGE = "prepare"  # arrival to Request: reading, checking, tokenising
+TIMELINE_HEADER = "x-timeline"  # 1: the answer carries its ledger
+MAX_LEDGERS_TOLD = 1024
 
 
 def create_app(
@@ -59,11 +64,17 @@ def create_app(
     steps: StepHistory,
     wall_clock: Callable[[], float],
     version: str = "dev",
+    ledger_sink: LineSink | None = None,
+    tracing: TracerProvider | None = None,
 ) -> FastAPI:
-    """The ASGI application. `wall_clock` gives seconds since 1970, for `created` only."""
-    metrics = Metrics(model.name, generator.health)
+    """The ASGI application. `wall_clock` gives seconds since 1970, for `created` and the times of
+    ledgers, whose lines go to `ledger_sink`."""
+    metrics = Metrics(model.name, generator.health, steps.tokens)
+    ledgers = LedgerLog(wall_clock, ledger_sink)
     app = FastAPI(title="Steelyard", version=version, redirect_slashes=False, docs_url=None, redoc_url=None)
     app.add_middleware(Boundary, new_request_id=generator.new_request_id, on_refused=metrics.count_refused)
+    if tracing is not None:
+        app.add_middleware(Traced, provider=tracing, model=model.name, wall_clock=wall_clock)
     app.add_middleware(Patience, config=config, on_let_go=metrics.count_let_go)  # the last one added is the outermost
 
     async def routing_error(_request: HttpRequest, error: Exception) -> Response:
@@ -73,14 +84,14 @@ def create_app(
         return error_response(known, dict(headers or {}))
 
     app.add_exception_handler(HTTPException, routing_error)
-    front = _Front(generator, model, config, metrics, wall_clock, f"fp_{version}")
+    front = _Front(generator, model, config, metrics, wall_clock, f"fp_{version}", ledgers)
     _add_generation_routes(app, front)
     store = ResponseStore(config.max_stored_responses, config.max_stored_bytes)
     add_response_routes(app, Responses(front.begin, metrics, config, store, wall_clock))
     add_token_routes(app, model, config.max_body_bytes)
     _add_model_routes(app, ModelCard(id=model.name, created=int(wall_clock()), max_model_len=model.max_context))
     _add_operator_routes(app, generator, metrics, version)
-    _add_step_route(app, steps)
+    _add_debug_routes(app, steps, ledgers)
     add_docs_routes(app, BODIES, EVENTS, model.name)
     return app
 
@@ -95,6 +106,7 @@ class _Front:
     metrics: Metrics
     wall_clock: Callable[[], float]
     fingerprint: str  # of what answers: the API's system_fingerprint
+    ledgers: LedgerLog
 
     async def answer(self, http: HttpRequest, kind: type[ChatBody | CompletionBody]) -> Response:
         body = await read_body(http, kind, self.config.max_body_bytes)
@@ -106,12 +118,23 @@ class _Front:
         """The generation that a body asks for; nothing of it is computed before its first output is awaited."""
         arrival = arrival_of(http)
         prepared = await self.model.prepare(body, arrival.request_id, self.generator.new_seed, self.config.deadline_s)
+        shown = http.headers.get(TIMELINE_HEADER) == "1"
+        ledger = Ledger(arrival.time_s, is_shown=shown, on_end=self._on_end(http))
         prepare_s = asyncio.get_running_loop().time() - arrival.time_s
         requests = tuple(with_targets(one, http.headers, self.config, prepare_s) for one in prepared.requests)
         prepared = replace(prepared, requests=requests)
-        ledger = Ledger(arrival.time_s)
         ledger.add_stages(((PREPARE_STAGE, prepare_s),))
         return begin_generation(self.generator, self.model, body, prepared, ledger)
+
+    def _on_end(self, http: HttpRequest) -> Callable[[Ledger, Outcome], None]:
+        trace: RequestTrace | None = getattr(http.state, "trace", None)
+
+        def told(ledger: Ledger, outcome: Outcome) -> None:
+            self.ledgers.add(ledger, outcome)
+            if trace is not None:
+                trace.tell(ledger, outcome)
+
+        return told
 
     def _replies(self, body: ChatBody | CompletionBody, request_id: str) -> ChatReplies | CompletionReplies:
         said = (request_id, self.model.name, int(self.wall_clock()), self.fingerprint, body.includes_usage)
@@ -166,10 +189,20 @@ def _add_operator_routes(app: FastAPI, generator: Generator, metrics: Metrics, v
         return Version(version=version)
 
 
-def _add_step_route(app: FastAPI, steps: StepHistory) -> None:
+def _add_debug_routes(app: FastAPI, steps: StepHistory, ledgers: LedgerLog) -> None:
     @app.get("/debug/steps", **route_docs(StepsView, (400,)))
-    async def last_steps(after: StepNumber = "0") -> Response:
+    async def last_steps(after: CountText = "0") -> Response:
         """The workers' steps with numbers above `after`, oldest first; go on with the answer's `last`."""
-        if not (after.isascii() and after.isdigit() and len(after) < 20):
-            raise InvalidRequest(f"'after': '{shown(after)}' is not the number of a step", param="after")
-        return JSONResponse(asdict(steps.since(int(after))))
+        return JSONResponse(asdict(steps.since(_count("after", after))))
+
+    @app.get("/debug/requests", **route_docs(LedgersView, (400,)))
+    async def last_requests(last: CountText = "100") -> Response:
+        """The ledgers of the `last` requests that ended, oldest first."""
+        return JSONResponse(asdict(ledgers.last(min(_count("last", last), MAX_LEDGERS_TOLD))))
+
+
+def _count(field: str, text: str) -> int:
+    """InvalidRequest if it is none."""
+    if not (text.isascii() and text.isdigit() and len(text) < 20):
+        raise InvalidRequest(f"'{field}': '{shown(text)}' is not a number", param=field)
+    return int(text)

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from engine.errors import SteelyardError, WorkerLost, error_from_code
+from engine.errors import DeadlineExceeded, SteelyardError, WorkerLost, error_from_code
 from engine.types import FinishReason, Key, Request, TokenOutput
 from router.block_names import BlockNames
 from router.membership import Member
@@ -57,6 +57,9 @@ class LiveRequest:
     last_token_at: float = 0.0  # while it moves
     names: BlockNames | None = None  # once they were asked for
     is_finished: bool = False  # its last token has come
+    stages: tuple[tuple[str, float], ...] = ()  # of this gateway, to be told with the next output
+    last_heard: float = 0.0  # when it was placed, or when tokens of this placement last came
+    has_expired: bool = False  # its deadline passed
     _in_doubt: bool = False  # may it have moved?
     _last_epoch: int = 0  # that was ever given
     first_epoch: int = 0  # of this placement; each migration raises the epoch
@@ -148,12 +151,16 @@ class LiveRequest:
 
     def is_stray(self, output: TokenOutput) -> bool:
         """Is it of a placement that is given up, or of the end of a migration that has fallen behind?"""
+        if self.migration is None:
+            return not self.awaits(output.key)
         return not self.awaits(output.key) or (output.key != self.key and output.first_index < self._next_index)
 
     def awaits(self, key: Key) -> bool:
         """May tokens still come under this key?"""
         moving = self.migration
-        return key == self.key or (moving is not None and key in (moving.before, moving.after))
+        if moving is None:  # for each token: no key is made
+            return key.epoch == self.epoch and key.request_id == self.request.request_id
+        return key in (self.key, moving.before, moving.after)
 
     # --- tokens --------------------------------------------------------------------------------------------
 
@@ -233,6 +240,14 @@ class LiveRequest:
         if self.leader is None or not self.leader.is_prefilling:
             self._events.put_nowait(error)
 
+    def expire(self) -> None:
+        """The deadline has passed: whoever waits for the next event gets to know."""
+        self.has_expired = True
+        self._events.put_nowait(DeadlineExceeded(f"the deadline passed after {len(self.tokens)} tokens"))
+
+    def note(self, stage: str, duration_s: float) -> None:
+        self.stages += ((stage, duration_s),)
+
     def cancel(self) -> None:
         """Nobody wants more of it: its last output says so, and what still comes is stale."""
         self.placement = self.migration = None
@@ -243,9 +258,13 @@ class LiveRequest:
     async def next_event(self) -> TokenOutput | SteelyardError:
         """The next output in order, or why the placement failed. The caller bounds the wait."""
         event = await self._events.get()
-        if isinstance(event, TokenOutput):
-            self.tokens.extend(event.token_ids)
-        return event
+        if not isinstance(event, TokenOutput):
+            return event
+        self.tokens.extend(event.token_ids)
+        if not self.stages:
+            return event
+        stages, self.stages = self.stages, ()
+        return replace(event, stages=stages + event.stages)
 
     def _deliver(self, output: TokenOutput, worker_id: str) -> None:
         self.leave()
@@ -264,6 +283,8 @@ class LiveRequest:
         if output.cached_tokens != self.cached_tokens:
             output = replace(output, cached_tokens=self.cached_tokens)
         self._events.put_nowait(output)
+        if not self._held:
+            return
         held, self._held = self._held, []
         for following in held:
             self.take(following, decode.worker_id if decode else worker_id)

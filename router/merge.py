@@ -23,11 +23,12 @@ class Backlog:
 
     def __init__(self) -> None:
         self._events: deque[TokenOutput | SteelyardError] = deque()
-        self._news = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None  # its reader, while nothing is there
 
     def put_nowait(self, event: TokenOutput | SteelyardError) -> None:
         self._events.append(event)
-        self._news.set()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def clear(self) -> None:
         self._events.clear()
@@ -35,10 +36,15 @@ class Backlog:
     async def get(self) -> TokenOutput | SteelyardError:
         """The next error, or the outputs that wait before it as one. The caller bounds the wait."""
         while not self._events:
-            self._news.clear()
-            await self._news.wait()
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
         event = self._events.popleft()
-        return event if isinstance(event, SteelyardError) else merge([event, *self._followers_of(event)])
+        if not self._events or isinstance(event, SteelyardError):
+            return event
+        return merge([event, *self._followers_of(event)])
 
     def _followers_of(self, first: TokenOutput) -> list[TokenOutput]:
         """Those to be merged with the first, taken from the queue."""

@@ -18,6 +18,7 @@ from engine.types import CarrierTotals, FinishReason, KvTransfer
 from router.api import HealthView, WorkerView
 from router.ledger import Ledger
 from router.replies import Usage
+from router.tally import Tally, TallyCollector
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # fmt: off
@@ -38,11 +39,27 @@ LENGTH_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 
 class Metrics:
     """Counts what leaves one gateway. Durations are the ledger's."""
 
-    def __init__(self, model_name: str, health: Callable[[], HealthView]) -> None:
+    def __init__(self, model_name: str, health: Callable[[], HealthView], step_tokens: Tally | None = None) -> None:
+        """`step_tokens`: of the workers' steps, by their tokens."""
         self.registry = CollectorRegistry()
         self._model_name = model_name
         self._ttft = self._histogram("vllm:time_to_first_token_seconds", "Arrival to first token sent", TTFT_BUCKETS_S)
-        self._itl = self._histogram("vllm:inter_token_latency_seconds", "Time between outputs sent", TOKEN_BUCKETS_S)
+        self._itl = Tally(TOKEN_BUCKETS_S)
+        self._tally("vllm:inter_token_latency_seconds", "Time between outputs sent", self._itl)
+        if step_tokens is not None:
+            self._tally("vllm:iteration_tokens_total", "Tokens of a worker's step", step_tokens)
+        self._queue_time = self._histogram(
+            "vllm:request_queue_time_seconds", "Waiting for its prefill", REQUEST_BUCKETS_S
+        )
+        self._prefill_time = self._histogram(
+            "vllm:request_prefill_time_seconds", "First chunk to first token", REQUEST_BUCKETS_S
+        )
+        self._decode_time = self._histogram(
+            "vllm:request_decode_time_seconds", "First to last token", REQUEST_BUCKETS_S
+        )
+        self._inference_time = self._histogram(
+            "vllm:request_inference_time_seconds", "Prefill and decode together", REQUEST_BUCKETS_S
+        )
         self._tpot = self._histogram(
             "vllm:request_time_per_output_token_seconds", "Mean time per token after the first", TOKEN_BUCKETS_S
         )
@@ -101,6 +118,7 @@ class Metrics:
         self._cache_hits.inc(usage.prompt_tokens_details.cached_tokens)
         for stage, duration_s in ledger.stages:
             self._stages.labels(stage).observe(duration_s)
+        self._count_phases(ledger)
         if ledger.tpot_s is not None:
             self._tpot.observe(ledger.tpot_s)
         if ledger.handoff_gap_s is not None:
@@ -119,6 +137,15 @@ class Metrics:
         """The Prometheus text format."""
         return generate_latest(self.registry)
 
+    def _count_phases(self, ledger: Ledger) -> None:
+        if ledger.decode_s is None:
+            return
+        prefill_s = ledger.stage_s("prefill")
+        self._queue_time.observe(ledger.stage_s("prefill_queue"))
+        self._prefill_time.observe(prefill_s)
+        self._decode_time.observe(ledger.decode_s)
+        self._inference_time.observe(prefill_s + ledger.decode_s)
+
     def _count_transfer(self, transfer: KvTransfer) -> None:
         labels = (self._model_name, transfer.carrier)
         self._transfer.labels(*labels).observe(transfer.transfer_s)
@@ -131,6 +158,9 @@ class Metrics:
 
     def _histogram(self, name: str, words: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(name, words, ["model_name"], buckets=buckets, registry=self.registry).labels(self._model_name)
+
+    def _tally(self, name: str, words: str, tally: Tally) -> None:
+        self.registry.register(TallyCollector(name, words, self._model_name, tally))
 
     def _counter(self, name: str, words: str) -> Counter:
         return Counter(name, words, ["model_name"], registry=self.registry).labels(self._model_name)

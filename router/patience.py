@@ -37,9 +37,14 @@ class Patience:
             await self._app(scope, receive, send)
             return
         hang_up = scope.get("extensions", {}).get(HANG_UP, {}).get("call")
-        await self._app(
-            scope, self._bounded_receive(receive), self._bounded_send(scope, send, hang_up) if hang_up else send
-        )
+        if hang_up is None:
+            await self._app(scope, self._bounded_receive(receive), send)
+            return
+        watch = _Watch(send, self._write_timeout_s, lambda: self._let_go(scope, hang_up))
+        try:
+            await self._app(scope, self._bounded_receive(receive), watch.send)
+        finally:
+            watch.stop()
 
     def _bounded_receive(self, receive: Receive) -> Receive:
         deadline = asyncio.get_running_loop().time() + self._read_timeout_s
@@ -60,22 +65,40 @@ class Patience:
 
         return receive_in_time
 
-    def _bounded_send(self, scope: Scope, send: Send, hang_up: Callable[[], None]) -> Send:
-        loop = asyncio.get_running_loop()
+    def _let_go(self, scope: Scope, hang_up: Callable[[], None]) -> None:
+        arrival = scope.get("state", {}).get("arrival")
+        name = arrival.request_id if arrival is not None else "?"
+        logger.warning("request %s: the client took nothing for %g s: let go", name, self._write_timeout_s)
+        self._on_let_go()
+        hang_up()
 
-        def let_go() -> None:
-            arrival = scope.get("state", {}).get("arrival")
-            name = arrival.request_id if arrival is not None else "?"
-            logger.warning("request %s: the client took nothing for %g s: let go", name, self._write_timeout_s)
-            self._on_let_go()
-            hang_up()
 
-        async def send_in_time(message: Message) -> None:
-            """Does not raise: once the connection is gone, `send` returns and the client counts as gone."""
-            timer = loop.call_later(self._write_timeout_s, let_go)
-            try:
-                await send(message)
-            finally:
-                timer.cancel()
+class _Watch:
+    """Sends, and watches with one timer for all of an answer whether a write waits for too long: a timer for each of
+    them costs more than most of them. After `let_go` `send` returns, and the client counts as gone."""
 
-        return send_in_time
+    def __init__(self, send: Send, timeout_s: float, let_go: Callable[[], None]) -> None:
+        self._send = send
+        self._timeout_s = timeout_s
+        self._let_go = let_go
+        self._loop = asyncio.get_running_loop()
+        self._since: float | None = None  # when the write began that waits
+        self._timer = self._loop.call_later(timeout_s, self._look)
+
+    async def send(self, message: Message) -> None:
+        self._since = self._loop.time()
+        try:
+            await self._send(message)
+        finally:
+            self._since = None
+
+    def stop(self) -> None:
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        due = (now if self._since is None else self._since) + self._timeout_s
+        if due <= now:
+            self._let_go()
+            due = now + self._timeout_s
+        self._timer = self._loop.call_at(due, self._look)

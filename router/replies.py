@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar
 
 from pydantic import BaseModel
 
 from engine.errors import SteelyardError
 from engine.types import FinishReason
+from router.chunk_form import STREAM_END, ChunkForm, with_field
 from router.errors import error_event
 from router.logprobs import CompletionLogprobs, PromptLogprobs, ScoredToken, completion_logprobs
 from router.parts import Part, Spoken
-
-STREAM_END = b"data: [DONE]\n\n"
 
 
 class PromptTokensDetails(BaseModel):
@@ -126,6 +125,10 @@ class Replies(Protocol):
         """What follows instead when it breaks off."""
         ...
 
+    def note(self, field: bytes) -> bytes:
+        """A chunk without choices, with one field more: '"name":JSON'."""
+        ...
+
 
 Reply = TypeVar("Reply", bound=BaseModel)
 
@@ -143,12 +146,17 @@ def as_event(chunk: BaseModel) -> bytes:
     return b"data: " + as_json(chunk) + b"\n\n"
 
 
+def with_note(event: bytes, field: bytes) -> bytes:
+    """An event with one field more."""
+    return with_field(event.removesuffix(b"\n\n"), field) + b"\n\n"
+
+
 def plain_finish(finish: FinishReason) -> Literal["stop", "length"]:
     assert finish in (FinishReason.STOP, FinishReason.LENGTH)  # the others end as errors
     return "stop" if finish is FinishReason.STOP else "length"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class CompletionReplies:
     """With `has_usage` every chunk has a usage field: null, until the last, unless each is to have it."""
 
@@ -157,6 +165,10 @@ class CompletionReplies:
     created: int
     fingerprint: str
     has_usage: bool = False
+    _form: ChunkForm = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._form = ChunkForm(self._text)
 
     def whole(self, choices: Tokens[WholeChoice], usage: Usage) -> bytes:
         return as_json(with_fields(self._reply([_whole(*one) for one in enumerate(choices)]), usage=usage))
@@ -165,6 +177,10 @@ class CompletionReplies:
         yield from ()
 
     def text(self, index: int, text: str, tokens: Tokens[ScoredToken] = (), usage: Usage | None = None) -> bytes:
+        changes = tokens or usage is not None
+        return self._text(index, text, tokens, usage) if changes else self._form.event(index, text)
+
+    def _text(self, index: int, text: str, tokens: Tokens[ScoredToken] = (), usage: Usage | None = None) -> bytes:
         return self._event([_completion(index, text, None, tokens)], usage)
 
     def part(self, index: int, part: Part, tokens: Tokens[ScoredToken] = (), usage: Usage | None = None) -> bytes:
@@ -178,6 +194,9 @@ class CompletionReplies:
 
     def failure(self, error: SteelyardError) -> bytes:
         return error_event(error)
+
+    def note(self, field: bytes) -> bytes:
+        return with_note(self._event([], None), field)
 
     def _reply(self, choices: list[CompletionChoice]) -> CompletionReply:
         return CompletionReply(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Union
 
 from pydantic import (
     AfterValidator,
@@ -109,6 +109,9 @@ class TextPart(ApiModel):
     text: str
 
 
+TextParts = Annotated[list[TextPart], Field(min_length=1)]
+
+
 def _as_parts(value: object) -> object:
     if value is None or value == ():
         return []
@@ -136,7 +139,7 @@ class Message(ApiModel):
     audio: Unsupported = None
     content: Annotated[
         tuple[TextPart, ...],
-        BeforeValidator(_as_parts, json_schema_input_type=str | Annotated[list[TextPart], Field(min_length=1)] | None),
+        BeforeValidator(_as_parts, json_schema_input_type=Union[str, TextParts, None]),  # noqa: UP007
     ] = Field(default=(), validate_default=True)
 
     @field_validator("tool_call_id", "name")

@@ -16,9 +16,11 @@ from itertools import islice
 from engine.step_shape import StepRecord
 from engine.types import Role
 from router.membership import Member
+from router.tally import Tally
 
 MAX_STEPS = 4096  # of one worker: minutes of a small model's decoding
 MAX_TOLD = 2048  # in one answer
+TOKENS_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)  # vLLM's
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ class StepsView:
 class StepHistory:
     def __init__(self, max_steps: int = MAX_STEPS) -> None:
         self._max_steps = max_steps
+        self.tokens = Tally(TOKENS_BUCKETS)  # of all steps ever heard of
         self._num_heard = 0
         self._by_worker: dict[tuple[str, str], deque[HeardStep]] = {}
 
@@ -50,6 +53,7 @@ class StepHistory:
         name = (member.worker_id, member.incarnation)
         for record in records:
             self._num_heard += 1
+            self.tokens.observe(record.shape.num_chunk_tokens + record.shape.num_decoding)
             step = HeardStep(self._num_heard, member.worker_id, member.incarnation, member.role, record)
             self._by_worker.setdefault(name, deque(maxlen=self._max_steps)).append(step)
 

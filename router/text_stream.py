@@ -91,6 +91,9 @@ class TextStream:
         return self._counter.num_tokens if self._counter is not None else 0
 
     def push(self, token_ids: tuple[int, ...], finish: FinishReason | None) -> Piece:
+        if not self._has_stops and finish is None and self._counter is None:
+            self.num_tokens += len(token_ids)
+            return Piece(self._detokenizer.push(list(token_ids)), None)
         text = ""
         for ids in self._portions(token_ids):
             self.num_tokens += len(ids)

@@ -13,6 +13,7 @@ from engine.types import Endpoint, EngineStats, Key, Move, Submission
 from kv_transfer.carriers.status import typed_errors
 from kv_transfer.lease import Loan, Offer
 from router.membership import Member
+from router.trace_context import trace_headers
 
 
 class GrpcWorkerClient:
@@ -24,7 +25,8 @@ class GrpcWorkerClient:
 
     async def submit(self, submission: Submission, role_epoch: int, timeout_s: float) -> None:
         with typed_errors():
-            await self._requests().Submit(convert.submission_to(submission, role_epoch), timeout=timeout_s)
+            message = convert.submission_to(submission, role_epoch)
+            await self._requests().Submit(message, timeout=timeout_s, metadata=trace_headers())
 
     async def abort(self, key: Key, timeout_s: float) -> None:
         with typed_errors():

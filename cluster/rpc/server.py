@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Protocol
@@ -22,6 +23,8 @@ from kv_transfer.carriers.grpc import kv_handler
 from kv_transfer.carriers.sample import Sample
 from kv_transfer.carriers.status import abort_with
 from kv_transfer.lease import Loan, Offer
+
+log = logging.getLogger(__name__)
 
 
 class WorkerCalls(Protocol):
@@ -49,6 +52,8 @@ class _Requests(request_pb2_grpc.RequestsServicer):
         self._worker = worker
 
     async def Submit(self, request: request_pb2.SubmitRequest, context: grpc.aio.ServicerContext) -> request_pb2.Done:
+        trace = dict(context.invocation_metadata() or ()).get("traceparent")
+        log.debug("request %s: trace %s", request.request.key.request_id, trace)
         try:
             self._worker.submit(convert.submission_from(request), request.role_epoch)
         except SteelyardError as error:

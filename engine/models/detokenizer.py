@@ -16,9 +16,9 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 _REPLACEMENT = "\ufffd"
-_MAX_WINDOW = 32  # tokens; beyond, the window is cut once no character is unfinished
+_MAX_WINDOW = 12  # tokens; beyond, the window is cut once no character is unfinished
 _MAX_NOISE = 64  # tokens; beyond, what is held back is no character but loose bytes, and the window is cut anyway
-_KEPT = 8  # tokens left by a cut; more than the 3 that can hold an unfinished character
+_KEPT = 4  # tokens left by a cut; more than the 3 that can hold an unfinished character
 _MAX_UNFINISHED = 3  # bytes of a UTF-8 character that lacks its end, hence U+FFFD that may still change
 
 

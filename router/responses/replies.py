@@ -104,6 +104,13 @@ class ResponseReplies:
         self._keep(reply, data)
         return reply, data
 
+    def note(self, field: bytes) -> bytes:
+        """An event of ours, after all of the API's: clients pass over types that they do not know."""
+        kind = "steelyard.timeline"
+        return b'event: %s\ndata: {"type":"%s","sequence_number":%d,%s}\n\n' % (
+            kind.encode(), kind.encode(), self._new_number(), field,
+        )  # fmt: skip
+
     def _tell(self, kind: str, reply: ResponseReply) -> bytes:
         event = ResponseEvent.model_validate({"type": kind, "sequence_number": self._new_number(), "response": reply})
         return _written((event,))

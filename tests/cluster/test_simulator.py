@@ -100,8 +100,10 @@ def test_a_request_goes_through_prefill_pull_and_decode_and_gets_its_own_tokens(
             seen = [output async for output in outputs]
         assert tuple(token for output in seen for token in output.token_ids) == spec.weights.continuation(asked)
         assert [output.first_index for output in seen] == list(range(20))
-        assert [name for name, _ in seen[0].stages] == ["prefill_queue", "prefill"]
-        assert [name for name, _ in seen[1].stages] == ["transfer", "decode_start"]
+        assert [name for name, _ in seen[0].stages] == ["route", "prefill_queue", "prefill"]
+        assert [name for name, _ in seen[1].stages] == ["transfer", "decode_wait", "steps"]
+        assert [name for name, _ in seen[-1].stages] == ["steps", "stalls"]
+        assert not any(output.stages for output in seen[2:-1])
         assert seen[-1].finish is FinishReason.LENGTH
         totals = world.workers["decode-0"].sides.status().transfers
         assert (totals.num_pulls, totals.num_failed, totals.num_resumes) == (1, 0, 0)

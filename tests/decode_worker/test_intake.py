@@ -171,7 +171,7 @@ async def test_an_offer_is_reserved_pulled_adopted_and_released() -> None:
         assert h.case.link.released == [h.case.lease]
         assert h.intake.num_pulls == 0
         (output,) = h.turn(TokenOutput(KEY, 1, (8,)))
-        assert [name for name, _ in output.stages] == ["transfer", "decode_start"]
+        assert [name for name, _ in output.stages] == ["transfer", "decode_wait", "steps"]
         assert output.transfer is not None
         assert output.transfer.size_bytes == len(h.case.target_ids) * LAYOUT.bytes_per_block
         (second,) = h.turn(TokenOutput(KEY, 2, (9,), FinishReason.LENGTH))

@@ -10,7 +10,7 @@ from typing import Literal
 
 import uvicorn
 
-from tests.router.fakes import FakeGenerator, make_app
+from tests.router.fakes import PLAIN_STYLE, FakeGenerator, make_app
 
 
 @asynccontextmanager
@@ -18,7 +18,7 @@ async def serve(
     generator: FakeGenerator, http: Literal["h11", "httptools"] = "httptools", **settings: int
 ) -> AsyncIterator[str]:
     """The server's address; it is stopped at the end."""
-    app = make_app(generator, **settings)
+    app = make_app(generator, PLAIN_STYLE, **settings)
     config = uvicorn.Config(app, http=http, ws="none", lifespan="off", log_config=None, timeout_graceful_shutdown=5)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(config)

@@ -128,3 +128,13 @@ async def test_prediction_errors_are_shown_by_what_was_predicted() -> None:
     assert value(samples, "steelyard_prediction_error_ratio", of="prefill", quantile="0.5") == 0.125
     assert value(samples, "steelyard_prediction_error_ratio", of="prefill", quantile="0.9") == 0.25
     assert value(samples, "steelyard_predictions_judged", of="prefill") == 40
+
+
+async def test_vllm_s_times_of_phases_and_its_tokens_per_step_are_there() -> None:
+    async with make_client(FakeGenerator()) as client:
+        await client.post(COMPLETIONS, json=completion("abc"))
+        text = (await client.get("/metrics")).text
+    for name in ("queue", "prefill", "decode", "inference"):
+        assert f'vllm:request_{name}_time_seconds_count{{model_name="{MODEL}"}} 1.0' in text
+    assert f'vllm:inter_token_latency_seconds_count{{model_name="{MODEL}"}}' in text
+    assert f'vllm:iteration_tokens_total_bucket{{le="8.0",model_name="{MODEL}"}} 0.0' in text

@@ -10,7 +10,7 @@ import pytest
 from starlette.types import Message
 
 from router.patience import HANG_UP
-from tests.router.fakes import CHAT, FakeGenerator, chat, make_app, make_client, stall
+from tests.router.fakes import CHAT, PLAIN_STYLE, FakeGenerator, chat, make_app, make_client, stall
 
 BODY = json.dumps(chat(stream=True)).encode()
 
@@ -43,7 +43,7 @@ class Connection:
         scope |= {"raw_path": path.encode(), "root_path": "", "query_string": b"", "headers": [], "scheme": "http"}
         scope |= {"extensions": {HANG_UP: {"call": self.dropped.set}}}
         async with asyncio.timeout(20):
-            await make_app(generator, **settings)(scope, self.receive, self.send)
+            await make_app(generator, PLAIN_STYLE, **settings)(scope, self.receive, self.send)
 
     def error(self) -> tuple[int, dict[bytes, bytes], dict]:
         start, body = self.sent
