@@ -135,7 +135,8 @@ def leaked_reservation() -> Iterator[None]:
             answer = intake.questions._reserving.get(reserved.key)
             if answer is not None and not answer.done():
                 answer.set_result(reserved)
-        return tuple(intake._on_token(output) for output in outputs.tokens)
+        step_s = outputs.steps[-1].step_s if outputs.steps else 0.0
+        return tuple(intake._on_token(output, step_s) for output in outputs.tokens)
 
     with _planted(Intake, "reserve", reserve), _planted(Intake, "on_outputs", on_outputs):
         yield

@@ -35,6 +35,8 @@ app = typer.Typer(name="steelyard", no_args_is_help=True, add_completion=False, 
 models_app = typer.Typer(no_args_is_help=True)
 config_app = typer.Typer(no_args_is_help=True)
 app.add_typer(models_app, name="models", help="Get models, and see which there are.")
+keys_app = typer.Typer(no_args_is_help=True)
+app.add_typer(keys_app, name="keys", help="Make and check API keys.")
 app.add_typer(config_app, name="config", help="Look at configuration files.")
 
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file, such as configs/local.yaml")]
@@ -61,6 +63,34 @@ def steelyard(
     ] = False,
 ) -> None:
     """Serve language models through separate prefill and decode workers."""
+
+
+# --- keys -----------------------------------------------------------------------------------------------------
+
+
+@keys_app.command("new")
+def keys_new(tenant: Annotated[str, typer.Argument(help="whose it is to be")]) -> None:
+    """Make an API key. It is shown once; the file holds only its hash."""
+    from cluster.keys import new_key
+    from router.tenants import hash_of
+
+    key = new_key()
+    _say(f"key of {tenant}, shown only now: {key}")
+    _say(f'line for its keys in router.keys_file: - "{hash_of(key)}"')
+
+
+@keys_app.command("check")
+def keys_check(file: Annotated[Path, typer.Argument(help="a keys file")]) -> None:
+    """Check a keys file, as the gateway would."""
+    with _told_plainly():
+        from cluster.keys import KeySource
+
+        source = KeySource(str(file), None)
+        source.reload()
+        ring = source.ring()
+        assert ring is not None, "a file was read"
+        for tenant in ring.tenants:
+            _say(f"{tenant.name}: {len(tenant.keys)} keys, {'enabled' if tenant.enabled else 'disabled'}")
 
 
 # --- a cluster ------------------------------------------------------------------------------------------------
@@ -104,8 +134,9 @@ def status(url: UrlOption = DEFAULT_URL) -> None:
     """Show pools, workers and their load; exit code 1 if the cluster is not well."""
     with _told_plainly():
         from cluster.client import ApiClient
+        from cluster.keys import key_of_environment
 
-        with ApiClient(url) as client:
+        with ApiClient(url, key=key_of_environment()) as client:
             health = client.health()
     _print_health(health)
     raise typer.Exit(0 if health.healthy else FAILED)
@@ -125,8 +156,9 @@ def chat(
     with _told_plainly():
         from cluster.chat import Conversation
         from cluster.client import ApiClient, ChatOptions
+        from cluster.keys import key_of_environment
 
-        with ApiClient(url) as client:
+        with ApiClient(url, key=key_of_environment()) as client:
             options = ChatOptions(model or client.model(), max_tokens, temperature, seed)
             conversation = Conversation(client, options, _console(), system)
             conversation.ask(text) if text else conversation.run()

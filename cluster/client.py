@@ -46,12 +46,15 @@ class ChatOptions:
 
 
 class ApiClient:
-    """One connection to a gateway; `transport` replaces the network in tests."""
+    """One connection to a gateway; `transport` replaces the network in tests, `key` is an API key."""
 
-    def __init__(self, url: str, transport: httpx.BaseTransport | None = None) -> None:
+    def __init__(self, url: str, transport: httpx.BaseTransport | None = None, key: str | None = None) -> None:
         self._url = url.rstrip("/").removesuffix("/v1")
         timeout = httpx.Timeout(ANSWER_S, connect=CONNECT_S)
-        self._http = httpx.Client(base_url=self._url, timeout=timeout, transport=transport, trust_env=False)
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        self._http = httpx.Client(
+            base_url=self._url, timeout=timeout, transport=transport, trust_env=False, headers=headers
+        )
 
     def __enter__(self) -> ApiClient:
         return self

@@ -14,6 +14,7 @@ import logging
 import os
 import secrets
 import socket
+import ssl
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -27,6 +28,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from cluster.config import ClusterConfig
 from cluster.connection import Connection
 from cluster.end_limits import ANSWER_ENDS_S, SERVER_S
+from cluster.keys import KeySource, key_of_environment
 from cluster.line_file import LineFile
 from cluster.rpc.auth import prefix_hash_key
 from cluster.rpc.channels import Channels
@@ -45,6 +47,7 @@ from router.chat_style import chat_style
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.door import Door
+from router.face import FaceTls
 from router.gateway import create_app
 from router.membership import Membership
 from router.text import TextModel
@@ -88,6 +91,9 @@ class Gateway:
         router = self._config.router
         self._channels = Channels(self._secret, await asyncio.to_thread(load_tls, self._config.rpc.tls))
         model = await asyncio.to_thread(load_text_model, self._config.model)
+        self._keys = KeySource(router.keys_file, key_of_environment())
+        await self._keys.start()
+        check_tls(router.tls)
         listener = listen(router.host, router.port)
         connector, naming = GrpcConnector(self._channels), naming_of(self._config.engine, self._secret)
         limits = self._config.engine_limits
@@ -99,14 +105,15 @@ class Gateway:
         self._ledger_file = LineFile(Path(router.ledger_file), router.ledger_file_bytes) if router.ledger_file else None
         app = create_app(
             self._door, model, router, steps=self._dispatcher.step_history, wall_clock=time.time,
-            version=our_version(), ledger_sink=self._ledger_file, tracing=self._tracing,
+            version=our_version(), ledger_sink=self._ledger_file, tracing=self._tracing, keys=self._keys.ring,
         )  # fmt: skip
         self._server = Server(server_config(app, router))
         self._serving = asyncio.create_task(self._serve(self._server, listener))
         self._dispatcher.canary.start()
         self._dispatcher.rebalancer.start()
         host, port = listener.getsockname()[:2]
-        return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+        scheme = "https" if router.tls.cert_file else "http"
+        return f"{scheme}://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
 
     def apply(self, membership: Membership) -> None:
         self._dispatcher.apply(membership)
@@ -128,6 +135,7 @@ class Gateway:
         if num_left := await self._door.close(self._config.router.drain_s):
             log.warning("%d requests did not end within router.drain_s and are ended", num_left)
         await self._dispatcher.close()
+        await self._keys.stop()
         server.should_exit = True
         await asyncio.wait([self._serving], timeout=ANSWER_ENDS_S + SERVER_S)
         self._serving.cancel()
@@ -153,6 +161,10 @@ def server_config(app: Any, router: RouterConfig) -> uvicorn.Config:
         log_level="warning",
         access_log=False,
         lifespan="off",
+        ssl_certfile=router.tls.cert_file,
+        ssl_keyfile=router.tls.key_file,
+        ssl_ca_certs=router.tls.client_ca_file,
+        ssl_cert_reqs=ssl.CERT_REQUIRED if router.tls.client_ca_file else ssl.CERT_NONE,
         timeout_graceful_shutdown=int(ANSWER_ENDS_S),
     )
 
@@ -160,6 +172,19 @@ def server_config(app: Any, router: RouterConfig) -> uvicorn.Config:
 def naming_of(engine: EngineConfig, secret: bytes) -> Naming:
     """How the cluster's workers name their blocks."""
     return Naming(engine.block_size, prefix_hash_key(secret) if engine.prefix_cache else None)
+
+
+def check_tls(files: FaceTls) -> None:
+    """ConfigError if uvicorn could not serve with them."""
+    if files.cert_file is None:
+        return
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(files.cert_file, files.key_file, password=lambda: "")
+        if files.client_ca_file is not None:
+            context.load_verify_locations(files.client_ca_file)
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigError(f"router.tls: its files cannot be used: {error}", param="router.tls") from None
 
 
 def load_text_model(source: ModelSource) -> TextModel:

@@ -8,6 +8,7 @@ from pydantic import Field, PositiveFloat
 
 from engine.config import StrictModel
 from engine.types import Service
+from router.face import CorsConfig, FaceTls
 from router.policies import PolicyName
 
 
@@ -46,6 +47,12 @@ class RouterConfig(StrictModel):
     max_live_requests: int = Field(default=512, ge=1, description="more are refused with 429")
     max_connections: int = Field(default=2048, ge=1, description="further HTTP connections get 503 and are closed")
     max_body_bytes: int = Field(default=4 * 2**20, ge=1024, description="larger HTTP bodies are refused with 413")
+    keys_file: str | None = Field(
+        default=None, min_length=1, description="YAML of tenants and their hashed API keys; null: no keys are asked for"
+    )
+    open_paths: list[str] = Field(default=["/health", "/metrics", "/version"], description="routes that ask for no key")
+    cors: CorsConfig = CorsConfig()
+    tls: FaceTls = FaceTls()
     read_timeout_s: float = Field(default=30.0, gt=0, description="a request's head, then its body, arrive within this")
     write_timeout_s: float = Field(
         default=60.0, gt=0, description="a client that takes nothing of its answer for so long is let go"

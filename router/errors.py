@@ -82,13 +82,17 @@ def refusal(error: ValidationError, document: object = None) -> InvalidRequest:
     return InvalidRequest(f"'{path}': {words}{more}" if path else f"{words}{more}", param=path or None)
 
 
+def _leads_on(node: object, step: int | str) -> bool:
+    if isinstance(node, list):
+        return isinstance(step, int) and step < len(node)
+    return isinstance(node, dict) and step in node
+
+
 def _path(loc: tuple[int | str, ...], document: object, is_missing: bool) -> Iterator[int | str]:
     """The steps that lead somewhere; with `is_missing` the last one names what is not there."""
     node: Any = document
     for index, step in enumerate(loc[: len(loc) - is_missing]):
-        if (isinstance(node, list) and isinstance(step, int) and step < len(node)) or (
-            isinstance(node, dict) and step in node
-        ):
+        if _leads_on(node, step):
             node = node[step]
             yield step
         elif index == len(loc) - 1 and isinstance(node, dict) and FIELD_NAME.fullmatch(str(step)):
@@ -130,6 +134,8 @@ def error_response(error: SteelyardError, headers: dict[str, str] | None = None)
     headers = dict(headers or {})
     if error.status == HTTPStatus.REQUEST_TIMEOUT:
         headers["Connection"] = "close"
+    if error.status == HTTPStatus.UNAUTHORIZED:
+        headers["WWW-Authenticate"] = "Bearer"
     if error.status == HTTPStatus.TOO_MANY_REQUESTS or error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s or 1)))
     return Response(error_reply(error).model_dump_json(), error.status, headers, "application/json")

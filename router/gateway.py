@@ -20,6 +20,7 @@ from fastapi import Request as HttpRequest
 from opentelemetry.sdk.trace import TracerProvider
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from engine.errors import InvalidRequest, ModelNotFound
@@ -31,8 +32,10 @@ from router.boundary import Boundary, arrival_of
 from router.chat_replies import ChatChunk, ChatReplies, ChatReply
 from router.config import RouterConfig
 from router.errors import as_steelyard_error, error_response, shown
+from router.keyed import Callers, Keyed, caller_of
 from router.ledger import Ledger, Outcome
 from router.ledger_log import LedgerLog, LedgersView, LineSink
+from router.metered import as_tenant, metered
 from router.metrics import CONTENT_TYPE, Metrics
 from router.openapi import OF_GENERATION, add_docs_routes, route_docs
 from router.patience import Patience
@@ -44,6 +47,7 @@ from router.responses.store import ResponseStore
 from router.schema import ChatBody, CompletionBody
 from router.step_history import StepHistory, StepsView
 from router.targets import with_targets
+from router.tenants import KeyRing
 from router.text import TextModel
 from router.tokens import DetokenizeBody, TokenizeBody, add_token_routes
 from router.tracing import RequestTrace, Traced
@@ -56,6 +60,14 @@ TIMELINE_HEADER = "x-timeline"  # 1: the answer carries its ledger
 MAX_LEDGERS_TOLD = 1024
 
 
+def no_keys() -> KeyRing | None:
+    return None
+
+
+def only_one() -> int:
+    return 1
+
+
 def create_app(
     generator: Generator,
     model: TextModel,
@@ -66,15 +78,21 @@ def create_app(
     version: str = "dev",
     ledger_sink: LineSink | None = None,
     tracing: TracerProvider | None = None,
+    keys: Callable[[], KeyRing | None] = no_keys,
+    num_gateways: Callable[[], int] = only_one,
 ) -> FastAPI:
-    """The ASGI application. `wall_clock` gives seconds since 1970, for `created` and the times of
-    ledgers, whose lines go to `ledger_sink`."""
+    """The ASGI application. `wall_clock` gives seconds since 1970, for `created` and the times of ledgers, whose lines
+    go to `ledger_sink`. `keys`: those valid now; None: everyone may ask."""
     metrics = Metrics(model.name, generator.health, steps.tokens)
     ledgers = LedgerLog(wall_clock, ledger_sink)
     app = FastAPI(title="Steelyard", version=version, redirect_slashes=False, docs_url=None, redoc_url=None)
+    app.add_middleware(Keyed, callers=Callers(keys, num_gateways), open_paths=frozenset(config.open_paths))
     app.add_middleware(Boundary, new_request_id=generator.new_request_id, on_refused=metrics.count_refused)
     if tracing is not None:
         app.add_middleware(Traced, provider=tracing, model=model.name, wall_clock=wall_clock)
+    if origins := config.cors.allow_origins:
+        headers, methods = config.cors.allow_headers, ["GET", "POST", "DELETE"]
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_headers=headers, allow_methods=methods)
     app.add_middleware(Patience, config=config, on_let_go=metrics.count_let_go)  # the last one added is the outermost
 
     async def routing_error(_request: HttpRequest, error: Exception) -> Response:
@@ -109,7 +127,8 @@ class _Front:
     ledgers: LedgerLog
 
     async def answer(self, http: HttpRequest, kind: type[ChatBody | CompletionBody]) -> Response:
-        body = await read_body(http, kind, self.config.max_body_bytes)
+        most = caller_of(http).tenant.limits.max_body_bytes or self.config.max_body_bytes
+        body = await read_body(http, kind, min(most, self.config.max_body_bytes))
         generation = await self.begin(http, body)
         replies = self._replies(body, generation.request.request_id)
         return Answer(generation, replies, self.metrics, stream=bool(body.stream), counts_on=body.counts_on)
@@ -122,9 +141,12 @@ class _Front:
         ledger = Ledger(arrival.time_s, is_shown=shown, on_end=self._on_end(http))
         prepare_s = asyncio.get_running_loop().time() - arrival.time_s
         requests = tuple(with_targets(one, http.headers, self.config, prepare_s) for one in prepared.requests)
-        prepared = replace(prepared, requests=requests)
+        caller = caller_of(http)
+        prepared = as_tenant(replace(prepared, requests=requests), caller, body.num_generated)
         ledger.add_stages(((PREPARE_STAGE, prepare_s),))
-        return begin_generation(self.generator, self.model, body, prepared, ledger)
+        generation = begin_generation(self.generator, self.model, body, prepared, ledger)
+        generation.outputs = metered(generation.outputs, prepared.requests, caller)
+        return generation
 
     def _on_end(self, http: HttpRequest) -> Callable[[Ledger, Outcome], None]:
         trace: RequestTrace | None = getattr(http.state, "trace", None)

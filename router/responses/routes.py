@@ -18,6 +18,7 @@ from router.answer import Answer, Generation
 from router.body import read_body
 from router.config import RouterConfig
 from router.errors import shown
+from router.keyed import caller_of
 from router.metrics import Metrics
 from router.openapi import OF_GENERATION, route_docs
 from router.responses.body import InputItem, ResponseBody
@@ -49,7 +50,7 @@ class Responses:
 
     async def create(self, http: HttpRequest) -> Response:
         body = await read_body(http, ResponseBody, self.config.max_body_bytes)
-        tenant = tenant_of(http)
+        tenant = caller_of(http).tenant.name
         items = (*self._history(tenant, body), *body.input)
         asked = chat_body(body, items)
         try:
@@ -67,13 +68,13 @@ class Responses:
     def get(self, http: HttpRequest, response_id: str) -> Response:
         for field in http.query_params:
             raise InvalidRequest(f"'{shown(field)}': This parameter is not supported yet", param=shown(field))
-        found = self.store.get(tenant_of(http), response_id)
+        found = self.store.get(caller_of(http).tenant.name, response_id)
         if found is None:
             raise ResponseNotFound(f"No response '{shown(response_id)}' is kept here", param="response_id")
         return Response(found.reply, media_type="application/json")
 
     def delete(self, http: HttpRequest, response_id: str) -> DeletedResponse:
-        if not self.store.delete(tenant_of(http), response_id):
+        if not self.store.delete(caller_of(http).tenant.name, response_id):
             raise ResponseNotFound(f"No response '{shown(response_id)}' is kept here", param="response_id")
         return DeletedResponse(id=response_id)
 
@@ -85,11 +86,6 @@ class Responses:
             words = f"no response '{shown(body.previous_response_id)}' is kept here"
             raise InvalidRequest(f"'previous_response_id': {words}", param="previous_response_id")
         return found.items
-
-
-def tenant_of(http: HttpRequest) -> str:
-    """Whose request it is; empty where there are no keys."""
-    return getattr(http.state, "tenant", "")
 
 
 def add_response_routes(app: FastAPI, responses: Responses) -> None:
