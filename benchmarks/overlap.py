@@ -71,7 +71,7 @@ def measure_ways(rounds: int) -> dict[str, Times]:
     """The same prompt must give the same text each time, whatever way its KV goes."""
     times: dict[str, Times] = {}
     for way, kv_transfer in WAYS.items():
-        with Cluster(WITHOUT_CACHE, kv_transfer) as cluster:
+        with Cluster(WITHOUT_CACHE, kv_transfer=kv_transfer) as cluster:
             times[way] = asyncio.run(measure(cluster.url, rounds))
     for length in LENGTHS:
         texts = dict.fromkeys(one.stream.text for found in times.values() for one in found[length])

@@ -133,19 +133,18 @@ async def stream(client: httpx.AsyncClient, model: str, text: str | list[int]) -
 
 
 class Cluster:
-    """`steelyard serve` with configs/local.yaml and these settings of its engine and transfers, as a child, on a port
-    of the system's choice."""
+    """`steelyard serve` with configs/local.yaml and these settings instead, by section, as a child, on a port of the
+    system's choice."""
 
-    def __init__(self, engine: dict[str, object], kv_transfer: dict[str, object] | None = None) -> None:
-        self._engine = engine
-        self._kv_transfer = kv_transfer or {}
+    def __init__(self, engine: dict[str, object], **sections: dict[str, object]) -> None:
+        self._sections = {"engine": engine, **sections}
 
     def __enter__(self) -> Cluster:
         self._folder = tempfile.TemporaryDirectory()
         config = Path(self._folder.name) / "bench.yaml"
         values = yaml.safe_load(Path("configs/local.yaml").read_text())
-        values["engine"] |= self._engine
-        values["kv_transfer"] |= self._kv_transfer
+        for name, settings in self._sections.items():
+            values[name] |= settings
         values["router"]["port"] = 0
         config.write_text(yaml.safe_dump(values))
         begun = time.perf_counter()

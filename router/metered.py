@@ -38,9 +38,7 @@ async def metered(
 
 
 def _owned(request: Request, caller: Caller) -> Request:
-    priority = max(
-        request.service.priority, caller.tenant.priority
-    )  # may yield more than its tenant does
+    priority = max(request.service.priority, caller.tenant.priority)  # may yield more than its tenant does
     service = replace(request.service, tenant=caller.tenant.name, priority=priority)
     return replace(request, namespace=caller.namespace, service=service)
 
