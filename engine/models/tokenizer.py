@@ -85,10 +85,6 @@ class Tokenizer:
         except TypeError as error:
             raise InvalidRequest("the text holds half of a surrogate pair, which is no character") from error
 
-    def to_json(self) -> str:
-        """What a tokenizer.json holds."""
-        return self._backend.to_str()
-
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD, and ids outside the vocabulary nothing."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special)
