@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from router.policies.colocated import colocated
 from router.policies.distserve import distserve
 from router.policies.dopd_buckets import dopd_buckets
 from router.policies.least_load import least_load
@@ -17,7 +18,7 @@ from router.policies.windserve import windserve
 
 PolicyName = Literal[
     "round_robin", "least_load", "prefix_aware", "distserve", "mooncake", "windserve", "dopd_buckets",
-    "llmd_threshold", "slo",
+    "llmd_threshold", "colocated", "slo",
 ]  # fmt: skip
 
 POLICIES: dict[PolicyName, Policy] = {
@@ -29,5 +30,6 @@ POLICIES: dict[PolicyName, Policy] = {
     "windserve": windserve,
     "dopd_buckets": dopd_buckets,
     "llmd_threshold": llmd_threshold,
+    "colocated": colocated,
     "slo": slo,
 }

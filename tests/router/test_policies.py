@@ -161,7 +161,7 @@ def test_any_loads_give_a_sound_placement_whatever_their_order(
     ]
     if placement.decode is not None:
         assert (placement.first, placement.decode) in pairs
-    elif pairs:
+    elif pairs and policy != "colocated":
         assert placement.first.role is Role.DECODE, "who does it all where there are pairs is out of the way of prompts"
 
 
@@ -240,6 +240,12 @@ def test_llmd_looks_at_the_cache_of_the_decode_worker_and_at_no_load() -> None:
 
 
 # --- ours -----------------------------------------------------------------------------------------------------
+
+
+def test_colocated_takes_any_worker_for_all_of_it_and_the_one_with_the_fewest_sequences() -> None:
+    loads = [load("p0", sequences=3), load("p1", 900, sequences=1), load("d0", sequences=2)]
+    assert names(choose(loads, policy="colocated")) == ("p1", None)
+    assert names(choose([*loads, load("d1")], policy="colocated")) == ("d1", None)
 
 
 def test_slo_takes_the_prefill_worker_with_the_first_token_soonest_cache_included() -> None:
