@@ -15,7 +15,8 @@ from tokenizers.decoders import ByteLevel
 from tokenizers.models import BPE
 
 from cluster.garbage import collect_seldom
-from cluster.gateway import Server, SystemNames, listen, server_config
+from cluster.gateway import Server, SystemNames, server_config
+from cluster.listener import listen
 from engine.models.detokenizer import IncrementalDetokenizer
 from engine.streams import StreamBatch
 from engine.types import EngineStats, FinishReason, Key, Move, Role, Submission, TokenOutput

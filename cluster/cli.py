@@ -374,9 +374,10 @@ def _print_health(health: HealthView) -> None:
 
     console = Console(file=sys.stdout, width=max(TABLE_WIDTH, _console().width))
     age = "never" if health.canary_age_s is None else f"{health.canary_age_s:.1f} s ago"
-    word = Text("healthy", "bold green")
+    name = f"{health.gateway_id}: " if health.gateway_id else ""
+    word = Text.assemble(name, ("healthy", "bold green"))
     if not health.healthy:
-        word = Text.assemble(("unhealthy: ", "bold red"), health.reason)
+        word = Text.assemble(name, ("unhealthy: ", "bold red"), health.reason)
     counts = f" · last canary {age} · membership {health.membership_version} · {health.num_live_requests} live requests"
     console.print(word.append(counts, "default"), soft_wrap=True)
     columns = ("pool", "worker", "incarnation", "address", "", "running", "waiting", "blocks used")

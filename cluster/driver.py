@@ -16,6 +16,7 @@ import httpx
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from cluster.config import ClusterConfig
+from cluster.listener import require_free
 from cluster.progress import Note, Steps, how_to_stop, show_ready
 from cluster.ray_actors import Actor, call, find_actor, kill, make_actor, this_node
 from cluster.ray_spawner import remove_all
@@ -84,6 +85,9 @@ class Driver:
         name = self._config.cluster.name
         if not self._local and not await make_room(name):
             raise ConfigError(f"cluster.name: {name!r} already runs on this Ray; stop it, or choose another name")
+        router = self._config.router
+        if router.gateways > 1 and router.port:
+            require_free(router.host, router.port)
         return await make_actor(
             SupervisorActor,
             *(self._config, self._secret, self._parts, self._local),
@@ -99,7 +103,7 @@ class Driver:
         with self._steps.step("Workers") as note:
             await self._until(supervisor, lambda status: all(map(_is_running, status.workers)), note)
         with self._steps.step("Gateway") as note:
-            await self._until(supervisor, lambda status: _is_running(status.gateway), note)
+            await self._until(supervisor, lambda status: all(map(_is_running, status.gateways)), note)
         with self._steps.step("First canary") as note:
             return await self._until(supervisor, lambda status: status.phase == Phase.READY, note)
 
@@ -107,7 +111,7 @@ class Driver:
         while True:
             status = self._last or await self._follow(supervisor)
             _require_alive(status)
-            units = [unit for unit in (*status.workers, status.gateway) if not _is_running(unit)]
+            units = [unit for unit in (*status.workers, *status.gateways) if not _is_running(unit)]
             note(", ".join(map(_describe, units)))
             if done(status):
                 note("")
@@ -131,7 +135,8 @@ class Driver:
         before = ready
         while True:
             status = await self._follow(supervisor)
-            for old, new in zip((*before.workers, before.gateway), (*status.workers, status.gateway), strict=True):
+            units = zip((*before.workers, *before.gateways), (*status.workers, *status.gateways), strict=True)
+            for old, new in units:
                 if (old.state, old.incarnation) != (new.state, new.incarnation):
                     self._steps.say(_describe(new))
             if status.phase in (Phase.STOPPING, Phase.STOPPED) and status.failure is None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
 import secrets
@@ -30,6 +29,7 @@ from cluster.connection import Connection
 from cluster.end_limits import ANSWER_ENDS_S, SERVER_S
 from cluster.keys import KeySource, key_of_environment
 from cluster.line_file import LineFile
+from cluster.listener import listen
 from cluster.rpc.auth import prefix_hash_key
 from cluster.rpc.channels import Channels
 from cluster.rpc.client import GrpcConnector
@@ -51,8 +51,6 @@ from router.face import FaceTls
 from router.gateway import create_app
 from router.membership import Membership
 from router.text import TextModel
-
-SEND_BUFFER_BYTES = 128 * 2**10  # what the kernel holds for a client that does not read; Linux doubles it
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +78,7 @@ class Gateway:
         self._config = config
         self._secret = secret
         self._gateway_id = gateway_id
+        self._num_gateways = 1
         self._server: uvicorn.Server | None = None
         self._serving: asyncio.Task[None] | None = None
         self._ledger_file: LineFile | None = None
@@ -94,7 +93,7 @@ class Gateway:
         self._keys = KeySource(router.keys_file, key_of_environment())
         await self._keys.start()
         check_tls(router.tls)
-        listener = listen(router.host, router.port)
+        listener = listen(router.host, router.port, is_shared=router.gateways > 1)
         connector, naming = GrpcConnector(self._channels), naming_of(self._config.engine, self._secret)
         limits = self._config.engine_limits
         self._dispatcher = Dispatcher(
@@ -106,6 +105,7 @@ class Gateway:
         app = create_app(
             self._door, model, router, steps=self._dispatcher.step_history, wall_clock=time.time,
             version=our_version(), ledger_sink=self._ledger_file, tracing=self._tracing, keys=self._keys.ring,
+            num_gateways=lambda: self._num_gateways,
         )  # fmt: skip
         self._server = Server(server_config(app, router))
         self._serving = asyncio.create_task(self._serve(self._server, listener))
@@ -116,6 +116,7 @@ class Gateway:
         return f"{scheme}://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
 
     def apply(self, membership: Membership) -> None:
+        self._num_gateways = membership.num_gateways
         self._dispatcher.apply(membership)
 
     async def ready(self) -> None:
@@ -208,19 +209,3 @@ def our_version() -> str:
         return version("steelyard")
     except PackageNotFoundError:
         return "dev"  # a working directory that was never installed
-
-
-def listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # its connections inherit it
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        what = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
-        raise ConfigError(f"router.port: {host}:{port} {what}", param="router.port") from None
-    listener.listen(512)
-    listener.setblocking(False)
-    return listener

@@ -25,12 +25,12 @@ class GatewayPart(Part[str], Protocol):
 
 
 class GatewayActor:
-    """`part` is the import path of the Gateway class (cluster.spec.Parts)."""
+    """`part` is the import path of the Gateway class (cluster.spec.Parts). Each life has another id."""
 
-    def __init__(self, incarnation: str, config: ClusterConfig, secret: bytes, part: str) -> None:
+    def __init__(self, name: str, incarnation: str, config: ClusterConfig, secret: bytes, part: str) -> None:
         make = cast(Callable[[ClusterConfig, bytes, str], GatewayPart], load_part(part))
         self._name = incarnation
-        self._gateway = make(config, secret, f"gateway-{incarnation}")
+        self._gateway = make(config, secret, f"{name}-{incarnation}")
         self._incarnation = Incarnation(self._gateway)
         self._version = 0
 

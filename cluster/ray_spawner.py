@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.config import ClusterConfig, PoolConfig
 from cluster.gateway_actor import GatewayActor
 from cluster.ray_actors import Actor, call, kill, kill_by_prefix, make_actor, this_node
-from cluster.spec import GATEWAY_NAME, NAME_PREFIX, SUPERVISOR_NAME, Parts, WorkerSpec, actor_name
+from cluster.spec import NAME_PREFIX, SUPERVISOR_NAME, Parts, WorkerSpec, actor_name
 from cluster.worker_actor import WorkerActor
 from engine.errors import Unavailable, WorkerLost, error_from_code
 from engine.types import ErrorInfo
@@ -96,16 +96,16 @@ class RaySpawner:
         actor = await self._make_worker(spec, pool, group)
         return RayWorker(actor, await _incarnation_of(actor))
 
-    async def gateway(self, incarnation: str, port: int) -> RayGateway:
+    async def gateway(self, name: str, incarnation: str, port: int) -> RayGateway:
         router = self._config.router.model_copy(update={"port": port})
         actor = await make_actor(
             GatewayActor,
-            *(incarnation, self._config.model_copy(update={"router": router}), self._secret, self._parts.gateway),
-            name=GATEWAY_NAME,
+            *(name, incarnation, self._config.model_copy(update={"router": router}), self._secret, self._parts.gateway),
+            name=actor_name(name),
             namespace=self._namespace,
             get_if_exists=True,
             num_cpus=0,
-            scheduling_strategy=this_node(),  # so that its URL stays the same
+            scheduling_strategy=this_node(),  # so that its URL stays the same, for all of them
         )
         return RayGateway(actor, await _incarnation_of(actor))
 

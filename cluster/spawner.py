@@ -10,7 +10,7 @@ from router.membership import Member, Membership
 
 
 class Process(Protocol):
-    """One incarnation of a worker or of the gateway, somewhere else."""
+    """One incarnation of a worker or of a gateway, somewhere else."""
 
     @property
     def incarnation(self) -> str: ...
@@ -51,7 +51,7 @@ class Spawner(Protocol):
 
     async def worker(self, spec: WorkerSpec, pool: PoolConfig) -> WorkerProcess: ...
 
-    async def gateway(self, incarnation: str, port: int) -> GatewayProcess: ...
+    async def gateway(self, name: str, incarnation: str, port: int) -> GatewayProcess: ...
 
     async def close(self) -> None:
         """Kill and remove everything that carries the cluster's names."""

@@ -13,12 +13,11 @@ from engine.types import ErrorInfo, Role
 
 NAME_PREFIX = "steelyard-"  # of all actors in the cluster's namespace
 SUPERVISOR_NAME = f"{NAME_PREFIX}supervisor"
-GATEWAY_NAME = f"{NAME_PREFIX}gateway"
 
 
-def actor_name(worker_id: str) -> str:
-    """Ray name of a worker's actor."""
-    return f"{NAME_PREFIX}{worker_id}"
+def actor_name(unit: str) -> str:
+    """Ray name of a worker's or a gateway's actor."""
+    return f"{NAME_PREFIX}{unit}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,7 @@ def load_part(path: str) -> object:
 
 
 class UnitState(StrEnum):
-    """Where one supervised process (a worker or the gateway) is in its life."""
+    """Where one supervised process (a worker or a gateway) is in its life."""
 
     STARTING = "starting"
     RUNNING = "running"
@@ -79,6 +78,6 @@ class ClusterStatus:
     phase: Phase
     membership_version: int
     workers: tuple[UnitStatus, ...]
-    gateway: UnitStatus
-    url: str  # "" until the gateway listens
+    gateways: tuple[UnitStatus, ...]
+    url: str  # of all gateways; "" until one listens
     failure: ErrorInfo | None  # why the cluster ended or never became ready

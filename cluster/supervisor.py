@@ -1,4 +1,4 @@
-"""The supervisor: keeps every worker and the gateway alive, and keeps the numbered membership.
+"""The supervisor: keeps every worker and every gateway alive, and keeps the numbered membership.
 
 A worker's slot, over and over, until the cluster stops:
 1. The spawner makes a process with a new incarnation, or hands back the living one of that name (a restarted
@@ -6,10 +6,12 @@ A worker's slot, over and over, until the cluster stops:
 2. The process starts (it loads the model) and answers with its Member; the membership's next version lists it.
 3. Its incarnation ends, for whatever reason: the next version no longer lists it, at once.
 4. What is left of it is cleared away, and after a bounded backoff the slot begins again.
-The gateway's slot is the same, except that every version of the membership is pushed to the gateway while it lives.
+A gateway's slot is the same, except that every version of the membership is pushed to the gateway while it lives. All
+gateways listen on one port: the first one finds it, the others come after.
 
-The cluster is READY when the gateway's first canary came back, and ends when it is told to, when the driver's lease
-runs out (lifetime `job`), or when it did not become ready. This module knows no Ray: see cluster/supervisor_actor.py.
+The cluster is READY when a first canary came back through every gateway, and ends when it is told to, when the driver's
+lease runs out (lifetime `job`), or when it did not become ready. This module knows no Ray: see
+cluster/supervisor_actor.py.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ class Slot:
     num_starts: int = 0
     num_failures: int = 0  # in a row; see STEADY_S
     settled: bool = False  # its first incarnation has started or failed
+    proved: bool = False  # of a gateway: a canary has come back
     serving_since: float | None = None  # loop time
     reason: str = ""
 
@@ -84,8 +87,7 @@ class Supervisor:
         self._workers = [
             (Slot(f"{role}-{index}"), role, pool) for role, pool in pools.items() for index in range(pool.workers)
         ]
-        self._gateway = Slot("gateway")
-        self._gateway_process: GatewayProcess | None = None
+        self._gateways = [Slot(f"gateway-{index}") for index in range(config.router.gateways)]
         self._port = config.router.port
         self._url = ""
         self._phase = Phase.STARTING
@@ -102,7 +104,8 @@ class Supervisor:
     async def run(self) -> None:
         """Keep the cluster until it has been stopped."""
         if self._phase == Phase.STARTING and not self._keepers:
-            self._keep(self._keep_gateway())
+            for slot in self._gateways:
+                self._keep(self._keep_gateway(slot))
             for slot, role, pool in self._workers:
                 self._keep(self._keep_worker(slot, role, pool))
             self._keep(self._watch_start())
@@ -129,7 +132,7 @@ class Supervisor:
             phase=self._phase,
             membership_version=self._membership.version,
             workers=tuple(slot.status() for slot, _, _ in self._workers),
-            gateway=self._gateway.status(),
+            gateways=tuple(slot.status() for slot in self._gateways),
             url=self._url,
             failure=self._failure,
         )
@@ -170,22 +173,22 @@ class Supervisor:
                 self._note_failure(slot, error)
             await self._clear(slot)
 
-    async def _keep_gateway(self) -> None:
-        slot = self._gateway
+    async def _keep_gateway(self, slot: Slot) -> None:
+        while slot is not self._gateways[0] and not self._url:
+            await self._changed.wait()
         while True:
             try:
                 async with asyncio.timeout(self._config.cluster.start_timeout_s):
-                    process = await self._spawner.gateway(self._new_incarnation(), self._port)
+                    process = await self._spawner.gateway(slot.name, self._new_incarnation(), self._port)
                     self._begin(slot, process)
                     self._url = await process.start()
                     await self._settle(await process.version())
-                self._gateway_process = process
                 self._port = int(self._url.rpartition(":")[2])  # a later incarnation listens where clients already know
                 self._begin_serving(slot)
-                slot.reason = await _first(process.failed(), self._push(process), self._await_canary(process))
+                self._list_members()
+                slot.reason = await _first(process.failed(), self._push(process), self._await_canary(slot, process))
             except Exception as error:  # the slot must survive whatever its process does
                 self._note_failure(slot, error)
-            self._gateway_process = None
             await self._clear(slot)
 
     def _begin(self, slot: Slot, process: Process) -> None:
@@ -226,8 +229,10 @@ class Supervisor:
     def _list_members(self) -> None:
         """Bring the membership up to the slots; a change is a new version."""
         members = tuple(slot.member for slot, _, _ in self._workers if slot.member is not None)
-        if members != self._membership.members:
-            self._membership = Membership(self._membership.version + 1, members)
+        num_gateways = max(1, sum(slot.state == UnitState.RUNNING for slot in self._gateways))
+        listed = Membership(self._membership.version, members, num_gateways)
+        if listed != self._membership:
+            self._membership = replace(listed, version=listed.version + 1)
         self._announce()
 
     async def _settle(self, held: int) -> None:
@@ -254,9 +259,10 @@ class Supervisor:
             else:
                 await changed.wait()
 
-    async def _await_canary(self, process: GatewayProcess) -> str:
+    async def _await_canary(self, slot: Slot, process: GatewayProcess) -> str:
         await process.ready()
-        if self._phase == Phase.STARTING:
+        slot.proved = True
+        if self._phase == Phase.STARTING and all(each.proved for each in self._gateways):
             self._phase = Phase.READY
             self._announce()
         return await asyncio.get_running_loop().create_future()  # the gateway's end is another's to report
@@ -273,7 +279,7 @@ class Supervisor:
             self._fail(DeadlineExceeded(f"the cluster was not ready within {limit_s:g} s: {self._missing()}"))
 
     def _missing(self) -> str:
-        slots = [slot for slot, _, _ in self._workers] + [self._gateway]
+        slots = [slot for slot, _, _ in self._workers] + self._gateways
         missing = [f"{slot.name} is {slot.state}{f' ({slot.reason})' if slot.reason else ''}" for slot in slots
                    if slot.state != UnitState.RUNNING]  # fmt: skip
         return ", ".join(missing) or "no canary came back"
@@ -298,13 +304,14 @@ class Supervisor:
         self._announce()
         await self._end_keepers()
         limits = self._limits
-        if self._gateway.process is not None:  # first, because its requests in progress need the workers until they end
-            await _within(limits.gateway_step_s, self._gateway.process.stop(limits.gateway_s))
+        # gateways first, because their requests in progress need the workers until they end
+        drains = [slot.process.stop(limits.gateway_s) for slot in self._gateways if slot.process]
+        await asyncio.gather(*(_within(limits.gateway_step_s, drain) for drain in drains))
         self._unlist_all()
         ends = [slot.process.stop(limits.worker_s) for slot, _, _ in self._workers if slot.process]
         await asyncio.gather(*(_within(limits.worker_step_s, end) for end in ends))
         await _within(SWEEP_S, self._spawner.close())
-        for slot in [self._gateway, *(slot for slot, _, _ in self._workers)]:
+        for slot in [*self._gateways, *(slot for slot, _, _ in self._workers)]:
             slot.state, slot.process = UnitState.STOPPED, None
         self._phase = Phase.STOPPED
         self._announce()

@@ -55,6 +55,7 @@ class HealthView:
     prediction: tuple[PredictionError, ...] = ()
     admissions: tuple[tuple[str, str, int], ...] = ()
     num_waiting: int = 0
+    gateway_id: str = ""  # of the gateway that says so
 
 
 class Generator(Protocol):

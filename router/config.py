@@ -43,6 +43,7 @@ class RouterConfig(StrictModel):
 
     host: str = Field(default="127.0.0.1", min_length=1, description="address the gateway binds to")
     port: int = Field(default=8000, ge=0, le=65535, description="0: the system chooses")
+    gateways: int = Field(default=1, ge=1, le=64, description="processes that share the port")
     deadline_s: float = Field(default=600.0, gt=0, description="an accepted request ends before this")
     max_live_requests: int = Field(default=512, ge=1, description="more are refused with 429")
     max_connections: int = Field(default=2048, ge=1, description="further HTTP connections get 503 and are closed")

@@ -383,7 +383,7 @@ class Dispatcher:
         workers = tuple(_view(link) for link in self._links.values())
         return HealthView(
             healthy, reason, age_s, self._membership.version, workers, len(self._live), self.retries, self.moves.counts,
-            self.learnt.predictor.view(), self.placer.counts, self.placer.num_waiting,
+            self.learnt.predictor.view(), self.placer.counts, self.placer.num_waiting, self._gateway_id,
         )  # fmt: skip
 
     @property

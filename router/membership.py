@@ -42,10 +42,11 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Membership:
-    """All workers at one version. Versions only rise."""
+    """All workers at one version, and how many gateways there are. Versions only rise."""
 
     version: int = 0
     members: tuple[Member, ...] = ()
+    num_gateways: int = 1  # that are live: each has an equal share of every tenant's quota
 
     def by_role(self, role: Role) -> tuple[Member, ...]:
         return tuple(member for member in self.members if member.role == role)

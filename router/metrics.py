@@ -223,6 +223,7 @@ class _HealthCollector(Collector):
             "steelyard_membership_version", "Version of the list of workers", view.membership_version
         )
         yield GaugeMetricFamily("steelyard_live_requests", "Requests that this gateway owns", view.num_live_requests)
+        yield _gateway_info(view)
         words = "Placements that were given up for another one, by the error that ended them"
         yield _counts("steelyard_request_retries", words, "reason", view.retries)
         words = "Running requests that were to move to another worker, by what came of it"
@@ -293,6 +294,13 @@ def _admissions(view: HealthView) -> CounterMetricFamily:
 
 def _kv_usage(worker: WorkerView) -> float:
     return 1 - worker.num_free_blocks / worker.num_blocks if worker.num_blocks else 0.0
+
+
+def _gateway_info(view: HealthView) -> GaugeMetricFamily:
+    """A scrape reaches one of the gateways that share a port: its series are told apart by this label."""
+    gauge = GaugeMetricFamily("steelyard_gateway_info", "Always 1; which gateway this is", labels=["gateway"])
+    gauge.add_metric([view.gateway_id], 1)
+    return gauge
 
 
 def _workers_per_role(view: HealthView) -> GaugeMetricFamily:

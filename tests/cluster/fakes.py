@@ -78,7 +78,9 @@ class FakeGateway:
 
     async def start(self) -> str:
         try:
-            self._server = await asyncio.start_server(self._answer, self._config.host, self._config.port)
+            self._server = await asyncio.start_server(
+                self._answer, self._config.host, self._config.port, reuse_port=self._config.gateways > 1
+            )
         except OSError as error:
             raise ConfigError(f"router.port: {self._config.port} is in use") from error
         return f"http://{self._config.host}:{self._server.sockets[0].getsockname()[1]}"
@@ -107,6 +109,7 @@ class FakeGateway:
             "pid": os.getpid(),
             "gateway_id": self._gateway_id,
             "versions": self._versions,
+            "num_gateways": self._membership.num_gateways,
             "members": [asdict(member) for member in self._membership.members],
         }
         body = json.dumps({"data": [{"id": "fake-model"}]} if path == "/v1/models" else health).encode()

@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from cluster.gateway import Server, listen, server_config
+from cluster.gateway import Server, server_config
+from cluster.listener import listen
 from router.config import RouterConfig
 from tests.router.fakes import PLAIN_STYLE, FakeGenerator, make_app
 

@@ -10,7 +10,8 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
-from cluster.gateway import Server, check_tls, listen, server_config
+from cluster.gateway import Server, check_tls, server_config
+from cluster.listener import listen
 from engine.errors import ConfigError
 from router.config import RouterConfig
 from router.face import FaceTls

@@ -29,9 +29,12 @@ LEASE_S = 3.0
 class Command:
     """`steelyard serve` with fake parts, in a process group of its own as a shell would start it."""
 
-    def __init__(self, folder: Path, environment: dict[str, str], yaml: str = "", port: int = 0) -> None:
+    def __init__(
+        self, folder: Path, environment: dict[str, str], yaml: str = "", port: int = 0, gateways: int = 1
+    ) -> None:
         config = folder / "cluster.yaml"
-        config.write_text(f"cluster: {{driver_lease_s: {LEASE_S}}}\nrouter: {{port: {port}}}\n{yaml}")
+        router = f"router: {{port: {port}, gateways: {gateways}}}"
+        config.write_text(f"cluster: {{driver_lease_s: {LEASE_S}}}\n{router}\n{yaml}")
         self._output = folder / f"output-{time.monotonic_ns()}.txt"
         self._url = ""
         with self._output.open("w") as file:
@@ -150,6 +153,30 @@ def test_whatever_dies_is_replaced_and_ctrl_c_leaves_nothing(tmp_path: Path, pla
         assert_nothing_left(directory)
         assert "Traceback" not in command.output
         assert not (tmp_path / ".ray").exists(), "Ray wrote a token into the user's home"
+
+
+def test_two_gateways_share_a_port_and_one_that_is_killed_is_replaced(
+    tmp_path: Path, plain_environment: dict[str, str]
+) -> None:
+    with Command(tmp_path, plain_environment | {"HOME": str(tmp_path)}, gateways=2) as command:
+        command.wait_until_ready()
+        directory = session_directory(command)
+        until(lambda: len(gateways_of(command)) == 2, 20, command.describe)
+        killed, kept = gateways_of(command)
+        os.kill(killed, signal.SIGKILL)
+        until(lambda: not is_alive(killed), 5)
+        assert gateways_of(command) == [kept], "nobody is sent to a gateway that has gone"
+        until(lambda: len(gateways_of(command)) == 2 and command.health()["num_gateways"] == 2, 20, command.describe)
+        assert killed not in gateways_of(command) and kept in gateways_of(command)
+        assert command.interrupt() == 0, command.output
+        assert_nothing_left(directory)
+        assert command.output.count("URL ") == 1 and "Traceback" not in command.output
+
+
+def gateways_of(command: Command) -> list[int]:
+    """The processes that answer, over many connections, and know both workers."""
+    answers = [command.health() for _ in range(24)]
+    return sorted({answer["pid"] for answer in answers if len(answer["members"]) == 2})
 
 
 def _kill_worker(command: Command, worker_id: str) -> None:

@@ -104,7 +104,7 @@ class FakeSpawner:
         self.workers.append(FakeWorkerProcess(spec, self.worker_fault))
         return self.workers[-1]
 
-    async def gateway(self, incarnation: str, port: int) -> FakeGatewayProcess:
+    async def gateway(self, name: str, incarnation: str, port: int) -> FakeGatewayProcess:
         self.gateways.append(FakeGatewayProcess(incarnation, port, self.held, self.gateway_fault))
         return self.gateways[-1]
 
@@ -115,20 +115,20 @@ class FakeSpawner:
         return [worker for worker in self.workers if worker.spec.worker_id == worker_id][-1]
 
 
-def make_config(**cluster: object) -> ClusterConfig:
+def make_config(gateways: int = 1, **cluster: object) -> ClusterConfig:
     section = ClusterSection.model_validate({"start_timeout_s": 5.0, **cluster})
     pools = PoolsSection(prefill=PoolConfig(workers=1), decode=PoolConfig(workers=2))
-    return ClusterConfig(cluster=section, router=RouterConfig(port=0), pools=pools)
+    return ClusterConfig(cluster=section, router=RouterConfig(port=0, gateways=gateways), pools=pools)
 
 
 @asynccontextmanager
 async def running(
-    spawner: FakeSpawner, limits: EndLimits | None = None, **cluster: object
+    spawner: FakeSpawner, limits: EndLimits | None = None, gateways: int = 1, **cluster: object
 ) -> AsyncIterator[Supervisor]:
     """A supervisor with one prefill and two decode workers, stopped at the end."""
     names = (f"incarnation-{number}" for number in count())
     supervisor = Supervisor(
-        make_config(**cluster), spawner, loopback=True, new_incarnation=lambda: next(names), limits=limits
+        make_config(gateways, **cluster), spawner, loopback=True, new_incarnation=lambda: next(names), limits=limits
     )
     life = asyncio.create_task(supervisor.run())
     try:
@@ -147,7 +147,7 @@ async def until(condition: Callable[[], bool], limit_s: float = 5.0) -> None:
 def is_ready(supervisor: Supervisor) -> Callable[[], bool]:
     def all_there() -> bool:
         status = supervisor.status()
-        units = (*status.workers, status.gateway)
+        units = (*status.workers, *status.gateways)
         return status.phase == Phase.READY and all(unit.state == UnitState.RUNNING for unit in units)
 
     return all_there
@@ -353,6 +353,41 @@ async def test_stopping_is_bounded_though_a_process_hangs(monkeypatch: pytest.Mo
         async with asyncio.timeout(1.0):
             await supervisor.stop()
         assert spawner.num_closes == 1, "what hangs is cleared away by name"
+
+
+# --- several gateways -----------------------------------------------------------------------------------------
+
+
+async def test_several_gateways_share_the_port_that_the_first_one_found() -> None:
+    spawner = FakeSpawner()
+    async with running(spawner, gateways=3) as supervisor:
+        await until(is_ready(supervisor))
+        assert [gateway.asked_port for gateway in spawner.gateways] == [0, 4321, 4321]
+        assert [unit.name for unit in supervisor.status().gateways] == ["gateway-0", "gateway-1", "gateway-2"]
+        for gateway in spawner.gateways:
+            await until(lambda gateway=gateway: gateway.applied[-1] == supervisor.membership())
+        assert supervisor.membership().num_gateways == 3
+
+
+async def test_a_gateway_that_dies_is_replaced_while_the_others_take_its_share() -> None:
+    spawner = FakeSpawner()
+    async with running(spawner, gateways=2) as supervisor:
+        await until(is_ready(supervisor))
+        before = supervisor.membership()
+        spawner.gateways[0].end("killed")
+        await until(lambda: supervisor.membership().num_gateways == 1)
+        assert supervisor.membership().members == before.members
+        await until(lambda: spawner.gateways[1].applied[-1].num_gateways == 1)
+        await until(lambda: supervisor.membership().num_gateways == 2)
+        assert [gateway.asked_port for gateway in spawner.gateways] == [0, 4321, 4321]
+        await until(lambda: [each.applied[-1].num_gateways for each in spawner.gateways[1:]] == [2, 2])
+
+
+async def test_all_gateways_are_stopped() -> None:
+    spawner = FakeSpawner()
+    async with running(spawner, gateways=2) as supervisor:
+        await until(is_ready(supervisor))
+    assert [gateway.num_stops for gateway in spawner.gateways] == [1, 1]
 
 
 # --- one life of a part, inside its actor ---------------------------------------------------------------------
