@@ -4,10 +4,13 @@
 
 256 workers with 100,000 cached prefixes (block names: conversations of 125 blocks, of which some begin alike and lie on
 many workers, the others on a few), and 512 live requests, in a real dispatcher over workers that only say what they
-have. A decision is all that stands between a tokenised prompt of 2,000 tokens and its submission: the loads of all
-workers, the policy's choice, and who has most of the prompt. Naming the prompt's blocks is counted apart: it is done
-once for a request, however often it is placed. Real time, of single decisions; prompts share from none to all of a
-conversation.
+have. A decision is all that stands between a tokenised prompt of 2,000 tokens and its submission: what is cached where,
+the loads of all workers, the policy's choice, the book-keeping, and who has most of the prompt. Naming the prompt's
+blocks is counted apart: it is done once for a request, however often it is placed. Between two decisions a request gets
+its first token, another ends, and a quarter of the workers report, so nothing that is kept between decisions
+is spared. Prompts share from none to all of a conversation.
+
+Real time and processor time of this thread, of single decisions. Every other one is taken apart instead, for its parts.
 """
 
 from __future__ import annotations
@@ -17,15 +20,27 @@ import asyncio
 import logging
 import random
 import time
-from collections import defaultdict
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from collections import defaultdict, deque
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from benchmarks.report import Row, machine, print_table, print_targets, target, write_json
 from engine.streams import StreamBatch
-from engine.types import CacheNews, EngineStats, Key, Move, Request, Role, SamplingParams, Service, Submission
+from engine.types import (
+    CacheNews,
+    EngineStats,
+    Key,
+    Move,
+    Request,
+    Role,
+    SamplingParams,
+    Service,
+    Submission,
+    TokenOutput,
+)
 from router.block_names import BlockNames, Naming
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
@@ -35,13 +50,17 @@ from router.policies import POLICIES
 from router.policies.snapshot import Placement
 
 NUM_WORKERS, NUM_LIVE = 256, 512
+NUM_PROMPTS = 128  # of the live ones, without a first token
+NUM_REPORTS = NUM_WORKERS // 4  # between two decisions
 NUM_PREFIXES, NUM_TOKENS, BLOCK = 100_000, 2000, 16
 NUM_SHARED = NUM_TOKENS // 4  # at most, with which ten conversations begin
 NUM_CONVERSATIONS = round(1.15 * NUM_PREFIXES / (NUM_TOKENS // BLOCK))  # the shared ones count once
-NUM_DECISIONS, QUICK_DECISIONS = 5000, 500
+NUM_DECISIONS, QUICK_DECISIONS = 4000, 500
 NAMING = Naming(BLOCK, b"benchmark")
 SEED = 1
+DECIDED, NAMED = "decision", "naming the prompt's blocks"
 SERVICE = Service(ttft_s=600.0, tpot_s=60.0)
+SAMPLING = SamplingParams(max_tokens=256)
 
 Worker = str
 
@@ -66,7 +85,11 @@ class Silent:
             yield StreamBatch((), self.stats)
 
     def stats_by_now(self, told: EngineStats) -> EngineStats:
-        return told
+        return self.stats
+
+    def report(self) -> None:
+        """One more step: as if a batch had come with this."""
+        self.stats = replace(self.stats, num_steps=self.stats.num_steps + 1)
 
     async def close(self) -> None: ...
 
@@ -77,6 +100,7 @@ class Synthetic:
 
     chance: random.Random
     caches: dict[Worker, list[int]] = field(default_factory=lambda: defaultdict(list))
+    workers: list[Silent] = field(default_factory=list)
     num_ids: int = 0
 
     def connect(self, member: Member) -> Silent:
@@ -84,7 +108,8 @@ class Synthetic:
         stats = EngineStats(
             self.chance.randrange(64), self.chance.randrange(4), num_blocks=2048, num_free_blocks=num_free
         )
-        return Silent(CacheNews(tuple(self.caches[member.worker_id])), stats)
+        self.workers.append(Silent(CacheNews(tuple(self.caches[member.worker_id])), stats))
+        return self.workers[-1]
 
     def new_request_id(self) -> str:
         self.num_ids += 1
@@ -119,7 +144,7 @@ def spread_caches(to: Synthetic, talks: list[tuple[int, ...]], chance: random.Ra
 
 
 async def dispatcher_of(to: Synthetic) -> Dispatcher:
-    """Connected to all, with its live requests placed."""
+    """Connected to all."""
     config = RouterConfig(max_live_requests=2 * NUM_LIVE)
     dispatcher = Dispatcher(config, "benchmark", to, to, naming=NAMING)
     dispatcher.apply(Membership(1, members()))
@@ -135,64 +160,105 @@ def prompt_of(talks: list[tuple[int, ...]], chance: random.Random) -> tuple[int,
 
 @dataclass(slots=True)
 class Times:
-    """Milliseconds of each decision, by its parts."""
+    """Milliseconds of each decision: (of real time, of this thread's processor time), by what was done."""
 
-    naming: list[float] = field(default_factory=list)
-    loads: list[float] = field(default_factory=list)
-    choice: list[float] = field(default_factory=list)
-    lookup: list[float] = field(default_factory=list)
+    of: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
+
+    @contextmanager
+    def measured(self, what: str) -> Iterator[None]:
+        begun, used = time.perf_counter(), time.thread_time()
+        yield
+        used_ms = 1e3 * (time.thread_time() - used)
+        self.of[what].append((1e3 * (time.perf_counter() - begun), used_ms))
 
     def rows(self) -> list[Row]:
-        parts = {"loads of all workers": self.loads, "policy": self.choice, "index": self.lookup}
-        whole = [sum(one) for one in zip(*parts.values(), strict=True)]
-        table = parts | {"decision": whole, "naming the prompt's blocks": self.naming}
         return [
-            Row(what=what) | {f"P{at}, ms": round(float(np.percentile(times, at)), 3) for at in (50, 99)}
-            for what, times in table.items()
+            Row(what=what)
+            | {f"P{at}, ms": round(float(np.percentile([real for real, _ in times], at)), 3) for at in (50, 99)}
+            | {f"CPU P{at}, ms": round(float(np.percentile([used for _, used in times], at)), 3) for at in (50, 99)}
+            for what, times in self.of.items()
         ]
 
 
-def decide(dispatcher: Dispatcher, live: LiveRequest, into: Times) -> None:
-    """As Dispatcher._place does it."""
-    begun = time.perf_counter()
-    live.names = BlockNames(NAMING, live.request.namespace)
-    live.names.of(live.request.prompt_ids)
-    named = time.perf_counter()
-    cached = dispatcher.placer.cached(live)
-    found = time.perf_counter()
-    snapshot = dispatcher.placer.snapshot(live, cached)
-    loaded = time.perf_counter()
-    placement = POLICIES["slo"](snapshot)
-    chosen = time.perf_counter()
-    assert isinstance(placement, Placement)
-    dispatcher.learnt.source(live, (placement.first.worker_id, placement.first.incarnation))
-    into.naming.append(1e3 * (named - begun))
-    into.lookup.append(1e3 * (found - named + time.perf_counter() - chosen))
-    into.loads.append(1e3 * (loaded - found))
-    into.choice.append(1e3 * (chosen - loaded))
+@dataclass(slots=True)
+class Traffic:
+    """The live requests, from the oldest to the newest."""
+
+    dispatcher: Dispatcher
+    workers: list[Silent]
+    chance: random.Random
+    prompts: list[tuple[int, ...]]
+    times: Times
+    live: deque[LiveRequest] = field(default_factory=deque)
+    num_placed: int = 0
+
+    def next_request(self) -> LiveRequest:
+        """Its prompt is tokenised and named."""
+        request = Request(f"r{self.num_placed}", self.prompts.pop(), SAMPLING, service=SERVICE)
+        due = asyncio.get_running_loop().time() + SERVICE.ttft_s
+        live = LiveRequest(request, due, due, self.dispatcher.placer.changed)
+        live.names = BlockNames(NAMING, request.namespace)
+        with self.times.measured(NAMED):
+            live.names.of(request.prompt_ids)
+        return live
+
+    async def place(self, live: LiveRequest) -> None:
+        """As Dispatcher._place does it."""
+        placement = await self.dispatcher.placer.choose(live)
+        self.dispatcher.placer.placed(live, placement)
+        live.place(placement)
+        self.dispatcher.learnt.source(live, (placement.first.worker_id, placement.first.incarnation))
+
+    def take_apart(self, live: LiveRequest) -> None:
+        placer = self.dispatcher.placer
+        with self.times.measured("index"):
+            cached = placer.cached(live)
+        with self.times.measured("loads of all workers"):
+            snapshot = placer.snapshot(live, cached)
+        with self.times.measured("policy"):
+            placement = POLICIES["slo"](snapshot)
+        assert isinstance(placement, Placement)
+
+    async def turn(self) -> None:
+        live = self.next_request()
+        if self.num_placed % 2:
+            self.take_apart(live)
+            await self.place(live)
+        else:
+            with self.times.measured(DECIDED):
+                await self.place(live)
+        self.live.append(live)
+        self.num_placed += 1
+        if self.num_placed > NUM_PROMPTS:
+            self.give_first_token(self.live[-NUM_PROMPTS - 1])
+        if len(self.live) > NUM_LIVE:
+            self.dispatcher.placer.ended(self.live.popleft())
+        for worker in self.chance.sample(self.workers, NUM_REPORTS):
+            worker.report()
+
+    def give_first_token(self, live: LiveRequest) -> None:
+        """And the next one, from where it decodes."""
+        assert live.placement is not None
+        first, decode = live.placement.first, live.placement.decode or live.placement.first
+        live.take(TokenOutput(live.key, 0, (1,)), first.worker_id)
+        live.take(TokenOutput(live.key, 1, (1,)), decode.worker_id)
 
 
 async def measure(num_decisions: int) -> tuple[int, Times]:
     chance = random.Random(SEED)
-    to, talks, times = Synthetic(chance), conversations(chance), Times()
+    to, talks = Synthetic(chance), conversations(chance)
     spread_caches(to, talks, chance)
-    prompts = [prompt_of(talks, chance) for _ in range(NUM_LIVE + num_decisions)]
+    prompts = [prompt_of(talks, chance) for _ in range(NUM_LIVE + 2 * num_decisions)]
     dispatcher = await dispatcher_of(to)
-    streams = [
-        asyncio.ensure_future(anext(dispatcher.generate(Request(f"live{index}", prompts.pop(), SamplingParams()))))
-        for index in range(NUM_LIVE)
-    ]
-    await asyncio.sleep(0.5)
-    for turn in range(num_decisions):
-        live = LiveRequest(Request(f"r{turn}", prompts.pop(), SamplingParams(), service=SERVICE), deadline=0.0)
-        decide(dispatcher, live, times)
+    traffic = Traffic(dispatcher, to.workers, chance, prompts, Times())
+    for turn in range(NUM_LIVE + 2 * num_decisions):
+        if turn == NUM_LIVE:
+            traffic.times.of.clear()
+        await traffic.turn()
         await asyncio.sleep(0)  # the workers are heard
     num_names = dispatcher.learnt.prefixes.num_names
-    for stream in streams:
-        stream.cancel()
-    await asyncio.gather(*streams, return_exceptions=True)
     await dispatcher.close()
-    return num_names, times
+    return num_names, traffic.times
 
 
 def main() -> None:
@@ -204,7 +270,7 @@ def main() -> None:
     num_names, times = asyncio.run(measure(QUICK_DECISIONS if options.quick else NUM_DECISIONS))
     rows = times.rows()
     print_table(f"one request, {NUM_WORKERS} workers, {num_names} prefixes, {NUM_LIVE} live; {machine()}", rows)
-    (p99,) = [float(str(row["P99, ms"])) for row in rows if row["what"] == "decision"]
+    (p99,) = [float(str(row["P99, ms"])) for row in rows if row["what"] == DECIDED]
     promised = [target("routing", "decision P99, ms", p99)]
     print_targets(promised)
     write_json(options.json, rows, promised)

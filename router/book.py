@@ -4,13 +4,15 @@
 2. `note` hears of each request that is placed, gives its first token, is handed off, moves, or ends, and files it
    under the workers that it is on;
 3. `load` derives a worker's load from what is filed there, when that has changed since it was last asked, or when a
-   request there has outlived its prediction. So a decision costs as much as there are workers, not live requests.
+   request there has outlived its prediction; `loads` keeps those of all workers from one decision to the next, and
+   makes anew those that may be others. So a decision costs as much as has changed, and a look at each worker.
 
 Nothing is counted up and down: what is filed are the live requests themselves.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -63,6 +65,7 @@ class Book:
         self._pages: dict[Name, _Page] = {}
         self._where: dict[str, tuple[Name, ...]] = {}
         self._forecasts: dict[str, _Forecast] = {}
+        self._loads: dict[Name, WorkerLoad] = {}  # as asked for last, of workers on which nothing is filed otherwise
         self._used_share = 1.0  # of the tokens that requests ask for at most, what they use on average
 
     def expected_output(self, live: LiveRequest) -> float:
@@ -91,7 +94,7 @@ class Book:
         prompt = Prompt(live.first_due, now, num_new, compute_s, num_new)
         ttft_s = placement.ttft_s
         if ttft_s is None:
-            ttft_s = self._queue(page).before_s(live.first_due, now) + compute_s
+            ttft_s = self._queue(page).around_s(live.first_due, now)[0] + compute_s
         for one in live.placed_together:
             self._forecasts[one.request.request_id] = _Forecast(now, ttft_s, prompt, len(one.tokens))
 
@@ -99,15 +102,11 @@ class Book:
         """Where it is may have changed, or in which phase."""
         name = live.request.request_id
         has_token = live.placement is not None and not live.is_prefilling
-        for worker in self._where.pop(name, ()):
-            self._take_off(self._pages[worker], name, now, has_token)
-            if not self._pages[worker].lives:
-                del self._pages[worker]
+        self._take_off(name, now, has_token)
         workers = live.workers
         for worker in workers:
-            page = self._page(worker)
-            page.lives[name] = live
-            page.is_current = False
+            self._page(worker).lives[name] = live
+            self._touch(worker)
         if workers:
             self._where[name] = workers
         forecast = self._forecasts.get(name)
@@ -121,21 +120,26 @@ class Book:
     def ended(self, live: LiveRequest, now: float) -> None:
         """Nothing of it is left."""
         name = live.request.request_id
-        for worker in self._where.pop(name, ()):
-            self._take_off(self._pages[worker], name, now, has_token=False)
-            if not self._pages[worker].lives:
-                del self._pages[worker]
+        self._take_off(name, now, has_token=False)
         self._forecasts.pop(name, None)
         if live.is_finished:
             share = len(live.tokens) / max(1, live.request.sampling.max_tokens)
             self._used_share += LEARNING_RATE * (min(1.0, share) - self._used_share)
 
-    def _take_off(self, page: _Page, name: str, now: float, has_token: bool) -> None:
-        del page.lives[name]
-        page.is_current = False
-        if name in page.prompts and has_token:
-            self._end_step(page, now)
-        page.prompts.pop(name, None)
+    def _take_off(self, name: str, now: float, has_token: bool) -> None:
+        for worker in self._where.pop(name, ()):
+            page = self._pages[worker]
+            self._touch(worker)
+            del page.lives[name]
+            if name in page.prompts and has_token:
+                self._end_step(page, now)
+            page.prompts.pop(name, None)
+            if not page.lives:
+                del self._pages[worker]
+
+    def _touch(self, worker: Name) -> None:
+        self._pages[worker].is_current = False
+        self._loads.pop(worker, None)
 
     def _end_step(self, page: _Page, now: float) -> None:
         """First tokens tell of a step's end."""
@@ -148,13 +152,34 @@ class Book:
 
     # --- what follows ----------------------------------------------------------------------------------------
 
+    def loads(self, links: Collection[WorkerLink], now: float) -> list[WorkerLoad]:
+        """Of all links. A load stands as long as its worker's page, report and link are those that it was made of."""
+        kept = self._loads
+        loads = [
+            load
+            if (load := kept.get(link.member.name)) is not None
+            and load.stats is link.stats
+            and load.member is link.member
+            and load.connected is link.connected
+            and not (load.decodes.ends and load.decodes.ends[0] < now)
+            else self._make(link, now)
+            for link in links
+        ]
+        if len(kept) > len(links):  # of those that have left
+            self._loads = {load.name: load for load in loads}
+        return loads
+
+    def _make(self, link: WorkerLink, now: float) -> WorkerLoad:
+        load = self._loads[link.member.name] = self.load(link, now)
+        return load
+
     def load(self, link: WorkerLink, now: float) -> WorkerLoad:
         member, stats = link.member, link.stats
-        page = self._pages.get((member.worker_id, member.incarnation))
+        page = self._pages.get(member.name)
         if page is None:
             return WorkerLoad(member, link.connected, 0, 0, stats)
         if not page.is_current or (page.decodes.ends and page.decodes.ends[0] < now):
-            self._derive(page, (member.worker_id, member.incarnation), member.pool, now)
+            self._derive(page, member.name, member.pool, now)
         return WorkerLoad(
             member, link.connected, len(page.lives), page.num_prompt_tokens, stats, page.queue, page.decodes
         )
@@ -167,12 +192,15 @@ class Book:
 
     def _derive(self, page: _Page, worker: Name, pool: Pool, now: float) -> None:
         page.queue = self._queue(page)
-        page.num_prompt_tokens = sum(page.lives[name].request.num_tokens for name in page.prompts)
+        page.num_prompt_tokens = sum([page.lives[name].request.num_tokens for name in page.prompts])
         here = [(name, live) for name, live in page.lives.items() if worker == live.decodes_on]
-        num_tokens = sum(live.request.num_tokens + len(live.tokens) for _, live in here)
-        step_s = self._predictor.decode_step_s(pool, len(here), num_tokens) if here else 0.0
-        page.decodes = decodes_of(self._decode(name, live, step_s, now) for name, live in here)
+        page.decodes = self._decodes(here, pool, now) if here else NO_DECODES
         page.is_current = True
+
+    def _decodes(self, here: list[tuple[str, LiveRequest]], pool: Pool, now: float) -> Decodes:
+        num_tokens = sum([live.request.num_tokens + len(live.tokens) for _, live in here])
+        step_s = self._predictor.decode_step_s(pool, len(here), num_tokens)
+        return decodes_of([self._decode(name, live, step_s, now) for name, live in here])
 
     def _queue(self, page: _Page) -> Prompts:
         limits = self._limits

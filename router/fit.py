@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from math import exp, isfinite, log
+from operator import mul
 from statistics import median
 
 FADING = 0.998  # of a record by each one after it
@@ -63,9 +64,9 @@ class Fit:
         return True
 
     def _shape(self, features: Sequence[float]) -> float:
-        return sum(
-            weight * min(feature, LARGEST_FEATURE) for weight, feature in zip(self._weights, features, strict=True)
-        )
+        if max(features) > LARGEST_FEATURE:
+            features = [min(feature, LARGEST_FEATURE) for feature in features]
+        return sum(map(mul, self._weights, features))
 
     def _is_outlier(self, ratio: float) -> bool:
         """All that is seen is remembered, so what was one is none any more when it has become the rule."""

@@ -24,6 +24,8 @@ class Learnt:
         self.predictor = Predictor()
         self.prefixes = PrefixIndex()
         self._naming = naming
+        self._found: tuple[object, ...] = ()  # last: of which names, how many, and in which version of the index
+        self._counts: Mapping[Name, int] = {}
 
     def hear(self, member: Member, batch: StreamBatch) -> None:
         self.predictor.calibrate(member.pool, batch.calibration)
@@ -51,12 +53,19 @@ class Learnt:
         """Tokens of its beginning that workers have cached; those that have none are not there."""
         if live.names is None:
             live.names = BlockNames(self._naming, live.request.namespace)
-        names = live.names.of((*live.request.prompt_ids, *live.tokens))
-        counts = self.prefixes.num_cached_blocks(names)
-        return {worker: count * self._naming.block_size for worker, count in counts.items()}
+        token_ids = (*live.request.prompt_ids, *live.tokens) if live.tokens else live.request.prompt_ids
+        names, size = live.names.of(token_ids), self._naming.block_size
+        found = live.names, len(names), self.prefixes.version
+        if found != self._found:  # asked several times in one decision
+            counts = self.prefixes.num_cached_blocks(names)
+            self._counts = {worker: count * size for worker, count in counts.items()}
+            self._found = found
+        return self._counts
 
     def source(self, live: LiveRequest, first: Name) -> Name | None:
         """Who has most of its beginning, if it is more than the worker has that is to compute it."""
         counts = self.num_cached(live)
-        best = max(counts, key=lambda worker: (counts[worker], worker), default=first)
-        return best if counts.get(best, 0) > counts.get(first, 0) else None
+        most = max(counts.values(), default=0)
+        if most <= counts.get(first, 0):
+            return None
+        return max(worker for worker, count in counts.items() if count == most)

@@ -192,15 +192,14 @@ class LiveRequest:
         """Where it generates, or will."""
         if self.placement is None:
             return None
-        member = self.placement.decode or self.placement.first
-        return member.worker_id, member.incarnation
+        return (self.placement.decode or self.placement.first).name
 
     @property
     def first_worker(self) -> Name | None:
         """The worker that the next token comes from as the first of its placement."""
         if self.placement is None or self.handed_off:
             return None
-        return self.placement.first.worker_id, self.placement.first.incarnation
+        return self.placement.first.name
 
     @property
     def workers(self) -> tuple[Name, ...]:
@@ -209,7 +208,7 @@ class LiveRequest:
         leaving = self.migration.source if self.migration is not None else None
         coming = self.migration.target if self.migration is not None and self._in_doubt else None
         members = [member for member in (decode, leaving, coming) if member is not None]
-        names = [(member.worker_id, member.incarnation) for member in members]
+        names = [member.name for member in members]
         first = self.first_worker
         return tuple(dict.fromkeys([first, *names] if first is not None else names))
 

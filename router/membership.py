@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from engine.planes import cohort_difference
@@ -30,14 +30,17 @@ class Member:
     address: str  # host:port of its gRPC server
     cohort: str
     kv_token_bytes: int = 0  # KV of one token, over all layers
+    name: tuple[str, str] = field(init=False, repr=False, compare=False)  # this life: its id and its incarnation
+    pool: Pool = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """What is asked for hundreds of times in a decision is made once."""
+        object.__setattr__(self, "name", (self.worker_id, self.incarnation))
+        object.__setattr__(self, "pool", Pool(self.cohort, self.role))
 
     @property
     def endpoint(self) -> Endpoint:
         return Endpoint(self.worker_id, self.incarnation, self.address, self.cohort)
-
-    @property
-    def pool(self) -> Pool:
-        return Pool(self.cohort, self.role)
 
 
 @dataclass(frozen=True, slots=True)

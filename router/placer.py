@@ -82,7 +82,7 @@ class Placer:
     def loads(self) -> list[WorkerLoad]:
         """Every linked worker's load, derived from the live requests and its last report."""
         now = self._now()
-        return [self._book.load(link, now) for link in self._links.values()]
+        return self._book.loads(self._links.values(), now)
 
     # --- one request ------------------------------------------------------------------------------------------
 
@@ -183,7 +183,9 @@ class Placer:
         now = self._now()
         foretold = self._book.foretold(live) if live.placement is not None and not live.is_prefilling else None
         if foretold is not None:
-            self._errors.add(foretold.at - foretold.placed, now - foretold.placed)
+            predicted_s, measured_s = foretold.at - foretold.placed, now - foretold.placed
+            self._errors.add(predicted_s, measured_s)
+            self._learnt.predictor.judge_ttft(predicted_s, measured_s)
         self._book.note(live, now)
         self._room.call()
 

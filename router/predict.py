@@ -64,8 +64,8 @@ class Predictor:
 
     def step_s(self, pool: Pool, shape: StepShape) -> float:
         """Seconds of one step; 0 of an empty one."""
-        if not shape.chunks and not shape.num_decoding:
-            return 0.0
+        if not shape.chunks:
+            return self.decode_step_s(pool, shape.num_decoding, shape.num_context)
         return self._pool(pool).step_s(shape)
 
     def prefill_s(self, pool: Pool, num_new: int, num_cached: int, chunk: int) -> float:
@@ -79,7 +79,9 @@ class Predictor:
 
     def decode_step_s(self, pool: Pool, num_sequences: int, num_context: int) -> float:
         """Seconds of a step of so many sequences, which read `num_context` positions together."""
-        return self.step_s(pool, StepShape((), num_sequences, num_context))
+        if not num_sequences:
+            return 0.0
+        return self._pool(pool).decode.predict((1.0, num_sequences / SEQUENCES, num_context / CONTEXT))
 
     def transfer_s(self, source: str, target: str, size_bytes: int) -> float:
         """Seconds until KV of so many bytes, none of which has moved yet, is adopted. Both ends are worker ids."""

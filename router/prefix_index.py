@@ -12,9 +12,12 @@ make a placement a little worse, and nothing wrong, for workers go by whole name
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import compress
 
 from engine.types import CacheNews
 
+FEW = 16  # workers, that are found one by one
+BITS = bytes(digit == ord("1") for digit in range(256))  # from digits to 0 and 1
 Name = tuple[str, str]  # one life of a worker: its id and its incarnation
 
 
@@ -23,13 +26,15 @@ class PrefixIndex:
         self._masks: dict[int, int] = {}  # by the name of a block; none is 0
         self._names: dict[Name, dict[int, None]] = {}  # of each worker
         self._bits: dict[Name, int] = {}
-        self._workers: dict[int, Name] = {}  # by bit
+        self._workers: list[Name] = []  # by bit; of a bit that nobody has now, who had it last
+        self.version = 0  # rises with every change
 
     def apply(self, worker: Name, news: CacheNews) -> None:
         if news.anew:
             self.forget(worker)
         if not (news.kept or news.lost):
             return
+        self.version += 1
         bit = 1 << self._bit_of(worker)
         names = self._names[worker]
         for name in news.kept:
@@ -43,7 +48,7 @@ class PrefixIndex:
         bit = self._bits.pop(worker, None)
         if bit is None:
             return
-        del self._workers[bit]
+        self.version += 1
         for name in self._names.pop(worker):
             self._clear(name, 1 << bit)
 
@@ -76,11 +81,15 @@ class PrefixIndex:
         """The lowest that is free, so that masks stay short."""
         bit = self._bits.get(worker)
         if bit is None:
-            bit = next(bit for bit in range(len(self._workers) + 1) if bit not in self._workers)
-            self._bits[worker], self._workers[bit], self._names[worker] = bit, worker, {}
+            taken = set(self._bits.values())
+            bit = next(bit for bit in range(len(taken) + 1) if bit not in taken)
+            self._bits[worker], self._workers[bit : bit + 1], self._names[worker] = bit, [worker], {}
         return bit
 
     def _of(self, mask: int) -> Iterator[Name]:
+        if mask.bit_count() > FEW:
+            yield from compress(self._workers, bin(mask)[:1:-1].encode().translate(BITS))  # the lowest first
+            return
         while mask:
             lowest = mask & -mask
             yield self._workers[lowest.bit_length() - 1]

@@ -9,41 +9,40 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from operator import add, itemgetter
+from typing import NamedTuple
 
 from router.policies.rehearsal import Prompt, rehearse
 
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """In the order of their turns. `sums_s`: the work of each and those before it, of which the first began at `since`.
-    `slacks_s`: of each and those after it, the least time between its first token and when it is due."""
+    """In the order of their turns. `done_at`: when the work before each is done, and in the end all of it, by sums of
+    what began at `since`. `slacks_s`: of each and those after it, the least time between its first token and when it is
+    due, and in the end infinite."""
 
     all: tuple[Prompt, ...] = ()
     since: float = 0.0
     ends: tuple[float, ...] = ()  # rehearsed: when each gives its first token
     dues: tuple[float, ...] = ()
-    sums_s: tuple[float, ...] = ()
-    slacks_s: tuple[float, ...] = ()
+    done_at: tuple[float, ...] = (-math.inf,)
+    slacks_s: tuple[float, ...] = (math.inf,)
 
-    def before_s(self, due: float, now: float) -> float:
-        """Seconds of work before a new prompt that is due then."""
+    def around_s(self, due: float, now: float) -> tuple[float, float]:
+        """Of a new prompt that is due then: seconds of work before it, and seconds that those after it can be held up
+        without being late."""
         place = bisect_right(self.dues, due)
-        return max(0.0, self.since + self.sums_s[place - 1] - now) if place else 0.0
-
-    def room_s(self, due: float) -> float:
-        """Seconds that those after a new one can be held up without being late."""
-        place = bisect_right(self.dues, due)
-        return self.slacks_s[place] if place < len(self.slacks_s) else math.inf
+        before_s = self.done_at[place] - now
+        return before_s if before_s > 0.0 else 0.0, self.slacks_s[place]
 
     def left_s(self, now: float) -> float:
-        return max(0.0, self.since + self.sums_s[-1] - now) if self.sums_s else 0.0
+        return max(0.0, self.done_at[-1] - now)
 
 
-@dataclass(frozen=True, slots=True)
-class Decode:
+class Decode(NamedTuple):
     """`ends`: when its last token is expected; `num_tokens`: stored in the middle of what is left of its life."""
 
     ends: float
@@ -53,17 +52,15 @@ class Decode:
 
 @dataclass(frozen=True, slots=True)
 class Decodes:
-    """By their ends; `tokens` and `tpots_s` are the sum and the least of each and those after it."""
+    """By their ends; `tokens` and `tpots_s` are the sum and the least of each and those after it, then of none."""
 
     ends: tuple[float, ...] = ()
-    tokens: tuple[float, ...] = ()
-    tpots_s: tuple[float, ...] = ()
+    tokens: tuple[float, ...] = (0.0,)
+    tpots_s: tuple[float, ...] = (math.inf,)
 
     def at(self, time: float) -> tuple[int, float, float]:
         """Of those that still run then: how many, their tokens, and the tightest target."""
         place = bisect_right(self.ends, time)
-        if place == len(self.ends):
-            return 0, 0.0, math.inf
         return len(self.ends) - place, self.tokens[place], self.tpots_s[place]
 
 
@@ -74,10 +71,14 @@ NO_DECODES = Decodes()
 def prompts_of(prompts: Iterable[Prompt], since: float, chunk: int, budget: int) -> Prompts:
     """`chunk` and `budget`: as for `rehearse`."""
     ordered = tuple(sorted(prompts, key=turn_of))
-    sums_s = tuple(accumulate(one.compute_s * one.num_left / one.num_tokens for one in ordered))
+    if not ordered:
+        return NO_PROMPTS
+    sums_s = accumulate([one.compute_s * one.num_left / one.num_tokens for one in ordered])
+    done_at = (-math.inf, *[since + sum_s for sum_s in sums_s])
     ends = tuple(rehearse(ordered, since, chunk, budget))
     slacks_s = [one.due - end for one, end in zip(ordered, ends, strict=True)]
-    return Prompts(ordered, since, ends, tuple(one.due for one in ordered), sums_s, _from_the_end(slacks_s, min))
+    dues = tuple([one.due for one in ordered])
+    return Prompts(ordered, since, ends, dues, done_at, (*_from_the_end(slacks_s, min), math.inf))
 
 
 def with_one_more(prompts: Prompts, new: Prompt, chunk: int, budget: int) -> tuple[float, list[tuple[float, float]]]:
@@ -93,12 +94,12 @@ def turn_of(prompt: Prompt) -> tuple[float, float]:
 
 
 def decodes_of(decodes: Iterable[Decode]) -> Decodes:
-    ordered = sorted(decodes, key=lambda one: one.ends)
-    tokens = _from_the_end([one.num_tokens for one in ordered], lambda total, one: total + one)
-    return Decodes(
-        tuple(one.ends for one in ordered), tokens, _from_the_end([one.tpot_s for one in ordered], min)
-    )  # fmt: skip
+    ordered = sorted(decodes, key=itemgetter(0))
+    if not ordered:
+        return NO_DECODES
+    ends, tokens, tpots_s = zip(*ordered, strict=True)
+    return Decodes(ends, (*_from_the_end(tokens, add), 0.0), (*_from_the_end(tpots_s, min), math.inf))
 
 
-def _from_the_end(values: list[float], combine: Callable[[float, float], float]) -> tuple[float, ...]:
+def _from_the_end(values: Sequence[float], combine: Callable[[float, float], float]) -> tuple[float, ...]:
     return tuple(accumulate(reversed(values), combine))[::-1]

@@ -74,6 +74,8 @@ def _taken(
 ) -> list[tuple[int, int]]:
     """(number, tokens) of the prompts in the step that begins at this time."""
     here = [number for number in left if prompts[number].placed <= time]
+    if len(here) == 1:
+        return [(here[0], min(left[here[0]], chunk, budget))]
     begun = [number for number in here if left[number] < prompts[number].num_tokens]
     waiting = [number for number in here if left[number] == prompts[number].num_tokens]
     first = begun[:1]

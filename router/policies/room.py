@@ -8,8 +8,9 @@ left of their lives.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from router.policies.snapshot import Snapshot, WorkerLoad
 
@@ -17,13 +18,9 @@ SEATS, BLOCKS, TPOT = "seats", "blocks", "tpot"
 USABLE = 0.98  # of the blocks: last blocks are full of half-used ones
 
 
-class Crowd(NamedTuple):
-    """`num` sequences with the request, which reads beside `tokens` of theirs; `tpot_s`: the tightest of theirs."""
-
-    num: int
-    tokens: float
-    tpot_s: float
-    problem: str
+# Sequences with the request, tokens of the others, the tightest of their targets, and why it cannot be there: a bare
+# tuple, for there are hundreds in a decision.
+Crowd = tuple[int, float, float, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,31 +33,42 @@ class Room:
 
 def room_on(snapshot: Snapshot, load: WorkerLoad, at: float, gap_s: float = 0.0) -> Room:
     """For the request of the snapshot, that gets there at this time; `gap_s`: its hand-off's."""
-    crowd = crowd_on(snapshot, load, at)
-    return Room(crowd.problem, math.inf) if crowd.problem else room_in(snapshot, load, crowd, gap_s)
+    (crowd,) = crowds_on(snapshot, (load,), at)
+    problem = crowd[-1]
+    return Room(problem, math.inf) if problem else room_in(snapshot, load, crowd, gap_s)
 
 
-def crowd_on(snapshot: Snapshot, load: WorkerLoad, at: float) -> Crowd:
-    """Whom it would share a step with."""
-    ask, limits, stats = snapshot.ask, snapshot.limits, load.stats
-    num, tokens, tpot_s = load.decodes.at(at)
-    others = stats.num_running - len(load.decodes.ends)  # other gateways'
-    count = num + (others if others > 0 else 0) + ask.num_answers
-    if count > limits.max_batch_seqs:
-        return Crowd(count, tokens, tpot_s, SEATS)
-    slots = (tokens + ask.num_tokens + ask.num_output * ask.num_answers) / limits.block_size + count / 2
-    is_full = count > ask.num_answers and slots > USABLE * stats.num_blocks  # an empty one takes whatever may come
-    return Crowd(count, tokens, tpot_s, BLOCKS if is_full else "")
+def crowds_on(snapshot: Snapshot, loads: Iterable[WorkerLoad], at: float) -> list[Crowd]:
+    """Whom it would share a step with on each."""
+    ask, limits = snapshot.ask, snapshot.limits
+    num_answers, most, size = ask.num_answers, limits.max_batch_seqs, limits.block_size
+    num_known, num_growth = ask.num_tokens, ask.num_output * ask.num_answers
+    crowds: list[Crowd] = []
+    for load in loads:
+        stats, decodes = load.stats, load.decodes
+        ends = decodes.ends
+        place = bisect_right(ends, at)  # as in decodes.at
+        tokens, tpot_s = decodes.tokens[place], decodes.tpots_s[place]
+        others = stats.num_running - len(ends)  # other gateways'
+        count = len(ends) - place + (others if others > 0 else 0) + num_answers
+        if count > most:
+            crowds.append((count, tokens, tpot_s, SEATS))
+            continue
+        slots = (tokens + num_known + num_growth) / size + count / 2
+        is_full = count > num_answers and slots > USABLE * stats.num_blocks  # an empty one takes whatever may come
+        crowds.append((count, tokens, tpot_s, BLOCKS if is_full else ""))
+    return crowds
 
 
 def room_in(snapshot: Snapshot, load: WorkerLoad, crowd: Crowd, gap_s: float) -> Room:
     """Is such a step quick enough for everybody?"""
     ask, margin = snapshot.ask, snapshot.margin
-    context = round(crowd.tokens + ask.num_answers * (ask.num_tokens + ask.expected_output / 2))
-    step_s = snapshot.predictor.decode_step_s(load.member.pool, crowd.num, context)
+    num, tokens, tpot_s, _ = crowd
+    context = round(tokens + ask.num_answers * (ask.num_tokens + ask.expected_output / 2))
+    step_s = snapshot.predictor.decode_step_s(load.member.pool, num, context)
     late_s = step_s * margin.step_factor
     own_s = late_s + gap_s / max(1.0, ask.expected_output - 1)
-    return Room(TPOT if late_s > crowd.tpot_s or own_s > ask.tpot_s else "", step_s)
+    return Room(TPOT if late_s > tpot_s or own_s > ask.tpot_s else "", step_s)
 
 
 def gap_s(snapshot: Snapshot, first: WorkerLoad, load: WorkerLoad, own_s: float) -> float:

@@ -12,10 +12,9 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from heapq import nsmallest
 from operator import itemgetter
 
 from engine.step_shape import Chunk, StepShape
@@ -24,11 +23,13 @@ from router.policies.admission import YIELDS, admitted, without_room, yields
 from router.policies.occupancy import with_one_more
 from router.policies.pools import by_decode_work, by_prefill_work, pair
 from router.policies.rehearsal import Prompt
-from router.policies.room import Crowd, crowd_on, gap_s, room_in, room_on
+from router.policies.room import crowds_on, gap_s, room_in, room_on
 from router.policies.slack import slack_tokens
 from router.policies.snapshot import Decision, Placement, Snapshot, Wait, WorkerLoad
 
 MOST_REHEARSED = 3  # each takes as many steps as it has prompts
+
+Rank = tuple[bool, float, int, str]  # is anybody late, seconds, minus what is cached, worker id
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class Option:
     first: WorkerLoad
 
     @property
-    def rank(self) -> tuple[bool, float, int, str]:
+    def rank(self) -> Rank:
         return not self.is_kind, self.ttft_s, -self.num_cached, self.first.member.worker_id
 
 
@@ -78,19 +79,25 @@ def _apart(snapshot: Snapshot, prefill: Sequence[WorkerLoad]) -> Option | None:
     """The best of the prefill workers: all are ranked by sums, and the best of these rehearsed."""
     now = snapshot.now
     due = now + snapshot.ask.ttft_s
-    ranked: list[tuple[bool, float, int, str, float, WorkerLoad]] = []
+    best: list[tuple[Rank, float, WorkerLoad]] = []
+    last: Rank = (True, math.inf, 1, "")  # that is among the best
     times_s: dict[int, float] = {}  # by what is cached: few workers have anything
-    for load in prefill:
-        num_cached, prompts = snapshot.cached_on(load), load.prompts
+    for load, num_cached in zip(prefill, snapshot.cached_on_each(prefill), strict=True):
         own_s = times_s.get(num_cached)
         if own_s is None:
             own_s = times_s[num_cached] = snapshot.prefill_s(load)
-        before_s = prompts.before_s(due, now) if prompts.all else 0.0
-        is_unkind = bool(prompts.all) and own_s > prompts.room_s(due)
-        ranked.append((is_unkind, before_s + own_s, -num_cached, load.member.worker_id, own_s, load))
-    best = nsmallest(MOST_REHEARSED, ranked, key=itemgetter(0, 1, 2, 3))
+        prompts = load.prompts
+        place = bisect_right(prompts.dues, due)  # as in prompts.around_s
+        done_at = prompts.done_at[place]
+        ttft_s = done_at - now + own_s if done_at > now else own_s
+        rank = (own_s > prompts.slacks_s[place], ttft_s, -num_cached, load.member.worker_id)
+        if rank < last:
+            insort(best, (rank, own_s, load), key=itemgetter(0))
+            if len(best) >= MOST_REHEARSED:
+                del best[MOST_REHEARSED:]
+                last = best[-1][0]
     found: Option | None = None
-    for is_unkind, ttft_s, minus_cached, _, own_s, load in best:
+    for (is_unkind, ttft_s, minus_cached, _), own_s, load in best:
         if found is not None and found.is_kind and found.ttft_s <= ttft_s:
             break  # a rehearsal finds no first token sooner than the sums
         option = _rehearsed(snapshot, Option(not is_unkind, ttft_s, own_s, -minus_cached, load), due)
@@ -113,8 +120,9 @@ def _rehearsed(snapshot: Snapshot, option: Option, due: float) -> Option:
 def _beside(snapshot: Snapshot, decode: Sequence[WorkerLoad]) -> Iterator[Option]:
     """Decode workers that can take the whole prompt into a step and then have room for the request."""
     ask, chunk = snapshot.ask, snapshot.limits.prefill_chunk
-    for load in decode:
-        num_cached = snapshot.cached_on(load)
+    if ask.num_tokens - max(ask.cached.values(), default=0) > chunk:
+        return
+    for load, num_cached in zip(decode, snapshot.cached_on_each(decode), strict=True):
         if ask.num_tokens - num_cached > chunk or load.prompts.dues:
             continue
         num, tokens, tpot_s = load.decodes.at(snapshot.now)
@@ -135,22 +143,22 @@ def _decode_worker(snapshot: Snapshot, option: Option, decode: Sequence[WorkerLo
     """One with room for what this option computes; where there is a choice, not who has just refused it. They are tried
     from the fullest on, or from the emptiest, and those that are sure to be too full are passed over by halves."""
     at, packs, ask = snapshot.now + option.ttft_s, math.isfinite(snapshot.ask.tpot_s), snapshot.ask
-    ranked: list[tuple[bool, float, float, str, WorkerLoad, Crowd]] = []
+    ranked: list[tuple[bool, float, float, str, int]] = []
     sign = -1 if packs else 1
-    for load in decode:
-        if load.member.cohort == option.first.member.cohort:
-            crowd = crowd_on(snapshot, load, at)
-            if not crowd.problem:
-                is_last = load.name == ask.refused_by
-                name = load.member.worker_id
-                ranked.append((is_last, sign * crowd.num, sign * crowd.tokens, name, load, crowd))
-    ranked.sort(key=itemgetter(0, 1, 2, 3))
+    mates = [load for load in decode if load.member.cohort == option.first.member.cohort]
+    crowds = crowds_on(snapshot, mates, at)
+    for index, (num, tokens, _, problem) in enumerate(crowds):
+        if not problem:
+            member = mates[index].member
+            ranked.append((member.name == ask.refused_by, sign * num, sign * tokens, member.worker_id, index))
+    ranked.sort()
 
     def has_room(number: int, with_gap: bool = True) -> bool:
-        *_, load, crowd = ranked[number]
+        index = ranked[number][-1]
+        load, crowd = mates[index], crowds[index]
         gap = gap_s(snapshot, option.first, load, option.own_s) if with_gap else 0.0
         return not room_in(snapshot, load, crowd, gap).problem
 
     first = bisect_left(range(len(ranked)), True, key=lambda number: has_room(number, False)) if packs else 0
     numbers = (*range(first, len(ranked)), *range(first))
-    return next((ranked[number][4] for number in numbers if has_room(number)), None)
+    return next((mates[ranked[number][-1]] for number in numbers if has_room(number)), None)

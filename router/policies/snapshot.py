@@ -87,9 +87,10 @@ class Ask:
         return math.isfinite(self.ttft_s) or math.isfinite(self.tpot_s)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class WorkerLoad:
-    """What the router knows of a worker now: its own placements there, and the worker's last report."""
+    """What the router knows of a worker now: its own placements there, and the worker's last report. Nobody
+    changes one. It is not frozen: to make a frozen one takes five times as long, and one is made for every report."""
 
     member: Member
     connected: bool
@@ -101,7 +102,7 @@ class WorkerLoad:
 
     @property
     def name(self) -> Name:
-        return self.member.worker_id, self.member.incarnation
+        return self.member.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +141,13 @@ class Snapshot:
     def cached_on(self, load: WorkerLoad) -> int:
         """Positions of the prompt's beginning there; the last position is always computed."""
         return min(self.ask.cached.get(load.name, 0), self.ask.num_tokens - 1) if self.ask.cached else 0
+
+    def cached_on_each(self, loads: Sequence[WorkerLoad]) -> list[int]:
+        cached, most = self.ask.cached, self.ask.num_tokens - 1
+        if not cached:
+            return [0] * len(loads)
+        counts = [cached.get(load.member.name, 0) for load in loads]
+        return [min(count, most) for count in counts] if max(counts, default=0) > most else counts
 
     def prefill_s(self, load: WorkerLoad) -> float:
         cached = self.cached_on(load)
