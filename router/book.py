@@ -14,14 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+from engine.types import EngineStats
 from router.live import LiveRequest
-from router.membership import Pool
+from router.membership import Member, Pool
 from router.policies.occupancy import NO_DECODES, NO_PROMPTS, Decode, Decodes, Prompts, decodes_of, prompts_of, turn_of
 from router.policies.rehearsal import Prompt, progressed
 from router.policies.snapshot import EngineLimits, Name, Placement, Predictor, WorkerLoad
-from router.workers import WorkerLink
 
 LEAST_LEFT = 0.05  # of what it has generated: one that has outlived its prediction is expected to go on for so long
 LEARNING_RATE = 0.02
@@ -56,6 +56,19 @@ class Foretold(NamedTuple):
 
     placed: float
     at: float
+
+
+class Link(Protocol):
+    """A worker as it is known now: router.workers.WorkerLink."""
+
+    @property
+    def member(self) -> Member: ...
+
+    @property
+    def connected(self) -> bool: ...
+
+    @property
+    def stats(self) -> EngineStats: ...
 
 
 class Book:
@@ -152,7 +165,7 @@ class Book:
 
     # --- what follows ----------------------------------------------------------------------------------------
 
-    def loads(self, links: Collection[WorkerLink], now: float) -> list[WorkerLoad]:
+    def loads(self, links: Collection[Link], now: float) -> list[WorkerLoad]:
         """Of all links. A load stands as long as its worker's page, report and link are those that it was made of."""
         kept = self._loads
         loads = [
@@ -169,11 +182,11 @@ class Book:
             self._loads = {load.name: load for load in loads}
         return loads
 
-    def _make(self, link: WorkerLink, now: float) -> WorkerLoad:
+    def _make(self, link: Link, now: float) -> WorkerLoad:
         load = self._loads[link.member.name] = self.load(link, now)
         return load
 
-    def load(self, link: WorkerLink, now: float) -> WorkerLoad:
+    def load(self, link: Link, now: float) -> WorkerLoad:
         member, stats = link.member, link.stats
         page = self._pages.get(member.name)
         if page is None:

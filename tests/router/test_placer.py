@@ -6,6 +6,8 @@ import asyncio
 import math
 from dataclasses import replace
 
+import pytest
+
 from engine.errors import Overloaded
 from engine.step_shape import Chunk, StepRecord, StepShape
 from engine.types import EngineStats, ErrorInfo, FinishReason, Request, Service, TokenOutput
@@ -174,3 +176,16 @@ async def test_the_waiting_room_calls_the_first_by_class_then_by_when_they_are_d
     for ticket in tickets:
         room.leave(ticket)
     assert len(room) == 0
+
+
+@in_virtual_time
+async def test_health_tells_how_far_off_a_first_token_was_predicted() -> None:
+    cluster = await calibrated("p0", "d0")
+    assert "ttft" not in {error.kind for error in cluster.dispatcher.health().prediction}
+    await served(cluster, promised("r", ttft_s=5.0, num_prompt=256))
+    await asyncio.sleep(2 * 0.256)
+    cluster["p0"].say(token(cluster["p0"].key, 0))
+    await settle()
+    (error,) = [error for error in cluster.dispatcher.health().prediction if error.kind == "ttft"]
+    assert error.num_judged == 1 and error.median == pytest.approx(0.5, abs=0.05)
+    await cluster.dispatcher.close()
