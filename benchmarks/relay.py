@@ -14,10 +14,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import uvloop
@@ -32,6 +34,7 @@ KINDS = ("ours", "echo in turns", "echo at once")
 @dataclass(frozen=True, slots=True)
 class Round:
     tokens_per_s: float
+    cpu_us: float  # of the server, per token
     num_events: int
     num_wrong: int  # streams that did not get what they had to
 
@@ -48,6 +51,7 @@ def main() -> None:
         {
             "kind": kind,
             "tokens/s": spread([one.tokens_per_s for one in results[kind]], digits=0),
+            "server CPU, us per token": spread([one.cpu_us for one in results[kind]], digits=1),
             "events per token": f"{sum(one.num_events for one in results[kind]) / num_asked:.3f}",
             "wrong streams": sum(one.num_wrong for one in results[kind]),
         }
@@ -77,10 +81,10 @@ async def measure(rounds: int, num_tokens: int) -> dict[str, list[Round]]:
     results: dict[str, list[Round]] = {kind: [] for kind in KINDS}
     try:
         for server in servers.values():
-            await one_round(server[1], num_tokens)  # warm
+            await one_round(*server, num_tokens)  # warm
         for number in range(rounds):
             for kind in (*KINDS[number % 3 :], *KINDS[: number % 3]):
-                results[kind].append(await one_round(servers[kind][1], num_tokens))
+                results[kind].append(await one_round(*servers[kind], num_tokens))
     finally:
         for process, _ in servers.values():
             process.kill()
@@ -116,18 +120,25 @@ class Client(asyncio.Protocol):
         self._is_over.set_result(b"".join(self._parts))
 
 
-async def one_round(port: int, num_tokens: int) -> Round:
+async def one_round(server: subprocess.Popen[str], port: int, num_tokens: int) -> Round:
     loop = asyncio.get_running_loop()
     futures: list[asyncio.Future[bytes]] = [loop.create_future() for _ in range(NUM_STREAMS)]
-    begun = time.perf_counter()
+    begun, cpu_before_s = time.perf_counter(), cpu_s(server.pid)
     for future in futures:
         await loop.create_connection(lambda future=future: Client(num_tokens, future), "127.0.0.1", port)
     async with asyncio.timeout(120):
         answers = await asyncio.gather(*futures)
-    took_s = time.perf_counter() - begun
+    took_s, used_s = time.perf_counter() - begun, cpu_s(server.pid) - cpu_before_s
     told = [texts_of(answer) for answer in answers]
     wrong = sum("".join(texts) != "B" * num_tokens for texts in told)
-    return Round(NUM_STREAMS * num_tokens / took_s, sum(len(texts) for texts in told), wrong)
+    count = NUM_STREAMS * num_tokens
+    return Round(count / took_s, used_s / count * 1e6, sum(len(texts) for texts in told), wrong)
+
+
+def cpu_s(pid: int) -> float:
+    """What a process has used so far, in user and in kernel mode."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def texts_of(answer: bytes) -> list[str]:

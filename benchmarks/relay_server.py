@@ -17,7 +17,7 @@ from tokenizers.models import BPE
 from cluster.garbage import collect_seldom
 from cluster.gateway import Server, SystemNames, server_config
 from cluster.listener import listen
-from engine.models.detokenizer import IncrementalDetokenizer
+from engine.models.detokenizer import IncrementalDetokenizer, Pieces
 from engine.streams import StreamBatch
 from engine.types import EngineStats, FinishReason, Key, Move, Role, Submission, TokenOutput
 from router.config import RouterConfig
@@ -125,7 +125,8 @@ def our_app() -> object:
     dispatcher = Dispatcher(CONFIG, "bench", EagerWorkers(), SystemNames())
     dispatcher.apply(Membership(1, (Member("p", "1", Role.PREFILL, 0, "p:1", "c"),)))
     tokenizer = LetterTokenizer()
-    model = TextModel("m", 1 << 20, tokenizer, lambda _shown: IncrementalDetokenizer(tokenizer))
+    pieces = Pieces(tokenizer)
+    model = TextModel("m", 1 << 20, tokenizer, lambda _shown: IncrementalDetokenizer(tokenizer, pieces=pieces))
     return create_app(Door(dispatcher), model, CONFIG, steps=dispatcher.step_history, wall_clock=time.time)
 
 

@@ -5,6 +5,7 @@
    was made) and has at most MAX_HEAD_BYTES. Between requests uvicorn's own time-out closes it.
 3. The body's time and size are the application's to bound (router/patience.py, router/body.py); what belongs to the
    body and is not content (chunk extensions, trailers) is bounded as a head is.
+   A piece of a stream that need not wait can be written at once, past all that stands between (WRITE_NOW).
 4. An answer waits in memory up to WRITE_BUFFER_BYTES; then its writer waits. The end of an answer of which nothing
    is taken for `write_timeout_s` is thrown away with the connection.
 5. What is no HTTP gets a 400 in OpenAI's format and is closed.
@@ -30,6 +31,7 @@ from engine.errors import InvalidRequest, SteelyardError, Unavailable
 from router.config import RouterConfig
 from router.errors import HeadTooLarge, error_reply
 from router.patience import HANG_UP
+from router.tap import WRITE_NOW
 
 MAX_HEAD_BYTES = 64 * 2**10  # request line and headers; common servers take 8 to 64 KiB
 WRITE_BUFFER_BYTES = 16 * 2**10  # some fifty events of a stream
@@ -97,7 +99,7 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._head_bytes = 0
-        self.scope["extensions"] = {HANG_UP: {"call": self._drop}}
+        self.scope["extensions"] = {HANG_UP: {"call": self._drop}, WRITE_NOW: {"line": self}}
 
     def on_url(self, url: bytes) -> None:
         super().on_url(url)
@@ -174,6 +176,20 @@ class Connection(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._answering = cycle
         super()._start_asgi_task(cycle, app)
+
+    def is_open(self) -> bool:
+        """See router.tap.Line."""
+        one = self._answering
+        return (
+            one is not None
+            and not self.flow.write_paused
+            and one.chunked_encoding is True
+            and not (one.response_complete or one.disconnected)
+        )
+
+    def write_now(self, body: bytes, /) -> None:
+        """See router.tap.Line. One chunk, as uvicorn writes it."""
+        self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
 
     def send_400_response(self, msg: str) -> None:
         self._answer(self._fault or InvalidRequest("This is not a valid HTTP/1.1 request"))

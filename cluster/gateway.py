@@ -38,10 +38,10 @@ from cluster.spans import FLUSH_TIMEOUT_S, open_provider
 from cluster.turn_writer import Turn
 from engine.config import EngineConfig, ModelSource
 from engine.errors import ConfigError
-from engine.models.detokenizer import IncrementalDetokenizer
+from engine.models.detokenizer import IncrementalDetokenizer, Pieces
 from engine.models.loader import load_config
 from engine.models.store import resolve
-from engine.models.tokenizer import load_tokenizer
+from engine.models.tokenizer import Tokenizer, load_tokenizer
 from router.block_names import Naming
 from router.chat_style import chat_style
 from router.config import RouterConfig
@@ -197,11 +197,27 @@ def load_text_model(source: ModelSource) -> TextModel:
     name = source.served_name or files.name
     style = chat_style(tokenizer.template_source, tokenizer.knows_tools, source.tool_format, source.reasoning)
 
-    def new_detokenizer(marks: Sequence[str]) -> IncrementalDetokenizer:
-        ids = [tokenizer.special_id(mark) for mark in marks]
-        return IncrementalDetokenizer(tokenizer, shown=frozenset(one for one in ids if one is not None))
+    return TextModel(name, max_context, tokenizer, Detokenizers(tokenizer).new, style)
 
-    return TextModel(name, max_context, tokenizer, new_detokenizer, style)
+
+class Detokenizers:
+    """Makes those of one model's streams, which share the texts of tokens."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._pieces: dict[frozenset[int], Pieces] = {}  # by the special tokens shown: the model's marks, or none
+
+    def new(self, marks: Sequence[str]) -> IncrementalDetokenizer:
+        ids = [self._tokenizer.special_id(mark) for mark in marks]
+        shown = frozenset(one for one in ids if one is not None)
+        return IncrementalDetokenizer(self._tokenizer, shown=shown, pieces=self._shared(shown))
+
+    def _shared(self, shown: frozenset[int]) -> Pieces | None:
+        if not self._tokenizer.is_bytewise:
+            return None
+        if shown not in self._pieces:
+            self._pieces[shown] = Pieces(self._tokenizer, shown=shown)
+        return self._pieces[shown]
 
 
 def our_version() -> str:

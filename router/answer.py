@@ -29,6 +29,7 @@ from router.metrics import Metrics
 from router.parts import Content, spoken
 from router.reader import AnswerReader
 from router.replies import Replies, Usage, WholeChoice, usage_of
+from router.tap import WRITE_NOW, Line, Tap
 from router.text_stream import Piece, TextStream
 
 logger = logging.getLogger(__name__)
@@ -109,11 +110,13 @@ class Generation:
     request: Request
     outputs: AsyncGenerator[TokenOutput]
     cancel: Callable[[str], None]
+    tap: Callable[[str, Callable[[TokenOutput], bool]], None]  # see router.api.Generator
     choices: dict[str, Choice]
     ledger: Ledger
     token_text: Callable[[int], str]
     num_sent: int
     shows_logprobs: bool = True
+    charge: Callable[[int, float], None] = lambda _num_tokens, _now_s: None  # generated tokens, to whom they count
     end: FinishReason = FinishReason.ABORT  # what it counts as, unless it comes to something better
     _waiting: list[TokenOutput] = field(default_factory=list)  # for the logprobs of the prompt they begin with
 
@@ -151,12 +154,23 @@ class Generation:
             )
         return chosen
 
+    @property
+    def is_plain(self) -> bool:
+        """One answer, of which nothing but its text is wanted."""
+        first = self.first
+        scored = self.request.sampling.logprobs >= 0
+        return len(self.choices) == 1 and first.reader is None and first.texts.is_plain and not scored
+
+    def charge_now(self, num_tokens: int) -> None:
+        self.charge(num_tokens, _now_s())
+
     async def next_piece(self) -> tuple[Choice, Piece]:
         """Not to be called once all is done."""
         while True:
             output = self._next_waiting() or await anext(self.outputs, None)
             if output is None:
                 raise SteelyardError("The generation ended without a reason")
+            self.charge_now(len(output.token_ids))
             choice = self.choices[output.key.request_id]
             if choice.finish is None:
                 _check(output)
@@ -198,15 +212,19 @@ class Answer(Response):
         self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not await while_connected(receive, self._run(send)):
+        line = scope.get("extensions", {}).get(WRITE_NOW, {}).get("line")
+        if not await while_connected(receive, self._run(send, line)):
             logger.info("request %s: the client went away", self._generation.request.request_id)
 
-    async def _run(self, send: Send) -> None:
+    async def _run(self, send: Send, line: Line | None) -> None:
         one = self._generation
         try:
             async with aclosing(one.outputs):
                 choice, piece = await one.next_piece()
-                await (self._send_stream if self._stream else self._send_whole)(choice, piece, send)
+                if self._stream:
+                    await self._send_stream(choice, piece, send, line)
+                else:
+                    await self._send_whole(choice, piece, send)
         except Exception:
             one.end = FinishReason.ERROR
             raise
@@ -233,14 +251,17 @@ class Answer(Response):
         await send({"type": "http.response.body", "body": body})
         one.end = one.first.finish or one.end
 
-    async def _send_stream(self, choice: Choice, piece: Piece, send: Send) -> None:
+    async def _send_stream(self, choice: Choice, piece: Piece, send: Send, line: Line | None) -> None:
         one = self._generation
         await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
         opening = self._replies.opening(len(one.choices), self._usage)
         await self._send_events(send, *opening, *self._events(choice, piece))
+        tap = self._open_tap(line)
         try:
             while not one.is_done:
                 choice, piece = await one.next_piece()
+                if tap is not None and tap.fault is not None:
+                    raise tap.fault
                 await self._send_events(send, *self._events(choice, piece))
             one.end = one.first.finish or one.end
             last = self._replies.ending(one.usage)
@@ -251,6 +272,20 @@ class Answer(Response):
         if one.ledger.is_shown:
             last = before_end(last, self._replies.note(self._timeline()))
         await send({"type": "http.response.body", "body": last})
+
+    def _open_tap(self, line: Line | None) -> Tap | None:
+        """What comes from now on is sent past this task, where that can be."""
+        one = self._generation
+        if line is None or self._counts_on or not one.is_plain:
+            return None
+        first = one.first
+
+        def event(text: str) -> bytes:
+            return self._replies.text(first.index, text)
+
+        tap = Tap(line, first.texts, one.ledger, event, self._count_sent, one.charge_now)
+        one.tap(one.request.request_id, tap.take)
+        return tap
 
     def _timeline(self) -> bytes:
         """So far: what still happens is sending it."""

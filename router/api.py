@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -69,6 +69,11 @@ class Generator(Protocol):
 
     def cancel(self, request_id: str) -> None:
         """End one of several answers; its last output says ABORT. An unknown id is no error."""
+        ...
+
+    def tap(self, request_id: str, take: Callable[[TokenOutput], bool]) -> None:
+        """While the iterator's reader waits, offer outputs to `take` as they come, but the last; what it says False to,
+        the iterator yields. Only for one answer alone; an unknown id is no error. `take` must not raise."""
         ...
 
     def new_request_id(self) -> str: ...

@@ -31,8 +31,8 @@ def begin_generation(
     outputs = streams[0] if len(streams) == 1 else fan_in(streams)
     shows_logprobs = isinstance(body, ChatBody) or body.logprobs is not None
     return Generation(
-        prepared.requests[0], outputs, generator.cancel, choices, ledger, model.tokenizer.token_text, body.num_choices,
-        shows_logprobs,
+        prepared.requests[0], outputs, generator.cancel, generator.tap, choices, ledger, model.tokenizer.token_text,
+        body.num_choices, shows_logprobs,
     )  # fmt: skip
 
 

@@ -161,6 +161,12 @@ class Dispatcher:
             self._abandon(live)
             live.cancel()
 
+    def tap(self, request_id: str, take: Callable[[TokenOutput], bool]) -> None:
+        """See router.api.Generator."""
+        live = self._live.get(request_id)
+        if live is not None:
+            live.tap = take
+
     async def _follow(self, live: LiveRequest) -> AsyncGenerator[TokenOutput]:
         """The outputs of one, to its end."""
         finish = None

@@ -8,7 +8,7 @@ What is still inside then is ended by the owner, with a typed error.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -45,6 +45,9 @@ class Door:
 
     def cancel(self, request_id: str) -> None:
         self._inner.cancel(request_id)
+
+    def tap(self, request_id: str, take: Callable[[TokenOutput], bool]) -> None:
+        self._inner.tap(request_id, take)
 
     async def close(self, drain_s: float) -> int:
         """How many requests are still inside after `drain_s`. Takes no time when there are none."""

@@ -146,6 +146,7 @@ class _Front:
         ledger.add_stages(((PREPARE_STAGE, prepare_s),))
         generation = begin_generation(self.generator, self.model, body, prepared, ledger)
         generation.outputs = metered(generation.outputs, prepared.requests, caller)
+        generation.charge = caller.quota.charge
         return generation
 
     def _on_end(self, http: HttpRequest) -> Callable[[Ledger, Outcome], None]:

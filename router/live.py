@@ -57,6 +57,7 @@ class LiveRequest:
     last_token_at: float = 0.0  # while it moves
     names: BlockNames | None = None  # once they were asked for
     is_finished: bool = False  # its last token has come
+    tap: Callable[[TokenOutput], bool] | None = None  # takes outputs while its reader waits; False: the reader's
     stages: tuple[tuple[str, float], ...] = ()  # of this gateway, to be told with the next output
     last_heard: float = 0.0  # when it was placed, or when tokens of this placement last came
     has_expired: bool = False  # its deadline passed
@@ -281,12 +282,20 @@ class LiveRequest:
             self.changed(self)
         if output.cached_tokens != self.cached_tokens:
             output = replace(output, cached_tokens=self.cached_tokens)
-        self._events.put_nowait(output)
+        self._hand_on(output)
         if not self._held:
             return
         held, self._held = self._held, []
         for following in held:
             self.take(following, decode.worker_id if decode else worker_id)
+
+    def _hand_on(self, output: TokenOutput) -> None:
+        """Past a reader that waits, if the tap takes it; what is to be told with it, and the end, are the reader's."""
+        past = self.tap is not None and output.finish is None and not self.stages and self._events.is_awaited
+        if past and self.tap is not None and self.tap(output):
+            self.tokens.extend(output.token_ids)
+        else:
+            self._events.put_nowait(output)
 
     def _hold(self, output: TokenOutput) -> None:
         last = self._held[-1] if self._held else None

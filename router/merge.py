@@ -30,6 +30,11 @@ class Backlog:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
+    @property
+    def is_awaited(self) -> bool:
+        """Its reader has had all that came, and waits for more."""
+        return self._waiter is not None and not self._waiter.done()
+
     def clear(self) -> None:
         self._events.clear()
 

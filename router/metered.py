@@ -1,4 +1,7 @@
-"""Metered: the outputs of one request, counted against its tenant's limits from its first wait to its end."""
+"""Metered: the outputs of one request, which counts against its tenant's limits from its first wait to its end.
+
+Generated tokens are charged where they are taken (`Generation.charge`): not all of them pass here.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,6 @@ async def metered(
         caller.quota.admit(ticket, sum(len(one.prompt_ids) for one in requests), clock())
         try:
             async for output in outputs:
-                caller.quota.charge(len(output.token_ids), clock())
                 yield output
         finally:
             caller.quota.leave(ticket)

@@ -74,8 +74,8 @@ class Quota:
         self.charge(num_prompt_tokens, now_s)
 
     def charge(self, num_tokens: int, now_s: float) -> None:
-        self._fill(now_s)
-        self._tokens = self._tokens and self._tokens.less(num_tokens)
+        if self._tokens is not None:
+            self._tokens = self._tokens.at(now_s).less(num_tokens)
 
     def leave(self, ticket: object) -> None:
         self._live.pop(ticket, None)

@@ -20,7 +20,7 @@ from router.reasoning import ReasoningCounter
 class Detokenizer(Protocol):
     """Ids to text as they come; bytes of an unfinished character wait inside."""
 
-    def push(self, ids: list[int], /) -> str: ...
+    def push(self, ids: Iterable[int], /) -> str: ...
 
     def flush(self) -> str: ...
 
@@ -90,10 +90,19 @@ class TextStream:
         """Of `num_tokens`, those of reasoning."""
         return self._counter.num_tokens if self._counter is not None else 0
 
+    @property
+    def is_plain(self) -> bool:
+        """Nothing is looked for in it: tokens are only text."""
+        return not self._has_stops and self._counter is None
+
+    def push_plain(self, token_ids: tuple[int, ...]) -> str:
+        """Of one that is plain, what is not its end."""
+        self.num_tokens += len(token_ids)
+        return self._detokenizer.push(token_ids)
+
     def push(self, token_ids: tuple[int, ...], finish: FinishReason | None) -> Piece:
-        if not self._has_stops and finish is None and self._counter is None:
-            self.num_tokens += len(token_ids)
-            return Piece(self._detokenizer.push(list(token_ids)), None)
+        if finish is None and self.is_plain:
+            return Piece(self.push_plain(token_ids), None)
         text = ""
         for ids in self._portions(token_ids):
             self.num_tokens += len(ids)

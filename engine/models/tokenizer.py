@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import tokenizers
+from tokenizers.decoders import ByteLevel
 
 from engine.errors import InvalidRequest, ModelError
 from engine.models.chat_template import ChatTemplate
@@ -67,6 +68,11 @@ class Tokenizer:
     def template_source(self) -> str:
         """All that the model's templates say; empty if it has none."""
         return "".join(one.source for one in (self._template, self._tool_template) if one is not None)
+
+    @property
+    def is_bytewise(self) -> bool:
+        """Does `decode` put the bytes of tokens together, and nothing else?"""
+        return isinstance(self._backend.decoder, ByteLevel)
 
     def special_id(self, token: str) -> int | None:
         """The id of a special token, which `decode` skips; None if it is ordinary text or several tokens."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import codecs
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -75,7 +75,7 @@ class ByteDetokenizer:
     def __init__(self, _shown: Sequence[str] = ()) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def push(self, ids: list[int]) -> str:
+    def push(self, ids: Iterable[int]) -> str:
         return self._decoder.decode(bytes(one for one in ids if one < 256))
 
     def flush(self) -> str:
@@ -180,6 +180,9 @@ class FakeGenerator:
 
     def cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)
+
+    def tap(self, request_id: str, take: Callable[[TokenOutput], bool]) -> None:
+        """Its outputs are all the iterator's."""
 
     async def _generate(self, request: Request) -> AsyncGenerator[TokenOutput, None]:
         self.requests.append(request)
