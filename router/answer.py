@@ -13,6 +13,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -161,16 +162,13 @@ class Generation:
         scored = self.request.sampling.logprobs >= 0
         return len(self.choices) == 1 and first.reader is None and first.texts.is_plain and not scored
 
-    def charge_now(self, num_tokens: int) -> None:
-        self.charge(num_tokens, _now_s())
-
     async def next_piece(self) -> tuple[Choice, Piece]:
         """Not to be called once all is done."""
         while True:
             output = self._next_waiting() or await anext(self.outputs, None)
             if output is None:
                 raise SteelyardError("The generation ended without a reason")
-            self.charge_now(len(output.token_ids))
+            self.charge(len(output.token_ids), _now_s())
             choice = self.choices[output.key.request_id]
             if choice.finish is None:
                 _check(output)
@@ -279,11 +277,9 @@ class Answer(Response):
         if line is None or self._counts_on or not one.is_plain:
             return None
         first = one.first
-
-        def event(text: str) -> bytes:
-            return self._replies.text(first.index, text)
-
-        tap = Tap(line, first.texts, one.ledger, event, self._count_sent, one.charge_now)
+        event = partial(self._replies.text, first.index)
+        now_s = asyncio.get_running_loop().time
+        tap = Tap(line, first.texts, one.ledger, event, self._metrics.count_next, one.charge, now_s)
         one.tap(one.request.request_id, tap.take)
         return tap
 

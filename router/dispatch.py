@@ -349,16 +349,18 @@ class Dispatcher:
         if (member.worker_id, member.incarnation) in self._links:  # what has left is forgotten
             self.step_history.add(member, batch.steps)
             self.learnt.hear(member, batch)
-        now = self._now()
+        now, has_decoded = self._now(), False
         for output in batch.outputs:
             live = self._live.get(output.key.request_id)
             if live is None or live.is_stray(output):
                 self._abort_stray(member, output)
             elif live.take(self.moves.with_pause(live, output), member.worker_id):
                 live.last_heard = now
-                if live.handed_off:
-                    self.canary.prove()
+                has_decoded = has_decoded or live.handed_off
+                if live.handed_off and output.transfer is not None:
                     self.learnt.hear_transfer(live, output)
+        if has_decoded:
+            self.canary.prove()
 
     def _abort_stray(self, member: Member, output: TokenOutput) -> None:
         """Tokens that nobody wants: an abort came before what it was to end, or was lost. Once at a time."""

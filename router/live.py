@@ -267,6 +267,24 @@ class LiveRequest:
         return replace(event, stages=stages + event.stages)
 
     def _deliver(self, output: TokenOutput, worker_id: str) -> None:
+        decode = self.placement.decode if self.placement else None
+        is_from_decode = decode is not None and decode.worker_id == worker_id
+        if self.is_prefilling or self.migration is not None or (is_from_decode and not self.handed_off):
+            self._go_on(output, is_from_decode)
+        else:  # nearly every token
+            self._count(output)
+        if output.cached_tokens != self.cached_tokens:
+            output = replace(output, cached_tokens=self.cached_tokens)
+        self._hand_on(output)
+        if not self._held:
+            return
+        decode = self.placement.decode if self.placement else None  # it may have moved
+        held, self._held = self._held, []
+        for following in held:
+            self.take(following, decode.worker_id if decode else worker_id)
+
+    def _go_on(self, output: TokenOutput, is_from_decode: bool) -> None:
+        """With an output that may begin its next phase, or a new place."""
         self.leave()
         before = (self.handed_off, self.is_prefilling, self.migration)
         if self.migration is not None and output.key == self.migration.after:
@@ -274,25 +292,19 @@ class LiveRequest:
             self.migration = None  # all that came before is here
         if self.cached_tokens is None:
             self.cached_tokens = output.cached_tokens
-        decode = self.placement.decode if self.placement else None
-        self.handed_off = self.handed_off or (decode is not None and decode.worker_id == worker_id)
-        self._next_index += len(output.token_ids)
-        self.is_finished = output.finish is not None
+        self.handed_off = self.handed_off or is_from_decode
+        self._count(output)
         if before != (self.handed_off, self.is_prefilling, self.migration):
             self.changed(self)
-        if output.cached_tokens != self.cached_tokens:
-            output = replace(output, cached_tokens=self.cached_tokens)
-        self._hand_on(output)
-        if not self._held:
-            return
-        held, self._held = self._held, []
-        for following in held:
-            self.take(following, decode.worker_id if decode else worker_id)
+
+    def _count(self, output: TokenOutput) -> None:
+        self._next_index += len(output.token_ids)
+        self.is_finished = output.finish is not None
 
     def _hand_on(self, output: TokenOutput) -> None:
         """Past a reader that waits, if the tap takes it; what is to be told with it, and the end, are the reader's."""
-        past = self.tap is not None and output.finish is None and not self.stages and self._events.is_awaited
-        if past and self.tap is not None and self.tap(output):
+        tap, may_pass = self.tap, output.finish is None and not self.stages
+        if tap is not None and may_pass and self._events.is_awaited and tap(output):
             self.tokens.extend(output.token_ids)
         else:
             self._events.put_nowait(output)

@@ -104,6 +104,11 @@ class Metrics:
         """Tokens left, `since_s` after those before or after the arrival."""
         (self._ttft if is_first else self._itl).observe(since_s)
 
+    @property
+    def count_next(self) -> Callable[[float], None]:
+        """The same of tokens that are not the first."""
+        return self._itl.observe
+
     def count_end(self, ledger: Ledger, usage: Usage, end: FinishReason) -> None:
         """A request is over. One that never gave a token and failed was refused, and is counted as such only."""
         if end is FinishReason.ERROR and ledger.num_tokens == 0:

@@ -37,19 +37,21 @@ class Line(Protocol):
 
 @dataclass(slots=True)
 class Tap:
-    """`event`: the one with this text; `count`: the tokens that have left; `charge`: so many were generated."""
+    """`event`: the one with this text. `count` hears of tokens that have left, in seconds since those before; `charge`
+    how many were generated, and when."""
 
     line: Line
     texts: TextStream
     ledger: Ledger
     event: Callable[[str], bytes]
-    count: Callable[[], None]
-    charge: Callable[[int], None]
+    count: Callable[[float], None]
+    charge: Callable[[int, float], None]
+    now_s: Callable[[], float]
     fault: Exception | None = field(default=None, init=False)
 
     def take(self, output: TokenOutput) -> bool:
         """See router.api.Generator.tap."""
-        if self.fault is not None or not self.line.is_open():
+        if self.fault is not None or not output.token_ids or not self.line.is_open():
             return False
         try:
             self._send(output)
@@ -59,9 +61,10 @@ class Tap:
         return True
 
     def _send(self, output: TokenOutput) -> None:
-        self.charge(len(output.token_ids))
+        num_tokens, now_s = len(output.token_ids), self.now_s()
+        self.charge(num_tokens, now_s)
         if output.stages or output.transfer:
             self.ledger.take(output)
         if text := self.texts.push_plain(output.token_ids):
             self.line.write_now(self.event(text))
-        self.count()
+        self.count(self.ledger.sent(num_tokens, now_s))

@@ -66,7 +66,7 @@ class IncrementalDetokenizer:
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that `ids` complete; empty while a character is unfinished."""
-        return "".join([self._push_one(token) for token in ids])
+        return "".join(map(self._push_one, ids))
 
     def _push_one(self, token: int) -> str:
         if self._pieces is not None and not self._window and (piece := self._pieces[token]) is not None:

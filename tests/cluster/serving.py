@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from cluster.gateway import Server, server_config
 from cluster.listener import listen
+from router.api import Generator
 from router.config import RouterConfig
-from tests.router.fakes import PLAIN_STYLE, FakeGenerator, make_app
+from tests.router.fakes import PLAIN_STYLE, make_app
 
 PATIENCE_S = 20.0  # of a client that waits for the server to do something; far more than any limit under test
 
@@ -31,7 +32,7 @@ class Served:
 
 
 @asynccontextmanager
-async def serve(generator: FakeGenerator, **settings: float) -> AsyncIterator[Served]:
+async def serve(generator: Generator, **settings: float) -> AsyncIterator[Served]:
     listener = listen("127.0.0.1", 0)
     server = Server(server_config(make_app(generator, PLAIN_STYLE, **settings), RouterConfig.model_validate(settings)))
     serving = asyncio.create_task(server.serve(sockets=[listener]))

@@ -9,6 +9,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.models.detokenizer import Pieces
 from engine.models.loader import load_config
 from engine.models.store import ModelFiles
 from engine.models.tokenizer import IncrementalDetokenizer, Tokenizer, load_tokenizer
@@ -48,6 +49,19 @@ sizes_of_chunks = st.lists(st.integers(0, 5), max_size=60)
 @given(ids=ids_of_any_kind, sizes=sizes_of_chunks, skip_special=st.booleans())
 def test_pieces_of_random_ids_are_their_text(tokenizer, ids, sizes, skip_special):
     assert "".join(stream(tokenizer, chunked(ids, sizes), skip_special)) == tokenizer.decode(ids, skip_special)
+
+
+@settings(deadline=None, max_examples=200)
+@given(ids=ids_of_any_kind, sizes=sizes_of_chunks, skip_special=st.booleans(), shown=st.frozensets(st.integers(0, 16)))
+def test_pieces_without_decoding_are_the_same(tokenizer, ids, sizes, skip_special, shown):
+    """Piece by piece, over random ids and with whole text before and after them."""
+    assert tokenizer.is_bytewise
+    ids = [*tokenizer.encode(MIXED), *ids, *tokenizer.encode(MIXED)]
+    known = IncrementalDetokenizer(tokenizer, skip_special, shown, Pieces(tokenizer, skip_special, shown))
+    plain = IncrementalDetokenizer(tokenizer, skip_special, shown)
+    for chunk in chunked(ids, sizes):
+        assert known.push(chunk) == plain.push(chunk)
+    assert known.flush() == plain.flush()
 
 
 @settings(deadline=None, max_examples=200)

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 
 from engine.errors import InvalidRequest
 from engine.types import FinishReason, Request, TokenLogprob, TokenOutput
-from router.api import HealthView, WorkerView
+from router.api import Generator, HealthView, WorkerView
 from router.chat_style import PLAIN_STYLE, ChatStyle
 from router.config import RouterConfig
 from router.gateway import create_app
@@ -220,7 +220,7 @@ def text_model(style: ChatStyle = PLAIN_STYLE) -> TextModel:
     return TextModel(MODEL, max_context, ByteTokenizer(), ByteDetokenizer, style)
 
 
-def make_app(generator: FakeGenerator, style: ChatStyle = PLAIN_STYLE, **settings: float) -> FastAPI:
+def make_app(generator: Generator, style: ChatStyle = PLAIN_STYLE, **settings: float) -> FastAPI:
     config = RouterConfig.model_validate(settings)
     model, steps = text_model(style), StepHistory()
     return create_app(generator, model, config, steps=steps, wall_clock=lambda: CREATED + 0.5, version="1.2.3")
