@@ -1,8 +1,9 @@
 """A gateway: the HTTP face and the dispatcher behind it, in one process. Knows no Ray.
 
-1. `start` loads the tokenizer and listens; 2. `apply` gives it memberships; 3. `ready` returns when the first canary
-has come through prefill, wire and decode; 4. `failed` returns when it can no longer serve; 5. `stop` lets requests in
-progress end for `drain_s`, ends the others with an error, and closes the connections (cluster/end_limits.py).
+1. `start` loads the tokenizer and listens (on a shared port once a worker can be reached);
+2. `apply` gives it memberships; 3. `ready` returns when the first canary has come through prefill, wire and decode;
+4. `failed` returns when it can no longer serve; 5. `stop` lets requests in progress end for `drain_s`, ends the others
+with an error, and closes the connections (cluster/end_limits.py).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from cluster.connection import Connection
 from cluster.end_limits import ANSWER_ENDS_S, SERVER_S
 from cluster.keys import KeySource, key_of_environment
 from cluster.line_file import LineFile
-from cluster.listener import listen
+from cluster.listener import bind, listen
 from cluster.rpc.auth import prefix_hash_key
 from cluster.rpc.channels import Channels
 from cluster.rpc.client import GrpcConnector
@@ -93,7 +94,8 @@ class Gateway:
         self._keys = KeySource(router.keys_file, key_of_environment())
         await self._keys.start()
         check_tls(router.tls)
-        listener = listen(router.host, router.port, is_shared=router.gateways > 1)
+        shares = router.gateways > 1
+        listener = bind(router.host, router.port, is_shared=True) if shares else listen(router.host, router.port)
         connector, naming = GrpcConnector(self._channels), naming_of(self._config.engine, self._secret)
         limits = self._config.engine_limits
         self._dispatcher = Dispatcher(
@@ -150,7 +152,10 @@ class Gateway:
                 await asyncio.wait_for(asyncio.to_thread(self._tracing.shutdown), FLUSH_TIMEOUT_S)
 
     async def _serve(self, server: uvicorn.Server, listener: socket.socket) -> None:
+        """Who shares its port takes no connections before it can serve them: the others can."""
         with contextlib.closing(listener):
+            if self._config.router.gateways > 1 and not await self._dispatcher.reachable():
+                return
             await server.serve(sockets=[listener])
 
 

@@ -15,21 +15,21 @@ SEND_BUFFER_BYTES = 128 * 2**10  # what the kernel holds for a client that does 
 BACKLOG = 512
 
 
-def listen(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
-    """`port` 0: the system chooses. One that `is_shared` can be had by others of the same user who share it too. Raises
-    ConfigError if it cannot be had."""
-    listener = _bound(host, port, is_shared)
+def listen(host: str, port: int) -> socket.socket:
+    """`bind`, and take connections from now on."""
+    listener = bind(host, port)
     listener.listen(BACKLOG)
-    listener.setblocking(False)
     return listener
 
 
 def require_free(host: str, port: int) -> None:
-    """Raises ConfigError if anybody listens there, sharing or not: a port that is shared would hide that."""
-    _bound(host, port, is_shared=False).close()
+    """Raises ConfigError if anybody listens there, sharing or not: among those who share, nobody would be told."""
+    bind(host, port).close()
 
 
-def _bound(host: str, port: int, is_shared: bool) -> socket.socket:
+def bind(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
+    """`port` 0: the system chooses. One that `is_shared` can be had by others of the same user who share it too; it
+    gets no connections before it listens. Raises ConfigError if it cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -42,4 +42,5 @@ def _bound(host: str, port: int, is_shared: bool) -> socket.socket:
         listener.close()
         what = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
         raise ConfigError(f"router.port: {host}:{port} {what}", param="router.port") from None
+    listener.setblocking(False)
     return listener

@@ -296,15 +296,17 @@ class Dispatcher:
         live.shuns_wire = isinstance(error, TransferFailed)  # what cannot be moved is computed where it is needed
         pauses = max(live.num_refusals, live.num_failures)
         await self._pause(min(REFUSED_PAUSE_S * 2**pauses, LONGEST_PAUSE_S))
-        while not any(
-            link.connected for link in self._links.values()
-        ):  # a worker is being replaced; the deadline bounds this
-            self._news.clear()
-            await self._news.wait()
-            if self._closed.is_set():
-                raise error
+        if not await self.reachable():  # a worker is being replaced; the deadline bounds this
+            raise error
         live.note("recovery", self._now() - live.last_heard)
         await self._place(live)
+
+    async def reachable(self) -> bool:
+        """Returns once a worker can be reached; False if the gateway is closed. The caller bounds the wait."""
+        while not any(link.connected for link in self._links.values()) and not self._closed.is_set():
+            self._news.clear()
+            await self._news.wait()
+        return not self._closed.is_set()
 
     def _note_refusal(self, live: LiveRequest, error: SteelyardError) -> None:
         """Where its prefix is now, and who has no room. Raises Overloaded if workers have had the last word."""

@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from cluster.client import ApiClient
+from cluster.gateway import Gateway
 from tests.cluster.gateway_process import beside, kill
 from tests.cluster.harness import LocalCluster, local_cluster
 from tests.cluster.tiny_model import NAME, write_tiny_model
@@ -38,12 +39,22 @@ async def test_one_of_two_gateways_is_killed_and_the_other_serves_on(tmp_path: P
             streams = [asyncio.create_task(read(*one)) for one in zip((kept, lost), begun, strict=True)]
             await asyncio.gather(*(event.wait() for event in begun))
             await kill(process)
+            idle = await started(cluster)
             assert {await who_answers(cluster.url) for _ in range(16)} == {FIRST}
             with pytest.raises(httpx.HTTPError):
                 await streams[1]
             assert await streams[0] == NUM_TOKENS
+            await idle.stop()
         await until(lambda: is_empty(cluster), timeout_s=PATIENCE_S)
         assert await asyncio.to_thread(is_healthy, cluster.url)
+
+
+async def started(cluster: LocalCluster) -> Gateway:
+    """Another gateway on the same port that knows of no worker yet, and so gets no connection."""
+    router = cluster.config.router.model_copy(update={"port": int(cluster.url.rpartition(":")[2])})
+    gateway = Gateway(cluster.config.model_copy(update={"router": router}), cluster.secret, "gateway-idle")
+    assert await gateway.start() == cluster.url
+    return gateway
 
 
 def client_of(url: str) -> httpx.AsyncClient:
