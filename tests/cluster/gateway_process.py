@@ -13,12 +13,15 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cluster.config import load_config
 from cluster.gateway import Gateway
 from engine.types import Role
 from router.membership import Member, Membership
-from tests.cluster.harness import LocalCluster
+
+if TYPE_CHECKING:  # it brings an engine, which a gateway does without
+    from tests.cluster.harness import LocalCluster
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 60.0

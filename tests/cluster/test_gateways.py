@@ -20,7 +20,7 @@ from tests.cluster.tiny_model import NAME, write_tiny_model
 from tests.virtual import until
 
 FIRST, SECOND = "gateway-test", "gateway-second"
-NUM_TOKENS = 500
+NUM_TOKENS = 300
 LONG = {
     "prompt": "on and on", "stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True,
     "temperature": 0,
@@ -29,7 +29,12 @@ PATIENCE_S = 20.0
 
 
 async def test_one_of_two_gateways_is_killed_and_the_other_serves_on(tmp_path: Path) -> None:
-    overrides = {"model.name": str(write_tiny_model(tmp_path / NAME)), "router.gateways": 2, "decode.orphan_s": 0.2}
+    overrides = {
+        "model.name": str(write_tiny_model(tmp_path / NAME)),
+        "router.gateways": 2,
+        "decode.orphan_s": 0.2,
+        "engine.runner": "thread",
+    }
     async with local_cluster(overrides) as cluster, beside(cluster, overrides, SECOND) as process:
         answers = Counter([await who_answers(cluster.url) for _ in range(32)])
         assert min(answers[FIRST], answers[SECOND]) > 0 and len(answers) == 2
