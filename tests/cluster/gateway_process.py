@@ -11,7 +11,7 @@ import sys
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +34,7 @@ async def beside(cluster: LocalCluster, overrides: Mapping[str, object], gateway
         "overrides": {**overrides, "router.port": int(cluster.url.rpartition(":")[2])},
         "secret": cluster.secret.hex(),
         "gateway_id": gateway_id,
-        "members": [asdict(member) for member in cluster.members.values()],
+        "members": [as_order(member) for member in cluster.members.values()],
     }
     command = (sys.executable, "-m", "tests.cluster.gateway_process", json.dumps(orders))
     process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=asyncio.subprocess.PIPE)
@@ -46,6 +46,10 @@ async def beside(cluster: LocalCluster, overrides: Mapping[str, object], gateway
         yield process
     finally:
         await kill(process)
+
+
+def as_order(member: Member) -> dict[str, object]:
+    return {field.name: getattr(member, field.name) for field in fields(member) if field.init}
 
 
 async def kill(process: Process) -> None:
