@@ -41,12 +41,13 @@ class Fit:
         self._squares = [[0.0] * size for _ in range(size)]
         self._products = [0.0] * size
         self._pace = 0.0  # natural logarithm
+        self._factor = 1.0  # what that says
         self._recent: deque[float] = deque(maxlen=WINDOW)
         self.num_learnt = 0
 
     def predict(self, features: Sequence[float]) -> float:
         """Seconds. Finite and above 0 whatever has been learnt."""
-        return min(max(exp(self._pace) * self._shape(features), SHORTEST_S), LONGEST_S)
+        return min(max(self._factor * self._shape(features), SHORTEST_S), LONGEST_S)
 
     def learn(self, features: Sequence[float], measured_s: float) -> bool:
         """Take a measurement in; False if it is kept out."""
@@ -58,7 +59,7 @@ class Fit:
             scale = measured_s / self.predict(features)
             self._weights = [weight * scale for weight in self._weights]
         self.num_learnt += 1
-        row = [feature * exp(self._pace) / measured_s for feature in features]
+        row = [feature * self._factor / measured_s for feature in features]
         self._take_in(row)
         self._follow(log(measured_s / self.predict(features)))
         return True
@@ -94,6 +95,7 @@ class Fit:
     def _follow(self, ratio: float) -> None:
         """What the weights do not explain is the pace."""
         self._pace = min(max(self._pace + PACE_GAIN * ratio, -PACE_LIMIT), PACE_LIMIT)
+        self._factor = exp(self._pace)
 
 
 def _is_sane(features: Sequence[float], measured_s: float) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,22 +24,23 @@ class Prompt:
     num_left: int
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """(number, tokens) of the prompts in it."""
+class Run(NamedTuple):
+    """`num` equal steps, one after the other. `taken`: (number, tokens) of the prompts in each."""
 
     begins: float
+    step_s: float
+    num: int
     ends: float
-    taken: tuple[tuple[int, int], ...]
+    taken: list[tuple[int, int]]
 
 
 def rehearse(prompts: Sequence[Prompt], since: float, chunk: int, budget: int) -> list[float]:
     """When each gives its first token, if a step begins at `since`. `prompts` are in the order of their turns, with at
     least one token each; a step takes at most `chunk` tokens of one and `budget` of all."""
     ends = [0.0] * len(prompts)
-    for step in _steps(prompts, since, chunk, budget):
-        for number, _ in step.taken:
-            ends[number] = step.ends  # the last one that it is in
+    for run in _runs(prompts, since, chunk, budget):
+        for number, _ in run.taken:
+            ends[number] = run.ends  # the last one that it is in
     return ends
 
 
@@ -46,27 +48,52 @@ def progressed(prompts: Sequence[Prompt], since: float, now: float, chunk: int, 
     """The same prompts when a step has ended now: with what the steps until then have computed of them. All have at
     least a token left, for none has given its first one."""
     left = [one.num_left for one in prompts]
-    for step in _steps(prompts, since, chunk, budget):
-        if (step.begins + step.ends) / 2 > now:
+    for run in _runs(prompts, since, chunk, budget):
+        num_done = _num_done(run, now)
+        for number, count in run.taken:
+            left[number] = max(1, left[number] - num_done * count)
+        if num_done < run.num:
             break
-        for number, count in step.taken:
-            left[number] = max(1, left[number] - count)
     return [replace(one, num_left=count) for one, count in zip(prompts, left, strict=True)]
 
 
-def _steps(prompts: Sequence[Prompt], since: float, chunk: int, budget: int) -> Iterator[Step]:
+def _num_done(run: Run, now: float) -> int:
+    """Steps of which more than half is over."""
+    time = run.begins
+    for num_done in range(run.num):
+        ends = time + run.step_s
+        if (time + ends) / 2 > now:
+            return num_done
+        time = ends
+    return run.num
+
+
+def _runs(prompts: Sequence[Prompt], since: float, chunk: int, budget: int) -> Iterator[Run]:
     left = {number: one.num_left for number, one in enumerate(prompts)}
     time = since
     while left:
-        time = max(time, min(prompts[number].placed for number in left))
+        begins = time = max(time, min([prompts[number].placed for number in left]))
         taken = _taken(prompts, left, time, chunk, budget)
-        ends = time + sum(prompts[number].compute_s * count / prompts[number].num_tokens for number, count in taken)
-        yield Step(time, ends, tuple(taken))
-        time = ends
+        step_s = sum([prompts[number].compute_s * count / prompts[number].num_tokens for number, count in taken])
+        num = 1 + _num_alike(prompts, left, taken, time, chunk)
+        for _ in range(num):
+            time += step_s
+        yield Run(begins, step_s, num, time, taken)
         for number, count in taken:
-            left[number] -= count
+            left[number] -= num * count
             if not left[number]:
                 del left[number]
+
+
+def _num_alike(
+    prompts: Sequence[Prompt], left: dict[int, int], taken: list[tuple[int, int]], time: float, chunk: int
+) -> int:
+    """How many of the steps after this one take the same: as long as all that are left have begun, and have more than a
+    chunk left."""
+    for number, count in left.items():
+        if count <= chunk or count == prompts[number].num_tokens or prompts[number].placed > time:
+            return 0
+    return min([(left[number] - chunk - 1) // count for number, count in taken])
 
 
 def _taken(

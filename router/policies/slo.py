@@ -81,11 +81,13 @@ def _apart(snapshot: Snapshot, prefill: Sequence[WorkerLoad]) -> Option | None:
     due = now + snapshot.ask.ttft_s
     best: list[tuple[Rank, float, WorkerLoad]] = []
     last: Rank = (True, math.inf, 1, "")  # that is among the best
+    prefill_s, chunk = snapshot.predictor.prefill_s, snapshot.limits.prefill_chunk
     times_s: dict[int, float] = {}  # by what is cached: few workers have anything
     for load, num_cached in zip(prefill, snapshot.cached_on_each(prefill), strict=True):
         own_s = times_s.get(num_cached)
         if own_s is None:
-            own_s = times_s[num_cached] = snapshot.prefill_s(load)
+            num_new = snapshot.ask.num_tokens - num_cached
+            own_s = times_s[num_cached] = prefill_s(load.member.pool, num_new, num_cached, chunk)
         prompts = load.prompts
         place = bisect_right(prompts.dues, due)  # as in prompts.around_s
         done_at = prompts.done_at[place]
