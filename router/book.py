@@ -170,9 +170,9 @@ class Book:
         kept = self._loads
         loads = [
             load
-            if (load := kept.get(link.member.name)) is not None
+            if (load := kept.get((member := link.member).name)) is not None
+            and load.member is member
             and load.stats is link.stats
-            and load.member is link.member
             and load.connected is link.connected
             and not (load.decodes.ends and load.decodes.ends[0] < now)
             else self._make(link, now)
