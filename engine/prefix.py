@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as TokenSequence
 
 HASH_BYTES = 16
+TOKEN_BYTES = array("I").itemsize
 
 
 def root_hash(key: bytes, namespace: str) -> bytes:
@@ -21,8 +22,17 @@ def root_hash(key: bytes, namespace: str) -> bytes:
 
 def child_hash(key: bytes, parent: bytes, token_ids: TokenSequence[int]) -> bytes:
     """Hash of a full block with these tokens after the prefix that `parent` names."""
-    data = parent + array("I", token_ids).tobytes()
-    return hashlib.blake2b(data, key=key, digest_size=HASH_BYTES).digest()
+    return child_hash_of(key, parent, token_bytes(token_ids))
+
+
+def child_hash_of(key: bytes, parent: bytes, data: bytes) -> bytes:
+    """The same of a block's `token_bytes`."""
+    return hashlib.blake2b(parent + data, key=key, digest_size=HASH_BYTES).digest()
+
+
+def token_bytes(token_ids: TokenSequence[int]) -> bytes:
+    """As they are hashed: TOKEN_BYTES each."""
+    return array("I", token_ids).tobytes()
 
 
 def extend_hashes(key: bytes, hashes: list[bytes], root: bytes, token_ids: TokenSequence[int], block_size: int) -> None:

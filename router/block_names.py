@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from engine.prefix import child_hash, root_hash, short_name
+from engine.prefix import TOKEN_BYTES, child_hash_of, root_hash, short_name, token_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,12 @@ class BlockNames:
         size, key = self.naming.block_size, self.naming.hash_key
         if key is None:
             return ()
-        for start in range(len(self._names) * size, len(token_ids) - size + 1, size):
+        named = len(self._names) * size
+        if len(token_ids) - named < size:
+            return self._names
+        data, width = token_bytes(token_ids[named:]), size * TOKEN_BYTES
+        for start in range(0, len(data) - width + 1, width):
             parent = self._last or root_hash(key, self.namespace)
-            self._last = child_hash(key, parent, token_ids[start : start + size])
+            self._last = child_hash_of(key, parent, data[start : start + width])
             self._names.append(short_name(self._last))
         return self._names
