@@ -26,19 +26,16 @@ class ChunkForm:
 
     def event(self, index: int, text: str) -> bytes:
         """The event of this choice with this text."""
-        parts = self._parts.get(index)
-        if parts is None:
-            before, after = self._sample(index, _PLACE).split(_PLACE.encode())
-            parts = self._parts[index] = (before.removesuffix(b'"'), after.removeprefix(b'"'))
-        return parts[0] + json_string(text) + parts[1]
+        before, after = self._parts.get(index) or self._part(index)
+        return before + _encode_string(text).encode() + after
+
+    def _part(self, index: int) -> tuple[bytes, bytes]:
+        before, after = self._sample(index, _PLACE).split(_PLACE.encode())
+        parts = self._parts[index] = (before.removesuffix(b'"'), after.removeprefix(b'"'))
+        return parts
 
 
-def json_string(text: str) -> bytes:
-    """As pydantic writes it: UTF-8, and only what JSON needs is escaped."""
-    return _encode_string(text).encode()
-
-
-_encode_string = json.encoder.encode_basestring
+_encode_string = json.encoder.encode_basestring  # as pydantic writes it: only what JSON needs is escaped
 
 
 def timeline_field(timeline: Timeline) -> bytes:

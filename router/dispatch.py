@@ -356,7 +356,7 @@ class Dispatcher:
             live = self._live.get(output.key.request_id)
             if live is None or live.is_stray(output):
                 self._abort_stray(member, output)
-            elif live.take(self.moves.with_pause(live, output), member.worker_id):
+            elif live.take(output if live.migration is None else self.moves.with_pause(live, output), member.worker_id):
                 live.last_heard = now
                 has_decoded = has_decoded or live.handed_off
                 if live.handed_off and output.transfer is not None:

@@ -7,7 +7,7 @@ it. Text that could still become a stop string is held back, so nothing is sent 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,7 +20,7 @@ from router.reasoning import ReasoningCounter
 class Detokenizer(Protocol):
     """Ids to text as they come; bytes of an unfinished character wait inside."""
 
-    def push(self, ids: Iterable[int], /) -> str: ...
+    def push(self, ids: Sequence[int], /) -> str: ...
 
     def flush(self) -> str: ...
 

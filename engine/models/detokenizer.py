@@ -64,9 +64,9 @@ class IncrementalDetokenizer:
         self._window: list[int] = []
         self._num_sent = 0  # characters of the window's text already returned
 
-    def push(self, ids: Iterable[int]) -> str:
+    def push(self, ids: Sequence[int]) -> str:
         """The text that `ids` complete; empty while a character is unfinished."""
-        return "".join(map(self._push_one, ids))
+        return self._push_one(ids[0]) if len(ids) == 1 else "".join(map(self._push_one, ids))
 
     def _push_one(self, token: int) -> str:
         if self._pieces is not None and not self._window and (piece := self._pieces[token]) is not None:
