@@ -35,6 +35,7 @@ from router.tap import WRITE_NOW
 
 MAX_HEAD_BYTES = 64 * 2**10  # request line and headers; common servers take 8 to 64 KiB
 WRITE_BUFFER_BYTES = 16 * 2**10  # some fifty events of a stream
+MOST_PIECES = 64  # written at once in one turn, after which no write may have told that its client is behind
 RETRY_AFTER_S = 1.0
 AT_ONCE = struct.pack("ii", 1, 0)  # struct linger: on, for no time
 
@@ -51,6 +52,7 @@ class Connection(HttpToolsProtocol):
         super().__init__(config, server_state, app_state, _loop)
         self._bounds = bounds
         self._turn = turn
+        self._writer: TurnWriter | None = None
         self._head_timer: asyncio.TimerHandle | None = None
         self._leftover_timer: asyncio.TimerHandle | None = None
         self._answering: RequestResponseCycle | None = None  # `cycle` is the newest, which may wait its turn
@@ -66,7 +68,8 @@ class Connection(HttpToolsProtocol):
             self.transport = transport
             self._answer(Unavailable("Too many connections", retry_after_s=RETRY_AFTER_S))
             return
-        super().connection_made(TurnWriter(transport, self._turn))
+        self._writer = TurnWriter(transport, self._turn)
+        super().connection_made(self._writer)
         transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
         self._expect_head()
 
@@ -179,9 +182,11 @@ class Connection(HttpToolsProtocol):
 
     def is_open(self) -> bool:
         """See router.tap.Line."""
-        one = self._answering
+        one, writer = self._answering, self._writer
         return (
             one is not None
+            and writer is not None
+            and writer.num_waiting < MOST_PIECES
             and not self.flow.write_paused
             and one.chunked_encoding is True
             and not (one.response_complete or one.disconnected)

@@ -48,6 +48,11 @@ class TurnWriter(asyncio.Transport):
         if pieces and not self._inner.is_closing():
             self._inner.write(pieces[0] if len(pieces) == 1 else b"".join(pieces))
 
+    @property
+    def num_waiting(self) -> int:
+        """Pieces of this turn."""
+        return len(self._pieces)
+
     def close(self) -> None:
         self.flush()
         self._inner.close()

@@ -11,8 +11,9 @@ from contextlib import asynccontextmanager
 import httpx
 import pytest
 
-from cluster.connection import WRITE_BUFFER_BYTES
+from cluster.connection import MOST_PIECES, WRITE_BUFFER_BYTES
 from engine.types import FinishReason, Key
+from router.merge import MAX_MERGED_TOKENS
 from tests.cluster.serving import PATIENCE_S, Served, connect, post, read_to_end, read_until, send, serve
 from tests.router.fake_workers import Cluster, FakeWorker, ready, token
 from tests.router.fakes import COMPLETIONS, MODEL, completion
@@ -101,6 +102,16 @@ async def test_a_client_that_does_not_read_gets_in_few_pieces_what_waited() -> N
         texts = texts_of(await read_to_end(slow))
         assert "".join(texts) == "B" * (NUM_LATE - 1) + "Z"
         assert len(texts) < NUM_LATE / 2
+
+
+async def test_what_comes_all_at_once_is_bounded_and_complete() -> None:
+    async with gateway() as (cluster, served), connect(served.port) as client:
+        key = await ask(client, cluster["p0"])
+        cluster["p0"].say(*(token(key, index, ord("B")) for index in range(1, NUM_LATE)))
+        say(cluster["p0"], key, b"", first_index=NUM_LATE)
+        texts = texts_of(await read_to_end(client))
+        assert "".join(texts) == "B" * (NUM_LATE - 1) + "Z"
+        assert len(texts) <= MOST_PIECES + NUM_LATE / MAX_MERGED_TOKENS + 2
 
 
 async def test_a_client_that_leaves_ends_its_request() -> None:
