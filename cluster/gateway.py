@@ -41,6 +41,7 @@ from engine.config import EngineConfig, ModelSource
 from engine.errors import ConfigError
 from engine.models.detokenizer import IncrementalDetokenizer, Pieces
 from engine.models.loader import load_config
+from engine.models.pooling import pooling_of
 from engine.models.store import resolve
 from engine.models.tokenizer import Tokenizer, load_tokenizer
 from router.block_names import Naming
@@ -202,7 +203,8 @@ def load_text_model(source: ModelSource) -> TextModel:
     name = source.served_name or files.name
     style = chat_style(tokenizer.template_source, tokenizer.knows_tools, source.tool_format, source.reasoning)
 
-    return TextModel(name, max_context, tokenizer, Detokenizers(tokenizer).new, style)
+    pooling = pooling_of(files, config, source.pooling)
+    return TextModel(name, max_context, tokenizer, Detokenizers(tokenizer).new, style, pooling)
 
 
 class Detokenizers:

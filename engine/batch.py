@@ -14,6 +14,7 @@ from engine.block_table import BlockTable
 from engine.planes import Group
 from engine.scheduler import Batch, Scheduled
 from engine.step_plan import StepPlan
+from engine.types import LAST, MEAN
 from kernels.dispatch import query_tile
 from kernels.reference.attention import Segment, first_key, make_segment, tile_tokens
 from kernels.reference.ladder import Ladders, RowLadder
@@ -37,6 +38,7 @@ class StepInput:
     groups: one for each group of the cache's layout
     sample_rows: [padded samples] rows whose logits are wanted; the first num_samples count. An item that samples has
         one row, its last; one that wants its prompt's logprobs has all its rows (num_rows_of)
+    state_rows: [num_states] rows whose final hidden states are wanted, for embeddings (num_states_of)
     """
 
     num_tokens: int
@@ -46,14 +48,23 @@ class StepInput:
     groups: tuple[GroupInput, ...]
     sample_rows: torch.Tensor
     num_samples: int
+    state_rows: torch.Tensor
 
 
 def num_rows_of(item: Scheduled) -> int:
     """How many of an item's rows need logits: all where its prompt's logprobs are wanted and not all known, else the
-    last if it samples."""
+    last if it samples; none for an embedding."""
     sequence = item.sequence
+    if sequence.request.sampling.embed:
+        return 0
     wants_prompt = sequence.request.sampling.prompt_logprobs >= 0 and sequence.num_generated == 0
     return item.num_new if wants_prompt else int(item.samples)
+
+
+def num_states_of(item: Scheduled) -> int:
+    """How many of an item's rows an embedding is made of: all for the mean, else the last of its prompt."""
+    embed = item.sequence.request.sampling.embed
+    return item.num_new if embed == MEAN else int(item.samples) if embed == LAST else 0
 
 
 def plan_step(batch: Batch, groups: Groups[Group], block_size: int) -> StepPlan:
@@ -78,7 +89,8 @@ def plan_step(batch: Batch, groups: Groups[Group], block_size: int) -> StepPlan:
         num_new=_numbers([bucket[0].num_new for bucket in buckets]),
         starts=_numbers([item.start for item in items]),
         tables=_numbers(list(chain.from_iterable(tables))),
-        sample_rows=_numbers([row for item in batch.scheduled for row in rows.sample_rows(item)]),
+        sample_rows=_numbers([row for item in batch.scheduled for row in rows.last_rows(item, num_rows_of(item))]),
+        state_rows=_numbers([row for item in batch.scheduled for row in rows.last_rows(item, num_states_of(item))]),
         copies=_numbers(list(chain.from_iterable(batch.copies))),
     )
 
@@ -102,6 +114,7 @@ def build_input(
         ),
         sample_rows=_pad(plan.sample_rows, ladder.pad(num_samples) if num_samples else 0, device),
         num_samples=num_samples,
+        state_rows=_tensor(plan.state_rows, device),
     )
 
 
@@ -119,9 +132,9 @@ class _RowBuilder:
         self.positions += range(item.start, stop)
         self.last_row[id(item)] = len(self.token_ids) - 1
 
-    def sample_rows(self, item: Scheduled) -> range:
+    def last_rows(self, item: Scheduled, count: int) -> range:
         stop = self.last_row[id(item)] + 1
-        return range(stop - num_rows_of(item), stop)
+        return range(stop - count, stop)
 
 
 def _new_blocks(items: list[Scheduled], group: int, block_size: int) -> list[int]:

@@ -31,6 +31,9 @@ class ModelSource(StrictModel):
     reasoning: Literal["auto", "none", "think", "bracket", "thinking", "seed"] = Field(
         default="auto", description="the marks around the model's reasoning; auto: as its chat template shows"
     )
+    pooling: Literal["auto", "last", "mean"] = Field(
+        default="auto", description="how hidden states become an embedding; auto: as the model's files say, if they do"
+    )
 
 
 class EngineConfig(StrictModel):

@@ -32,6 +32,7 @@ from engine.slack import Paced, broken_promise
 from engine.step_shape import StepRecord
 from engine.types import (
     NO_NEWS,
+    POOLINGS,
     UNBOUNDED,
     Abort,
     Add,
@@ -239,7 +240,7 @@ class Engine:
 
     def _add(self, command: Add) -> None:
         request = command.request
-        problem = self._problem_with(request)
+        problem = self._problem_with(request) or _problem_with_embedding(command)
         if problem:
             self._fail((request, *command.siblings), problem)
         elif self.scheduler.find(request.key) is None and Holder(HolderKind.HANDOFF, request.key) not in self._held:
@@ -361,8 +362,10 @@ class Engine:
         sequence = item.sequence
         if chosen.error is not None:
             self._fail(sequence.answers, chosen.error)
-            self.scheduler.remove(sequence)
-            self.scheduler.holdings.free(sequence)
+            self._leave(sequence)
+            return
+        if chosen.embedding:
+            self._finish_embedding(item, chosen.embedding)
             return
         sequence.prompt_logprobs += chosen.prompt_logprobs
         if item.samples and sequence.is_joint:
@@ -376,10 +379,19 @@ class Engine:
             self._emit(sequence, accepted, finish, chosen.logprobs[: len(accepted)])
         if finish:
             self._tells_cache = True
-            self.scheduler.remove(sequence)
-            self.scheduler.holdings.free(sequence)
+            self._leave(sequence)
         elif accepted and sequence.handoff:
             self._hand_off(sequence)
+
+    def _finish_embedding(self, item: Scheduled, embedding: bytes) -> None:
+        """All of the prompt is computed, and nothing follows it."""
+        self.scheduler.advance(replace(item, samples=False), ())
+        self._emit(item.sequence, (), FinishReason.STOP, embedding=embedding)
+        self._leave(item.sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        self.scheduler.remove(sequence)
+        self.scheduler.holdings.free(sequence)
 
     def _finish_joint(self, item: Scheduled, chosen: Sampled) -> None:
         """The prompt of several answers is computed: each goes on from here with a first token of its own."""
@@ -431,12 +443,12 @@ class Engine:
 
     def _emit(
         self, sequence: Sequence, token_ids: tuple[int, ...], finish: FinishReason | None,
-        logprobs: tuple[TokenLogprob, ...] = (),
+        logprobs: tuple[TokenLogprob, ...] = (), embedding: bytes = b"",
     ) -> None:  # fmt: skip
         first_index = sequence.num_generated - len(token_ids)
         output = TokenOutput(
             sequence.key, first_index, token_ids, finish, cached_tokens=sequence.cached_tokens, logprobs=logprobs,
-            prompt_logprobs=tuple(sequence.prompt_logprobs),
+            prompt_logprobs=tuple(sequence.prompt_logprobs), embedding=embedding,
         )  # fmt: skip
         sequence.prompt_logprobs.clear()
         self._tokens.append(output)
@@ -502,3 +514,15 @@ class Engine:
         live |= {holder_of(sequence): sequence.block_ids for sequence in self.moves.frozen.values()}
         live[COPY] = self.scheduler.holdings.copy_sources
         return live
+
+
+def _problem_with_embedding(command: Add) -> ErrorInfo | None:
+    """Why this is no embedding that can be computed, if it is to be one, or None."""
+    sampling = command.request.sampling
+    if not sampling.embed:
+        return None
+    if sampling.embed not in POOLINGS:
+        return ErrorInfo("invalid_request", f"hidden states are not pooled by '{sampling.embed}'")
+    if command.handoff or command.siblings or sampling.prompt_logprobs >= 0:
+        return ErrorInfo("invalid_request", "an embedding is the only answer to its prompt, and is not handed off")
+    return None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
 import torch
 from llguidance import LLTokenizer
 
-from engine.batch import build_input, num_rows_of, plan_step
+from engine.batch import build_input, num_rows_of, num_states_of, plan_step
 from engine.errors import ModelError
 from engine.grammar import Grammars, Mask
 from engine.kv_cache import KVCache
@@ -16,7 +17,8 @@ from engine.layer_groups import LayersStored
 from engine.logits import process
 from engine.logprobs import logprob_of
 from engine.models.config import ModelConfig
-from engine.models.decoder import Decoder, Weights, probe_weights
+from engine.models.decoder import Decoder, Results, Weights, probe_weights
+from engine.pooling import pool
 from engine.ranks import ONE_RANK, Ranks
 from engine.sampler import sample
 from engine.scheduler import Batch, Scheduled
@@ -43,12 +45,18 @@ class TorchRunner:
         """As rank 0: the others compute the step, too."""
         plan = plan_step(batch, self.cache.layout.groups, self.block_size)
         self.model.ranks.tell(plan)
-        rows = self.compute(plan, stored).cpu().numpy()
+        results = self.compute(plan, stored)
+        rows, states = results.logits.cpu().numpy(), results.states.cpu().numpy()
         masks = self._grammars.masks([item.sequence if item.samples else None for item in batch.scheduled])
-        starts = np.cumsum([0, *map(num_rows_of, batch.scheduled)])
         return [
-            self._sample(item, rows[start:stop], mask)
-            for item, mask, start, stop in zip(batch.scheduled, masks, starts, starts[1:], strict=False)
+            Sampled(embedding=pool(item, own_states)) if len(own_states) else self._sample(item, own_rows, mask)
+            for item, mask, own_rows, own_states in zip(
+                batch.scheduled,
+                masks,
+                _split(rows, map(num_rows_of, batch.scheduled)),
+                _split(states, map(num_states_of, batch.scheduled)),
+                strict=True,
+            )
         ]
 
     def _sample(self, item: Scheduled, rows: np.ndarray, mask: Mask) -> Sampled:
@@ -65,13 +73,18 @@ class TorchRunner:
         return replace(first, prompt_logprobs=prompt_logprobs, siblings=tuple(siblings))
 
     @torch.inference_mode()
-    def compute(self, plan: StepPlan, stored: LayersStored | None = None) -> torch.Tensor:
-        """[rows, vocab] float32: as many rows of each item as num_rows_of says, in the batch's order."""
+    def compute(self, plan: StepPlan, stored: LayersStored | None = None) -> Results:
+        """As many rows of each item as num_rows_of and num_states_of say, in the batch's order."""
         if len(plan.copies):
             self.cache.copy(plan.copies.reshape(-1, 2))
         groups = self.model.config.num_heads // self.model.config.num_kv_heads
         step = build_input(plan, self.cache.layout.groups, self.block_size, groups, self.model.ladders, self.device)
         return self.model.forward(step, self.cache, stored)
+
+
+def _split(rows: np.ndarray, counts: Iterable[int]) -> list[np.ndarray]:
+    """The rows of each item, in order."""
+    return np.split(rows, np.cumsum([*counts])[:-1])
 
 
 def _no_vocabulary() -> LLTokenizer:

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence as Siblings
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from engine.block_table import BlockTable
 from engine.matching import Matching
 from engine.types import FinishReason, Key, Request, TokenLogprob
@@ -31,6 +33,7 @@ class Sequence:
     announced: bool = False  # of a hand-off: its first chunk was reported
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # as far as they are computed
     matching: Matching | None = None  # how far its grammar is; made when it is first asked for (engine/grammar.py)
+    pooled: np.ndarray | None = None  # [hidden]: the sum over its states so far, of an embedding by their mean
     num_overtaken: int = 0  # how often another was admitted before it
     waited_s: float = 0.0  # between its first token and when it could go on here
     paced_from_s: float | None = None  # by the time of steps: when its token 0 was due, by the pace promised to it

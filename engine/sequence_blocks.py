@@ -22,7 +22,7 @@ from engine.cached_prefix import longest_prefix
 from engine.planes import Group
 from engine.prefix import extend_hashes, group_name, root_hash
 from engine.sequence import Sequence
-from engine.types import Key
+from engine.types import MEAN, Key
 
 COPY = Holder(HolderKind.COPY, Key("", 0))
 
@@ -210,8 +210,10 @@ class SequenceBlocks:
 
     def _num_cached(self, sequence: Sequence) -> int:
         """The longest prefix, in blocks, after which all that the next token sees is cached in every group."""
-        wants_prompt = sequence.request.sampling.prompt_logprobs >= 0 and sequence.num_generated == 0
-        if not self._prefix_cache or wants_prompt:  # cached positions give no logprobs
+        sampling = sequence.request.sampling
+        wants_prompt = sampling.prompt_logprobs >= 0 and sequence.num_generated == 0
+        wants_prompt = wants_prompt or sampling.embed == MEAN
+        if not self._prefix_cache or wants_prompt:  # cached positions give neither logprobs nor states
             return 0
         known = self._blocks.is_known
         return longest_prefix(self._groups, self._block_size, sequence.hashes, len(sequence.tokens), known)

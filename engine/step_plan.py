@@ -24,6 +24,7 @@ class StepPlan:
     starts: of each sequence of each call, the position of its first new token
     tables: of each group, of each call, [num_seqs, blocks of whole key tiles]
     sample_rows: rows whose logits are wanted
+    state_rows: rows whose final hidden states are wanted
     copies: pairs (from, to) of blocks that are copied before anything is written
     """
 
@@ -35,6 +36,7 @@ class StepPlan:
     starts: np.ndarray
     tables: np.ndarray
     sample_rows: np.ndarray
+    state_rows: np.ndarray
     copies: np.ndarray
 
     @property

@@ -208,4 +208,4 @@ def _num_fitting(outputs: Sequence[TokenOutput]) -> int:
 def _size_bytes(output: TokenOutput) -> int:
     """About what it takes on the wire: 16 bytes for a likely token, and as much for what each belongs to."""
     likely = sum(1 + len(one.top) for logprobs in (output.logprobs, output.prompt_logprobs) for one in logprobs)
-    return 128 + 8 * len(output.token_ids) + 16 * likely
+    return 128 + len(output.embedding) + 8 * len(output.token_ids) + 16 * likely

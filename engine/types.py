@@ -30,6 +30,9 @@ class FinishReason(StrEnum):
     ERROR = "error"  # TokenOutput.error says why
 
 
+LAST, MEAN = POOLINGS = ("last", "mean")  # how hidden states become an embedding: the last token's, or that of all
+
+
 class Key(NamedTuple):
     """Names one placement of one request."""
 
@@ -64,6 +67,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int = -1  # of each token: -1 off, 0 its own, k also the k most likely tokens'
     prompt_logprobs: int = -1  # the same of each prompt token after the first
+    embed: str = ""  # "last" or "mean": no tokens, but the prompt's hidden states pooled (engine/pooling.py)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +156,7 @@ class TokenOutput:
     `logprobs` are those of `token_ids`, one each, and `prompt_logprobs` those of the prompt's tokens after the first,
     with the first output; both empty where they were not asked for.
     `cached_tokens` is how many prompt tokens came from a prefix cache; `stages` are (name, seconds); `transfer` comes
-    with the first output after a hand-off.
+    with the first output after a hand-off. `embedding` (float32, little-endian) comes alone, where it was asked for.
     """
 
     key: Key
@@ -165,6 +169,7 @@ class TokenOutput:
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     transfer: KvTransfer | None = None
+    embedding: bytes = b""
 
     @staticmethod
     def failed(key: Key, error: ErrorInfo) -> TokenOutput:
@@ -178,13 +183,15 @@ class Sampled:
 
     `logprobs` has one for each token where they are wanted; `prompt_logprobs` those of the prompt's tokens at positions
     [start + 1, start + num_new + 1), as far as the prompt goes, where these are wanted. `siblings` is what was chosen
-    for the sequence's other answers, in their order. With `error` nothing was, and these answers end with it."""
+    for the sequence's other answers, in their order. With `error` nothing was, and these answers end with it.
+    `embedding` comes instead of a token where one is wanted."""
 
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     siblings: tuple[Sampled, ...] = ()
     error: ErrorInfo | None = None
+    embedding: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,7 +171,7 @@ class Generation:
             self.charge(len(output.token_ids), _now_s())
             choice = self.choices[output.key.request_id]
             if choice.finish is None:
-                _check(output)
+                check_output(output)
                 choice.asked.take(output)
                 if choice.asked.can_be_echoed:
                     return choice, await self._piece(choice, output)
@@ -339,7 +339,7 @@ def _whole(choice: Choice, pieces: list[Piece], token_text: Callable[[int], str]
     return WholeChoice(text, finish, tokens, said, choice.asked.told(token_text))
 
 
-def _check(output: TokenOutput) -> None:
+def check_output(output: TokenOutput) -> None:
     """Raises what it says of a failure."""
     if output.error is not None or output.finish is FinishReason.ERROR:
         raise _error_of(output)

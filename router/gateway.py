@@ -31,6 +31,9 @@ from router.body import read_body
 from router.boundary import Boundary, arrival_of
 from router.chat_replies import ChatChunk, ChatReplies, ChatReply
 from router.config import RouterConfig
+from router.embeddings.answer import Embedded, EmbeddingAnswer, EmbeddingReply
+from router.embeddings.body import EmbeddingBody, prepare
+from router.embeddings.lanes import MAX_LANES, in_lanes
 from router.errors import as_steelyard_error, error_response, shown
 from router.keyed import Callers, Keyed, caller_of
 from router.ledger import Ledger, Outcome
@@ -48,11 +51,11 @@ from router.schema import ChatBody, CompletionBody
 from router.step_history import StepHistory, StepsView
 from router.targets import with_targets
 from router.tenants import KeyRing
-from router.text import TextModel
+from router.text import Prepared, TextModel
 from router.tokens import DetokenizeBody, TokenizeBody, add_token_routes
 from router.tracing import RequestTrace, Traced
 
-BODIES = (ChatBody, CompletionBody, ResponseBody, TokenizeBody, DetokenizeBody)
+BODIES = (ChatBody, CompletionBody, EmbeddingBody, ResponseBody, TokenizeBody, DetokenizeBody)
 EVENTS = (ChatChunk, CompletionReply, *RESPONSE_EVENTS)
 CountText = Annotated[str, Query(json_schema_extra={"pattern": "^[0-9]{1,19}$"})]
 PREPARE_STAGE = "prepare"  # arrival to Request: reading, checking, tokenising
@@ -127,8 +130,7 @@ class _Front:
     ledgers: LedgerLog
 
     async def answer(self, http: HttpRequest, kind: type[ChatBody | CompletionBody]) -> Response:
-        most = caller_of(http).tenant.limits.max_body_bytes or self.config.max_body_bytes
-        body = await read_body(http, kind, min(most, self.config.max_body_bytes))
+        body = await read_body(http, kind, self._max_body_bytes(http))
         generation = await self.begin(http, body)
         replies = self._replies(body, generation.request.request_id)
         return Answer(generation, replies, self.metrics, stream=bool(body.stream), counts_on=body.counts_on)
@@ -137,17 +139,35 @@ class _Front:
         """The generation that a body asks for; nothing of it is computed before its first output is awaited."""
         arrival = arrival_of(http)
         prepared = await self.model.prepare(body, arrival.request_id, self.generator.new_seed, self.config.deadline_s)
+        prepared, ledger = self._owned(http, prepared, body.num_generated)
+        generation = begin_generation(self.generator, self.model, body, prepared, ledger)
+        caller = caller_of(http)
+        generation.outputs = metered(generation.outputs, prepared.requests, caller)
+        generation.charge = caller.quota.charge
+        return generation
+
+    async def embed(self, http: HttpRequest) -> Response:
+        body = await read_body(http, EmbeddingBody, self._max_body_bytes(http))
+        prepared = await prepare(self.model, body, arrival_of(http).request_id, self.config.deadline_s)
+        prepared, ledger = self._owned(http, prepared, 0)
+        lanes = in_lanes(self.generator, prepared.requests, min(MAX_LANES, self.config.max_live_requests))
+        outputs = metered(lanes, prepared.requests, caller_of(http))
+        embedded = Embedded(body, prepared.requests, outputs, ledger)
+        return EmbeddingAnswer(embedded, self.model.name, self.metrics)
+
+    def _max_body_bytes(self, http: HttpRequest) -> int:
+        most = caller_of(http).tenant.limits.max_body_bytes or self.config.max_body_bytes
+        return min(most, self.config.max_body_bytes)
+
+    def _owned(self, http: HttpRequest, prepared: Prepared, num_answers: int) -> tuple[Prepared, Ledger]:
+        """With its targets and as its tenant's, and the ledger that has begun with its arrival."""
+        arrival = arrival_of(http)
         shown = http.headers.get(TIMELINE_HEADER) == "1"
         ledger = Ledger(arrival.time_s, is_shown=shown, on_end=self._on_end(http))
         prepare_s = asyncio.get_running_loop().time() - arrival.time_s
         requests = tuple(with_targets(one, http.headers, self.config, prepare_s) for one in prepared.requests)
-        caller = caller_of(http)
-        prepared = as_tenant(replace(prepared, requests=requests), caller, body.num_generated)
         ledger.add_stages(((PREPARE_STAGE, prepare_s),))
-        generation = begin_generation(self.generator, self.model, body, prepared, ledger)
-        generation.outputs = metered(generation.outputs, prepared.requests, caller)
-        generation.charge = caller.quota.charge
-        return generation
+        return as_tenant(replace(prepared, requests=requests), caller_of(http), num_answers), ledger
 
     def _on_end(self, http: HttpRequest) -> Callable[[Ledger, Outcome], None]:
         trace: RequestTrace | None = getattr(http.state, "trace", None)
@@ -176,6 +196,11 @@ def _add_generation_routes(app: FastAPI, front: _Front) -> None:
     async def completions(request: HttpRequest) -> Response:
         """Goes on after a prompt."""
         return await front.answer(request, CompletionBody)
+
+    @app.post("/v1/embeddings", **route_docs(EmbeddingReply, OF_GENERATION, "EmbeddingBody"))
+    async def embeddings(request: HttpRequest) -> Response:
+        """Vectors of length 1 for texts, if the model's files or the config say how it embeds."""
+        return await front.embed(request)
 
 
 def _add_model_routes(app: FastAPI, card: ModelCard) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from engine.streams import StreamBatch
-from engine.types import TokenOutput
+from engine.types import MEAN, TokenOutput
 from router.block_names import BlockNames, Naming
 from router.live import LiveRequest
 from router.membership import Member
@@ -64,7 +64,7 @@ class Learnt:
 
     def source(self, live: LiveRequest, first: Name) -> Name | None:
         """Who has most of its beginning, if it is more than the worker has that is to compute it."""
-        counts = self.num_cached(live)
+        counts = self.num_cached(live) if live.request.sampling.embed != MEAN else {}
         most = max(counts.values(), default=0)
         if most <= counts.get(first, 0):
             return None

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from engine.errors import Overloaded, Unavailable
+from engine.types import MEAN
 from router.book import Book
 from router.config import RouterConfig
 from router.learnt import Learnt
@@ -134,6 +135,8 @@ class Placer:
         decision = self._policy(self.snapshot(live, cached))
         if decision is None:
             raise Unavailable("no worker can be reached", retry_after_s=1)
+        if isinstance(decision, Placement) and live.request.sampling.embed:  # nothing to hand off
+            decision = replace(decision, decode=None)
         return decision
 
     def snapshot(self, live: LiveRequest, cached: Mapping[Name, int]) -> Snapshot:
@@ -151,11 +154,13 @@ class Placer:
         return Ask(
             request.num_tokens + done, max(1, request.sampling.max_tokens - done), self._book.expected_output(live),
             ttft_s, service.tpot_s, service.priority, len(live.placed_together), not live.shuns_wire, cached,
-            live.refused_by,
+            live.refused_by, bool(request.sampling.embed),
         )  # fmt: skip
 
     def cached(self, live: LiveRequest) -> Mapping[Name, int]:
         """What is known to be where; after a refused hand-off the chunk with which it was offered is, too."""
+        if live.request.sampling.embed == MEAN:  # it takes nothing from a cache
+            return {}
         cached = dict(self._learnt.num_cached(live))
         if live.refused_after is not None:
             size, num_tokens = self._limits.block_size, live.request.num_tokens + len(live.tokens)

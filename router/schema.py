@@ -377,11 +377,11 @@ class ChatBody(GenerationBody):
 Prompt = str | tuple[int, ...]
 
 
-def _as_prompts(value: object) -> object:
+def as_prompts(value: object, most: int = MAX_CHOICES) -> object:
     """One prompt or several, each a text or its token ids."""
     several = value if isinstance(value, list) and value and isinstance(value[0], (str, list)) else [value]
-    if len(several) > MAX_CHOICES:
-        raise PydanticCustomError("too_many_prompts", "At most {limit} prompts are allowed", {"limit": MAX_CHOICES})
+    if len(several) > most:
+        raise PydanticCustomError("too_many_prompts", "At most {limit} prompts are allowed", {"limit": most})
     return tuple(map(_as_prompt, several))
 
 
@@ -404,7 +404,7 @@ PROMPT_DOCS = Text | Annotated[list[Text], Several] | TokenIds | Annotated[list[
 class CompletionBody(GenerationBody):
     """Body of POST /v1/completions. `prompt` is a tuple of prompts."""
 
-    prompt: Annotated[tuple[Prompt, ...], BeforeValidator(_as_prompts, json_schema_input_type=PROMPT_DOCS)]
+    prompt: Annotated[tuple[Prompt, ...], BeforeValidator(as_prompts, json_schema_input_type=PROMPT_DOCS)]
     echo: StrictBool | None = Field(default=None, description="the answer begins with the prompt")
     max_tokens: Annotated[StrictInt, Field(ge=0)] | None = Field(default=None, description="0 only with 'echo'")
     best_of: Annotated[StrictInt, Field(ge=1, le=MAX_BEST_OF)] | None = Field(

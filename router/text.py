@@ -14,6 +14,7 @@ from functools import partial
 from typing import Protocol
 
 from engine.errors import InvalidRequest, ModelNotFound, Unavailable
+from engine.models.pooling import NO_POOLING, Pooling
 from engine.types import Key, Request, SamplingParams
 from router.chat_prompt import chat_prompt
 from router.chat_style import PLAIN_STYLE, ChatStyle, reading_of
@@ -83,6 +84,7 @@ class TextModel:
     tokenizer: Tokenizer
     new_detokenizer: Callable[[Sequence[str]], Detokenizer]
     style: ChatStyle = PLAIN_STYLE
+    pooling: Pooling = NO_POOLING
 
     async def prepare(
         self, body: ChatBody | CompletionBody, request_id: str, new_seed: Callable[[], int], timeout_s: float
@@ -188,10 +190,14 @@ class TextModel:
             raise Unavailable(words, retry_after_s=1) from None
 
     async def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        return await _off_loop_if_long(len(prompt), partial(self.ids_of, prompt, "prompt"))
+
+    def ids_of(self, prompt: Prompt, field: str) -> tuple[int, ...]:
+        """InvalidRequest for token ids that the model does not have."""
         if isinstance(prompt, str):
-            return await _off_loop_if_long(len(prompt), lambda: self.tokenizer.encode(prompt, add_special=True))
+            return tuple(self.tokenizer.encode(prompt, add_special=True))
         if max(prompt) >= self.tokenizer.vocab_size:
-            raise InvalidRequest(f"'prompt': token ids must be below {self.tokenizer.vocab_size}", param="prompt")
+            raise InvalidRequest(f"'{field}': token ids must be below {self.tokenizer.vocab_size}", param=field)
         return prompt
 
     def _echo(self, prompt: Prompt) -> str:
@@ -200,13 +206,18 @@ class TextModel:
         detokenizer = self.new_detokenizer(())
         return detokenizer.push(list(prompt)) + detokenizer.flush()
 
-    def _max_tokens(self, body: ChatBody | CompletionBody, prompt_field: str, num_prompt: int) -> int:
+    def room_after(self, prompt_field: str, num_prompt: int) -> int:
+        """Tokens that the context has beside this prompt. InvalidRequest if it has none, or the prompt none."""
         left = self.max_context - num_prompt
         if left < 1:
             words = f"the prompt has {num_prompt} tokens; the context has {self.max_context}, and the answer needs one"
             raise InvalidRequest(f"'{prompt_field}': {words}", param=prompt_field)
         if num_prompt == 0:
             raise InvalidRequest(f"'{prompt_field}': the prompt has no tokens", param=prompt_field)
+        return left
+
+    def _max_tokens(self, body: ChatBody | CompletionBody, prompt_field: str, num_prompt: int) -> int:
+        left = self.room_after(prompt_field, num_prompt)
         field, asked = _asked_tokens(body)
         if asked is not None and asked > left:
             words = f"{asked} asked for; the prompt of {num_prompt} leaves {left} of the context of {self.max_context}"
@@ -216,7 +227,7 @@ class TextModel:
         return min(left, DEFAULT_CHAT_TOKENS if isinstance(body, ChatBody) else DEFAULT_COMPLETION_TOKENS)
 
 
-async def _off_loop_if_long(num_chars: int, encode: Callable[[], list[int]]) -> tuple[int, ...]:
+async def _off_loop_if_long(num_chars: int, encode: Callable[[], Sequence[int]]) -> tuple[int, ...]:
     return tuple(await asyncio.to_thread(encode) if num_chars > LONG_TEXT_CHARS else encode())
 
 

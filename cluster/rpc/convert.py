@@ -226,7 +226,7 @@ def _output_to(output: TokenOutput) -> token_pb2.TokenOutput:
         error_code=error.code, error_message=error.message, cached_tokens=output.cached_tokens,
         stages=[token_pb2.Stage(name=name, seconds=seconds) for name, seconds in output.stages],
         logprobs=map(_logprob_to, output.logprobs), prompt_logprobs=map(_logprob_to, output.prompt_logprobs),
-        transfer=None if output.transfer is None else _transfer_to(output.transfer),
+        transfer=None if output.transfer is None else _transfer_to(output.transfer), embedding=output.embedding,
     )  # fmt: skip
 
 
@@ -237,7 +237,7 @@ def _output_from(message: token_pb2.TokenOutput) -> TokenOutput:
         ErrorInfo(message.error_code, message.error_message) if message.error_code else None,
         message.cached_tokens, tuple((stage.name, stage.seconds) for stage in message.stages),
         tuple(map(_logprob_from, message.logprobs)), tuple(map(_logprob_from, message.prompt_logprobs)),
-        _transfer_from(message.transfer) if message.HasField("transfer") else None,
+        _transfer_from(message.transfer) if message.HasField("transfer") else None, message.embedding,
     )  # fmt: skip
 
 

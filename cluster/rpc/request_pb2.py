@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63luster/rpc/request.proto\x12\tsteelyard\"+\n\tTokenBias\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x01\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xb6\x03\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05top_p\x18\x04 \x01(\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x12\n\nmin_tokens\x18\x08 \x01(\r\x12\r\n\x05min_p\x18\t \x01(\x01\x12\x11\n\ttypical_p\x18\n \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x0b \x01(\x01\x12\x18\n\x10presence_penalty\x18\x0c \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\r \x01(\x01\x12(\n\nlogit_bias\x18\x0e \x03(\x0b\x32\x14.steelyard.TokenBias\x12&\n\tbad_words\x18\x0f \x03(\x0b\x32\x13.steelyard.TokenIds\x12\x10\n\x08logprobs\x18\x10 \x01(\x05\x12\x17\n\x0fprompt_logprobs\x18\x11 \x01(\x05\x12\x0e\n\x06\x63hoice\x18\x12 \x01(\r\x12\x0f\n\x07grammar\x18\x13 \x01(\t\"(\n\x03Key\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\"\xc9\x01\n\x07Request\x12\x1b\n\x03key\x18\x01 \x01(\x0b\x32\x0e.steelyard.Key\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12\x15\n\rgenerated_ids\x18\x03 \x03(\r\x12+\n\x08sampling\x18\x04 \x01(\x0b\x32\x19.steelyard.SamplingParams\x12\x11\n\tnamespace\x18\x05 \x01(\t\x12\x11\n\ttimeout_s\x18\x06 \x01(\x01\x12#\n\x07service\x18\x07 \x01(\x0b\x32\x12.steelyard.Service\"K\n\x07Service\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x10\n\x08priority\x18\x02 \x01(\x05\x12\x0e\n\x06ttft_s\x18\x03 \x01(\x01\x12\x0e\n\x06tpot_s\x18\x04 \x01(\x01\"6\n\x07Sibling\x12\x1b\n\x03key\x18\x01 \x01(\x0b\x32\x0e.steelyard.Key\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\"S\n\x08\x45ndpoint\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0e\n\x06\x63ohort\x18\x04 \x01(\t\"\xec\x01\n\rSubmitRequest\x12#\n\x07request\x18\x01 \x01(\x0b\x32\x12.steelyard.Request\x12\x12\n\ngateway_id\x18\x02 \x01(\t\x12(\n\x06\x64\x65\x63ode\x18\x03 \x01(\x0b\x32\x13.steelyard.EndpointH\x00\x88\x01\x01\x12\x12\n\nrole_epoch\x18\x04 \x01(\r\x12$\n\x08siblings\x18\x05 \x03(\x0b\x32\x12.steelyard.Sibling\x12(\n\x06source\x18\x06 \x01(\x0b\x32\x13.steelyard.EndpointH\x01\x88\x01\x01\x42\t\n\x07_decodeB\t\n\x07_source\"+\n\x0c\x41\x62ortRequest\x12\x1b\n\x03key\x18\x01 \x01(\x0b\x32\x0e.steelyard.Key\"[\n\x05Lease\x12\x1b\n\x03key\x18\x01 \x01(\x0b\x32\x0e.steelyard.Key\x12%\n\x08producer\x18\x02 \x01(\x0b\x32\x13.steelyard.Endpoint\x12\x0e\n\x06secret\x18\x03 \x01(\t\"\xe4\x01\n\x0cOfferRequest\x12\x1f\n\x05lease\x18\x01 \x01(\x0b\x32\x10.steelyard.Lease\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x12\n\nnum_growth\x18\x03 \x01(\r\x12\x12\n\ngateway_id\x18\x04 \x01(\t\x12\x11\n\ttimeout_s\x18\x05 \x01(\x01\x12 \n\x08siblings\x18\x06 \x03(\x0b\x32\x0e.steelyard.Key\x12\r\n\x05names\x18\x07 \x03(\x0c\x12\x0e\n\x06moving\x18\x08 \x01(\x08\x12#\n\x07service\x18\t \x01(\x0b\x32\x12.steelyard.Service\"\x8a\x01\n\x0bMoveRequest\x12\x1b\n\x03key\x18\x01 \x01(\x0b\x32\x0e.steelyard.Key\x12#\n\x06target\x18\x02 \x01(\x0b\x32\x13.steelyard.Endpoint\x12\x1f\n\x02to\x18\x03 \x01(\x0b\x32\x0e.steelyard.KeyH\x00\x88\x01\x01\x12\x11\n\ttimeout_s\x18\x04 \x01(\x01\x42\x05\n\x03_to\"\x1e\n\rBorrowRequest\x12\r\n\x05names\x18\x01 \x03(\x0c\"6\n\x04Loan\x12\x1f\n\x05lease\x18\x01 \x01(\x0b\x32\x10.steelyard.Lease\x12\r\n\x05names\x18\x02 \x03(\x0c\":\n\x0b\x42orrowReply\x12\"\n\x04loan\x18\x01 \x01(\x0b\x32\x0f.steelyard.LoanH\x00\x88\x01\x01\x42\x07\n\x05_loan\"\x06\n\x04\x44one2\xbc\x02\n\x08Requests\x12\x33\n\x06Submit\x12\x18.steelyard.SubmitRequest\x1a\x0f.steelyard.Done\x12\x31\n\x05\x41\x62ort\x12\x17.steelyard.AbortRequest\x1a\x0f.steelyard.Done\x12\x31\n\x05Offer\x12\x17.steelyard.OfferRequest\x1a\x0f.steelyard.Done\x12/\n\x04Move\x12\x16.steelyard.MoveRequest\x1a\x0f.steelyard.Done\x12(\n\x04\x43opy\x12\x0f.steelyard.Loan\x1a\x0f.steelyard.Done\x12:\n\x06\x42orrow\x12\x18.steelyard.BorrowRequest\x1a\x16.steelyard.BorrowReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63luster/rpc/request.proto\x12\tsteelyard\"+\n\tTokenBias\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x01\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xc5\x03\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05top_p\x18\x04 \x01(\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x12\n\nmin_tokens\x18\x08 \x01(\r\x12\r\n\x05min_p\x18\t \x01(\x01\x12\x11\n\ttypical_p\x18\n \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x0b \x01(\x01\x12\x18\n\x10presence_penalty\x18\x0c \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\r \x01(\x01\x12(\n\nlogit_bias\x18\x0e \x03(\x0b\x32\x14.steelyard.TokenBias\x12&\n\tbad_words\x18\x0f \x03(\x0b\x32\x13.steelyard.TokenIds\x12\x10\n\x08logprobs\x18\x10 \x01(\x05\x12\x17\n\x0fprompt_logprobs\x18\x11 \x01(\x05\x12\x0e\n\x06\x63hoice\x18\x12 \x01(\r\x12\x0f\n\x07grammar\x18\x13 \x01(\t\x12\r\n\x05\x65mbed\x18\x14 \x01(\t\"(\n\x03Key\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\"\xc9\x01\n\x07Request\x12\x1b\n\x03key\x18\x01 \x01(\x0b\x32\x0e.steelyard.Key\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12\x15\n\rgenerated_ids\x18\x03 \x03(\r\x12+\n\x08sampling\x18\x04 \x01(\x0b\x32\x19.steelyard.SamplingParams\x12\x11\n\tnamespace\x18\x05 \x01(\t\x12\x11\n\ttimeout_s\x18\x06 \x01(\x01\x12#\n\x07service\x18\x07 \x01(\x0b\x32\x12.steelyard.Service\"K\n\x07Service\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x10\n\x08priority\x18\x02 \x01(\x05\x12\x0e\n\x06ttft_s\x18\x03 \x01(\x01\x12\x0e\n\x06tpot_s\x18\x04 \x01(\x01\"6\n\x07Sibling\x12\x1b\n\x03key\x18\x01 \x01(\x0b\x32\x0e.steelyard.Key\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\"S\n\x08\x45ndpoint\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0e\n\x06\x63ohort\x18\x04 \x01(\t\"\xec\x01\n\rSubmitRequest\x12#\n\x07request\x18\x01 \x01(\x0b\x32\x12.steelyard.Request\x12\x12\n\ngateway_id\x18\x02 \x01(\t\x12(\n\x06\x64\x65\x63ode\x18\x03 \x01(\x0b\x32\x13.steelyard.EndpointH\x00\x88\x01\x01\x12\x12\n\nrole_epoch\x18\x04 \x01(\r\x12$\n\x08siblings\x18\x05 \x03(\x0b\x32\x12.steelyard.Sibling\x12(\n\x06source\x18\x06 \x01(\x0b\x32\x13.steelyard.EndpointH\x01\x88\x01\x01\x42\t\n\x07_decodeB\t\n\x07_source\"+\n\x0c\x41\x62ortRequest\x12\x1b\n\x03key\x18\x01 \x01(\x0b\x32\x0e.steelyard.Key\"[\n\x05Lease\x12\x1b\n\x03key\x18\x01 \x01(\x0b\x32\x0e.steelyard.Key\x12%\n\x08producer\x18\x02 \x01(\x0b\x32\x13.steelyard.Endpoint\x12\x0e\n\x06secret\x18\x03 \x01(\t\"\xe4\x01\n\x0cOfferRequest\x12\x1f\n\x05lease\x18\x01 \x01(\x0b\x32\x10.steelyard.Lease\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x12\n\nnum_growth\x18\x03 \x01(\r\x12\x12\n\ngateway_id\x18\x04 \x01(\t\x12\x11\n\ttimeout_s\x18\x05 \x01(\x01\x12 \n\x08siblings\x18\x06 \x03(\x0b\x32\x0e.steelyard.Key\x12\r\n\x05names\x18\x07 \x03(\x0c\x12\x0e\n\x06moving\x18\x08 \x01(\x08\x12#\n\x07service\x18\t \x01(\x0b\x32\x12.steelyard.Service\"\x8a\x01\n\x0bMoveRequest\x12\x1b\n\x03key\x18\x01 \x01(\x0b\x32\x0e.steelyard.Key\x12#\n\x06target\x18\x02 \x01(\x0b\x32\x13.steelyard.Endpoint\x12\x1f\n\x02to\x18\x03 \x01(\x0b\x32\x0e.steelyard.KeyH\x00\x88\x01\x01\x12\x11\n\ttimeout_s\x18\x04 \x01(\x01\x42\x05\n\x03_to\"\x1e\n\rBorrowRequest\x12\r\n\x05names\x18\x01 \x03(\x0c\"6\n\x04Loan\x12\x1f\n\x05lease\x18\x01 \x01(\x0b\x32\x10.steelyard.Lease\x12\r\n\x05names\x18\x02 \x03(\x0c\":\n\x0b\x42orrowReply\x12\"\n\x04loan\x18\x01 \x01(\x0b\x32\x0f.steelyard.LoanH\x00\x88\x01\x01\x42\x07\n\x05_loan\"\x06\n\x04\x44one2\xbc\x02\n\x08Requests\x12\x33\n\x06Submit\x12\x18.steelyard.SubmitRequest\x1a\x0f.steelyard.Done\x12\x31\n\x05\x41\x62ort\x12\x17.steelyard.AbortRequest\x1a\x0f.steelyard.Done\x12\x31\n\x05Offer\x12\x17.steelyard.OfferRequest\x1a\x0f.steelyard.Done\x12/\n\x04Move\x12\x16.steelyard.MoveRequest\x1a\x0f.steelyard.Done\x12(\n\x04\x43opy\x12\x0f.steelyard.Loan\x1a\x0f.steelyard.Done\x12:\n\x06\x42orrow\x12\x18.steelyard.BorrowRequest\x1a\x16.steelyard.BorrowReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,35 +36,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIDS']._serialized_start=85
   _globals['_TOKENIDS']._serialized_end=108
   _globals['_SAMPLINGPARAMS']._serialized_start=111
-  _globals['_SAMPLINGPARAMS']._serialized_end=549
-  _globals['_KEY']._serialized_start=551
-  _globals['_KEY']._serialized_end=591
-  _globals['_REQUEST']._serialized_start=594
-  _globals['_REQUEST']._serialized_end=795
-  _globals['_SERVICE']._serialized_start=797
-  _globals['_SERVICE']._serialized_end=872
-  _globals['_SIBLING']._serialized_start=874
-  _globals['_SIBLING']._serialized_end=928
-  _globals['_ENDPOINT']._serialized_start=930
-  _globals['_ENDPOINT']._serialized_end=1013
-  _globals['_SUBMITREQUEST']._serialized_start=1016
-  _globals['_SUBMITREQUEST']._serialized_end=1252
-  _globals['_ABORTREQUEST']._serialized_start=1254
-  _globals['_ABORTREQUEST']._serialized_end=1297
-  _globals['_LEASE']._serialized_start=1299
-  _globals['_LEASE']._serialized_end=1390
-  _globals['_OFFERREQUEST']._serialized_start=1393
-  _globals['_OFFERREQUEST']._serialized_end=1621
-  _globals['_MOVEREQUEST']._serialized_start=1624
-  _globals['_MOVEREQUEST']._serialized_end=1762
-  _globals['_BORROWREQUEST']._serialized_start=1764
-  _globals['_BORROWREQUEST']._serialized_end=1794
-  _globals['_LOAN']._serialized_start=1796
-  _globals['_LOAN']._serialized_end=1850
-  _globals['_BORROWREPLY']._serialized_start=1852
-  _globals['_BORROWREPLY']._serialized_end=1910
-  _globals['_DONE']._serialized_start=1912
-  _globals['_DONE']._serialized_end=1918
-  _globals['_REQUESTS']._serialized_start=1921
-  _globals['_REQUESTS']._serialized_end=2237
+  _globals['_SAMPLINGPARAMS']._serialized_end=564
+  _globals['_KEY']._serialized_start=566
+  _globals['_KEY']._serialized_end=606
+  _globals['_REQUEST']._serialized_start=609
+  _globals['_REQUEST']._serialized_end=810
+  _globals['_SERVICE']._serialized_start=812
+  _globals['_SERVICE']._serialized_end=887
+  _globals['_SIBLING']._serialized_start=889
+  _globals['_SIBLING']._serialized_end=943
+  _globals['_ENDPOINT']._serialized_start=945
+  _globals['_ENDPOINT']._serialized_end=1028
+  _globals['_SUBMITREQUEST']._serialized_start=1031
+  _globals['_SUBMITREQUEST']._serialized_end=1267
+  _globals['_ABORTREQUEST']._serialized_start=1269
+  _globals['_ABORTREQUEST']._serialized_end=1312
+  _globals['_LEASE']._serialized_start=1314
+  _globals['_LEASE']._serialized_end=1405
+  _globals['_OFFERREQUEST']._serialized_start=1408
+  _globals['_OFFERREQUEST']._serialized_end=1636
+  _globals['_MOVEREQUEST']._serialized_start=1639
+  _globals['_MOVEREQUEST']._serialized_end=1777
+  _globals['_BORROWREQUEST']._serialized_start=1779
+  _globals['_BORROWREQUEST']._serialized_end=1809
+  _globals['_LOAN']._serialized_start=1811
+  _globals['_LOAN']._serialized_end=1865
+  _globals['_BORROWREPLY']._serialized_start=1867
+  _globals['_BORROWREPLY']._serialized_end=1925
+  _globals['_DONE']._serialized_start=1927
+  _globals['_DONE']._serialized_end=1933
+  _globals['_REQUESTS']._serialized_start=1936
+  _globals['_REQUESTS']._serialized_end=2252
 # @@protoc_insertion_point(module_scope)

@@ -48,7 +48,7 @@ class KvTransfer(_message.Message):
     def __init__(self, carrier: _Optional[str] = ..., bytes: _Optional[int] = ..., hidden_bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., exposed_seconds: _Optional[float] = ...) -> None: ...
 
 class TokenOutput(_message.Message):
-    __slots__ = ("key", "first_index", "token_ids", "finish", "error_code", "error_message", "cached_tokens", "stages", "logprobs", "prompt_logprobs", "transfer")
+    __slots__ = ("key", "first_index", "token_ids", "finish", "error_code", "error_message", "cached_tokens", "stages", "logprobs", "prompt_logprobs", "transfer", "embedding")
     KEY_FIELD_NUMBER: _ClassVar[int]
     FIRST_INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -60,6 +60,7 @@ class TokenOutput(_message.Message):
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDING_FIELD_NUMBER: _ClassVar[int]
     key: _request_pb2.Key
     first_index: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -71,7 +72,8 @@ class TokenOutput(_message.Message):
     logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprob]
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprob]
     transfer: KvTransfer
-    def __init__(self, key: _Optional[_Union[_request_pb2.Key, _Mapping]] = ..., first_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish: _Optional[str] = ..., error_code: _Optional[str] = ..., error_message: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[Stage, _Mapping]]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., transfer: _Optional[_Union[KvTransfer, _Mapping]] = ...) -> None: ...
+    embedding: bytes
+    def __init__(self, key: _Optional[_Union[_request_pb2.Key, _Mapping]] = ..., first_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish: _Optional[str] = ..., error_code: _Optional[str] = ..., error_message: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[Stage, _Mapping]]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., transfer: _Optional[_Union[KvTransfer, _Mapping]] = ..., embedding: _Optional[bytes] = ...) -> None: ...
 
 class Stats(_message.Message):
     __slots__ = ("num_running", "num_waiting", "num_held", "num_blocks", "num_free_blocks", "num_cached_blocks", "num_held_blocks", "num_leaked_blocks", "num_waiting_tokens", "num_steps", "num_preemptions", "prefix_queries", "prefix_hits", "host_blocks", "host_queries", "host_hits", "host_saves", "slack_tokens", "num_queued_tokens", "queued_s")

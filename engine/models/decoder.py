@@ -55,8 +55,17 @@ class _Place:
     sin: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Results:
+    """Of a step, float32. logits: [num_samples, vocab]; states: [num_states, hidden], after the final norm, on every
+    rank."""
+
+    logits: torch.Tensor
+    states: torch.Tensor
+
+
 class Decoder:
-    """forward: a step's tokens -> logits of its sampled rows. Writes the new KV, reads all of it from the cache."""
+    """forward: a step's tokens -> what its sampled rows give. Writes the new KV, reads all of it from the cache."""
 
     def __init__(self, config: ModelConfig, weights: Weights, ladders: Ladders, ranks: Ranks = ONE_RANK) -> None:
         """Takes the layers' tensors out of `weights`, so that those which are stacked or packed are freed. With several
@@ -73,8 +82,8 @@ class Decoder:
         # rounded to the weights' type, as the model was trained with
         self._scale = torch.tensor(config.embedding_scale, dtype=self.embedding.dtype, device=self.embedding.device)
 
-    def forward(self, step: StepInput, cache: KVCache, stored: LayersStored | None = None) -> torch.Tensor:
-        """Returns [num_samples, vocab] in float32. A layer counts as stored when all ranks have added their part of its
+    def forward(self, step: StepInput, cache: KVCache, stored: LayersStored | None = None) -> Results:
+        """A layer counts as stored when all ranks have added their part of its
         attention, since each stores its KV before."""
         hidden = self._embed(step.token_ids) * self._scale  # [padded_rows, hidden]
         for number, (layer, place) in enumerate(zip(self.layers, self._places(step, cache), strict=True), start=1):
@@ -86,7 +95,8 @@ class Decoder:
             hidden = hidden + self._normed(self.ranks.add(fed), layer.mlp_out_norm)
         rows = self._normed(hidden[step.sample_rows], self.norm)
         logits = linear(rows, self.head, None, self.ladders.linear)[: step.num_samples].float()
-        return self.ranks.gather(logits, self.config.vocab_size)
+        states = self._normed(hidden[step.state_rows], self.norm).float()
+        return Results(self.ranks.gather(logits, self.config.vocab_size), states)
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Each rank knows some of the vocabulary; to the others' tokens it adds zeros."""

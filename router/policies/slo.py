@@ -64,6 +64,8 @@ def slo(snapshot: Snapshot) -> Decision | None:
     best = min(apart, key=lambda one: one.rank)
     if beside is not None and beside.rank < best.rank:
         return admitted(snapshot, Placement(beside.first.member, None, beside.ttft_s), beside.own_s)
+    if snapshot.ask.is_prompt_only:
+        return admitted(snapshot, Placement(best.first.member, None, best.ttft_s), best.own_s, best.is_kind)
     for option in sorted(apart, key=lambda one: one.rank):
         target = _decode_worker(snapshot, option, decode)
         if target is not None:

@@ -81,6 +81,7 @@ class Ask:
     hand_off: bool = True  # False: what cannot be moved is computed where it is needed
     cached: Mapping[Name, int] = field(default_factory=dict)
     refused_by: Name | None = None
+    is_prompt_only: bool = False  # nothing is generated
 
     @property
     def has_targets(self) -> bool:

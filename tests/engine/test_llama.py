@@ -210,7 +210,7 @@ def test_logits_of_sampled_rows_equal_those_of_all_rows(invariance: Invariance) 
     batch = built.engine.begin()
     assert batch is not None
     with torch.inference_mode():
-        logits = built.runner.compute(plan_step(batch, built.cache.layout.groups, 16))
+        logits = built.runner.compute(plan_step(batch, built.cache.layout.groups, 16)).logits
     sampling = [item for item in batch.scheduled if item.samples]
     assert len(logits) == len(sampling) >= 5
     for row, item in zip(logits, sampling, strict=True):

@@ -258,7 +258,7 @@ class LogitRecorder:
         step = build_input(plan, layout.groups, layout.block_size, groups, model.ladders, "cpu")
         wanted = torch.zeros(len(step.token_ids), dtype=torch.int64)
         wanted[: step.num_tokens] = torch.arange(step.num_tokens)
-        logits = model.forward(replace(step, sample_rows=wanted, num_samples=step.num_tokens), runner.cache)
+        logits = model.forward(replace(step, sample_rows=wanted, num_samples=step.num_tokens), runner.cache).logits
         slots = zip(step.groups[0].block_ids.tolist(), step.offsets.tolist(), strict=True)
         row_of = {slot: row for row, slot in enumerate(slots)}
         for item in batch.scheduled:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import codecs
 import json
+import math
+import struct
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -13,6 +15,7 @@ import httpx
 from fastapi import FastAPI
 
 from engine.errors import InvalidRequest
+from engine.models.pooling import Pooling
 from engine.types import FinishReason, Request, TokenLogprob, TokenOutput
 from router.api import Generator, HealthView, WorkerView
 from router.chat_style import PLAIN_STYLE, ChatStyle
@@ -22,6 +25,7 @@ from router.step_history import StepHistory
 from router.text import TextModel
 
 MODEL = "tiny/bytes"
+POOLING = Pooling("last", size=4, cuts=(2,))
 MAX_CONTEXT = 256
 BOS, EOS, VOCAB = 256, 257, 258
 CREATED = 1_700_000_000
@@ -86,8 +90,19 @@ def output(request: Request, first_index: int, ids: tuple[int, ...], finish: Fin
     return TokenOutput(request.key, first_index, ids, finish, cached_tokens=3, stages=(("decode", 0.001),))
 
 
+def vector_of(prompt_ids: Sequence[int]) -> bytes:
+    """As TokenOutput.embedding: of length 1, and of each prompt another."""
+    numbers = (float(len(prompt_ids)), *map(float, (prompt_ids[-1], sum(prompt_ids), 1)))
+    return struct.pack("<4f", *(number / math.hypot(*numbers) for number in numbers))
+
+
 async def echo(request: Request) -> AsyncIterator[TokenOutput]:
     """The prompt's bytes again, one by one; then the end of sequence, unless max_tokens comes first."""
+    if request.sampling.embed:
+        yield TokenOutput(
+            request.key, 0, (), FinishReason.STOP, cached_tokens=3, embedding=vector_of(request.prompt_ids)
+        )
+        return
     ids = [one for one in request.prompt_ids if one < 256] + [EOS]
     limit = request.sampling.max_tokens
     for index, one in enumerate(ids[:limit]):
@@ -215,9 +230,9 @@ def healthy(*workers: WorkerView) -> HealthView:
     return HealthView(True, "", 0.5, 7, workers or (worker(), worker("d0", "decode")), 0)
 
 
-def text_model(style: ChatStyle = PLAIN_STYLE) -> TextModel:
+def text_model(style: ChatStyle = PLAIN_STYLE, pooling: Pooling = POOLING) -> TextModel:
     max_context = MAX_CONTEXT if style is PLAIN_STYLE else 10 * MAX_CONTEXT
-    return TextModel(MODEL, max_context, ByteTokenizer(), ByteDetokenizer, style)
+    return TextModel(MODEL, max_context, ByteTokenizer(), ByteDetokenizer, style, pooling)
 
 
 def make_app(generator: Generator, style: ChatStyle = PLAIN_STYLE, **settings: float) -> FastAPI:

@@ -1,0 +1,1 @@
+"""Embeddings: POST /v1/embeddings, over the same Generator as answers."""
