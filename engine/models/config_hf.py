@@ -40,6 +40,8 @@ _DEFAULTS: dict[str, dict[str, object]] = {
 }  # fmt: skip
 HF_ARCHITECTURES = tuple(_DEFAULTS)
 _GEMMA3 = "Gemma3ForCausalLM"
+# Models without a head, as folders of embedding models may have them: their final states are all there is of use.
+_HEADLESS = {name.replace("ForCausalLM", "Model"): name for name in HF_ARCHITECTURES if name != _GEMMA3}
 _QWEN = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 _WITH_ATTENTION_BIAS = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", _GEMMA3)
 _LAYER_KINDS = ("full_attention", "sliding_attention")
@@ -52,7 +54,7 @@ def config_from_hf(config: Mapping[str, object], generation: Mapping[str, object
     """From config.json and, where there is one, generation_config.json, whose token ids come first.
 
     Raises ModelError that names the field which is missing, of the wrong type, or not supported."""
-    architecture = _architecture(config)
+    architecture, has_head = _architecture(config)
     config = _DEFAULTS[architecture] | dict(config)
     _refuse_unsupported(architecture, config)
     hidden_size = integer(config, "hidden_size")
@@ -73,7 +75,7 @@ def config_from_hf(config: Mapping[str, object], generation: Mapping[str, object
             rope_theta=number(rope, "rope_theta", number(config, "rope_theta", 10_000.0)),
             rope_scaling=scaling,
             max_context=max_context if scaling is None else scaling.stretched_context(max_context),
-            tie_embeddings=flag(config, "tie_word_embeddings"),
+            tie_embeddings=flag(config, "tie_word_embeddings") or not has_head,
             attention_bias=flag(config, "attention_bias"),
             mlp_bias=flag(config, "mlp_bias"),
             eos_token_ids=token_ids("eos_token_id", generation or {}, config),
@@ -88,10 +90,13 @@ def config_from_hf(config: Mapping[str, object], generation: Mapping[str, object
     )
 
 
-def _architecture(config: Mapping[str, object]) -> str:
+def _architecture(config: Mapping[str, object]) -> tuple[str, bool]:
+    """By the name that it has with a head, and whether it has one."""
     names = config.get("architectures")
+    if isinstance(names, list) and len(names) == 1 and names[0] in _HEADLESS:
+        return _HEADLESS[names[0]], False
     if isinstance(names, list) and len(names) == 1 and names[0] in HF_ARCHITECTURES:
-        return str(names[0])
+        return str(names[0]), True
     raise refused("architectures", names, HF_ARCHITECTURES)
 
 

@@ -25,6 +25,7 @@ from engine.models.weights_gguf import iterate_gguf
 
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # old checkpoints carry it; it follows from the config
 
+_BARE = ("embed_tokens.", "layers.", "norm.")
 _MIXTRAL_PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _MIXTRAL_EXPERT = re.compile(r"(.*\.)block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight")
 
@@ -121,7 +122,8 @@ def iterate_tensors(
 
 
 def hf_name(name: str) -> str:
-    """Our name of a tensor in a Hugging Face checkpoint: Mixtral's differ."""
+    """Our name of a tensor in a Hugging Face checkpoint: Mixtral's differ, and those of a model without its head."""
+    name = f"model.{name}" if name.startswith(_BARE) else name
     expert = _MIXTRAL_EXPERT.fullmatch(name)
     if expert:
         prefix, index, part = expert.groups()
