@@ -10,9 +10,10 @@ import pytest
 
 from engine.errors import Overloaded
 from engine.step_shape import Chunk, StepRecord, StepShape
-from engine.types import EngineStats, ErrorInfo, FinishReason, Request, Service, TokenOutput
+from engine.types import LAST, MEAN, EngineStats, ErrorInfo, FinishReason, Request, Service, TokenOutput
 from router.dispatch import Dispatcher
 from router.membership import Member
+from router.policies import POLICIES
 from router.waiting_room import WaitingRoom
 from tests.router.fake_workers import Client, Cluster, ready, request, token
 from tests.virtual import in_virtual_time, settle
@@ -189,3 +190,40 @@ async def test_health_tells_how_far_off_a_first_token_was_predicted() -> None:
     (error,) = [error for error in cluster.dispatcher.health().prediction if error.kind == "ttft"]
     assert error.num_judged == 1 and error.median == pytest.approx(0.5, abs=0.05)
     await cluster.dispatcher.close()
+
+
+def embedding(name: str, embed: str, **size: int) -> Request:
+    asked = request(name, max_tokens=1, **size)
+    return replace(asked, sampling=replace(asked.sampling, embed=embed))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@in_virtual_time
+async def test_an_embedding_is_placed_on_one_worker_by_every_policy_and_again_when_that_dies(policy: str) -> None:
+    cluster = await ready("p0", "p1", "d0", policy=policy)  # pyright: ignore[reportArgumentType]
+    client = await served(cluster, embedding("r", LAST))
+    first = next(worker for worker in cluster.lives.values() if worker.submissions)
+    assert first.submissions[0].decode is None
+    first.die()
+    await asyncio.sleep(5)
+    (other,) = (one for one in cluster.lives.values() if one is not first and one.submissions)
+    assert other.submissions[0].decode is None
+    other.say(TokenOutput(other.key, 0, (), FinishReason.STOP, embedding=b"abcd"))
+    await client.task
+    assert [output.embedding for output in client.outputs] == [b"abcd"]
+    assert not cluster.dispatcher._live
+
+
+@in_virtual_time
+async def test_an_embedding_asks_for_no_room_to_decode_and_one_by_the_mean_reads_no_cache() -> None:
+    cluster = await calibrated("p0", "d0")
+    cluster["d0"].stats = EngineStats(num_blocks=4, num_free_blocks=0)
+    cluster["d0"].say()
+    await settle()
+    for name, embed in (("last", LAST), ("mean", MEAN)):
+        asked = replace(embedding(name, embed, num_prompt=100), service=Service(ttft_s=5.0))
+        client = await served(cluster, asked)
+        assert client.error is None and cluster["p0"].key.request_id == name
+    live = cluster.dispatcher._live["mean"]
+    live.refused_after = ("p0", "i1")
+    assert cluster.dispatcher.placer.cached(live) == {}
