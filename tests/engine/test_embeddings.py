@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Prompts
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from transformers import AutoModel
 
 from engine.build import BuiltEngine
-from engine.engine import Engine, EngineSpec
+from engine.engine import Engine, EngineSpec, ModelRunner
 from engine.models.config import ModelConfig
 from engine.scheduler import SchedulerLimits
 from engine.types import LAST, MEAN, POOLINGS, Add, FinishReason, Request, SamplingParams, TokenOutput
@@ -35,11 +36,11 @@ def prompts_of(config: ModelConfig) -> list[tuple[int, ...]]:
     return [random_prompt(config, length, seed) for seed, length in enumerate(LENGTHS)]
 
 
-def drive(engine: Engine, runner: object, requests: Prompts[Request]) -> dict[str, list[TokenOutput]]:
+def drive(engine: Engine, runner: ModelRunner, requests: Prompts[Request]) -> dict[str, list[TokenOutput]]:
     outputs: dict[str, list[TokenOutput]] = {}
     for one in requests:
         engine.handle(Add(one))
-    while parts := turn(engine, runner):  # pyright: ignore[reportArgumentType]
+    while parts := turn(engine, runner):
         for output in (*parts[0].tokens, *parts[1].tokens):
             outputs.setdefault(output.key.request_id, []).append(output)
     for output in engine.take_outputs().tokens:
@@ -52,7 +53,7 @@ def embedded(output: TokenOutput) -> np.ndarray:
     return np.frombuffer(output.embedding, "<f4")
 
 
-def embeddings(engine: Engine, runner: object, requests: Prompts[Request]) -> dict[str, np.ndarray]:
+def embeddings(engine: Engine, runner: ModelRunner, requests: Prompts[Request]) -> dict[str, np.ndarray]:
     outputs = drive(engine, runner, requests)
     assert engine.begin() is None
     assert engine.stats().num_free_blocks == engine.stats().num_blocks
@@ -92,8 +93,8 @@ def check(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None
         assert np.linalg.norm(found[name]) == pytest.approx(1, abs=1e-6)
 
 
-def built(config: ModelConfig, **limits: int) -> BuiltEngine:
-    defaults = {"num_blocks": 300, "shuffle_seed": 1}
+def built(config: ModelConfig, **limits: Any) -> BuiltEngine:
+    defaults: dict[str, Any] = {"num_blocks": 300, "shuffle_seed": 1}
     return tiny_engine(config, random_weights(config, SEED), **(defaults | limits))
 
 
