@@ -120,7 +120,6 @@ class TextModel:
         bad_words = await self._bad_words(body.bad_words or ())
         sampling = replace(_sampling(body, max_tokens, seed), bad_words=bad_words, grammar=grammar)
         _check_prompt_logprobs(sampling.prompt_logprobs, body, len(prompt_ids))
-        sampling = replace(sampling, grammar=await answer_grammar(body))
         return Request(request_id, prompt_ids, sampling, timeout_s=timeout_s)
 
     async def _chat_grammar(self, body: ChatBody, reading: Reading) -> str:
