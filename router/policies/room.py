@@ -51,11 +51,12 @@ def crowds_on(snapshot: Snapshot, loads: Iterable[WorkerLoad], at: float) -> lis
         tokens, tpot_s = decodes.tokens[place], decodes.tpots_s[place]
         others = stats.num_running - len(ends)  # other gateways'
         count = len(ends) - place + (others if others > 0 else 0) + num_answers
-        if count > most:
+        is_alone = count <= num_answers  # an empty one takes whatever may come: answers beyond its seats take turns
+        if count > most and not is_alone:
             crowds.append((count, tokens, tpot_s, SEATS))
             continue
         slots = (tokens + num_known + num_growth) / size + count / 2
-        is_full = count > num_answers and slots > USABLE * stats.num_blocks  # an empty one takes whatever may come
+        is_full = not is_alone and slots > USABLE * stats.num_blocks
         crowds.append((count, tokens, tpot_s, BLOCKS if is_full else ""))
     return crowds
 

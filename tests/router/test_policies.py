@@ -306,6 +306,12 @@ def test_slo_asks_for_blocks_for_the_prompt_and_its_growth_and_half_of_the_other
     assert decide("slo", loads, ask(400, 200)) == Wait("blocks")
 
 
+def test_slo_gives_more_answers_than_a_worker_has_seats_to_one_that_is_empty() -> None:
+    most = LIMITS.max_batch_seqs + 1
+    assert names(decide("slo", [load("p0"), load("d0")], ask(num_answers=most))) == ("p0", "d0")
+    assert isinstance(decide("slo", [load("p0"), load("d0", decodes=running(5.0))], ask(num_answers=most)), Wait)
+
+
 def test_slo_lets_best_effort_wait_while_requests_with_targets_come_and_prompts_are_there() -> None:
     busy, idle = load("p0", prompts=queue((100, 9.0))), load("p1")
     batch = ask(100, priority=10)
