@@ -116,18 +116,20 @@ class Book:
         name = live.request.request_id
         has_token = live.placement is not None and not live.is_prefilling
         self._take_off(name, now, has_token)
+        forecast = self._forecasts.get(name)
+        if forecast is None:
+            return  # it has ended: a move of it may still be over later
         workers = live.workers
         for worker in workers:
             self._page(worker).lives[name] = live
             self._touch(worker)
         if workers:
             self._where[name] = workers
-        forecast = self._forecasts.get(name)
-        if forecast is not None and live.first_worker is not None and live.is_prefilling and live.leader is None:
+        if live.first_worker is not None and live.is_prefilling and live.leader is None:
             page = self._page(live.first_worker)
             page.since = page.since if page.prompts else now
             page.prompts[name] = forecast.prompt
-        elif forecast is not None and has_token and not forecast.began:
+        elif has_token and not forecast.began:
             self._forecasts[name] = replace(forecast, began=now)
 
     def ended(self, live: LiveRequest, now: float) -> None:

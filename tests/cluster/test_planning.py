@@ -319,7 +319,7 @@ def test_blocks_of_a_role_are_its_own() -> None:
     waited = simulate(spec, burst, EventLog(keep=False))
     assert not any(one.error for one in waited.requests)
     roomy = WorldSpec(0, CONFIG, roles={**spec.roles, Role.DECODE: RoleSpec(STEPS, 400)})
-    assert waited.span_s > simulate(roomy, burst, EventLog(keep=False)).span_s + 0.03
+    assert waited.span_s > simulate(roomy, burst, EventLog(keep=False)).span_s + 0.01
 
 
 # --- the command ------------------------------------------------------------------------------------------------

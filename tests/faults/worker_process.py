@@ -17,7 +17,7 @@ import os
 import resource
 import signal
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 
 from cluster.config import load_config
 from cluster.spec import WorkerSpec
@@ -58,7 +58,8 @@ async def main() -> None:
     member = await worker.start()
     _make_mortal(worker)
     _make_hungry(worker)
-    print(json.dumps(asdict(member)), flush=True)
+    told = {one.name: getattr(member, one.name) for one in fields(member) if one.init}
+    print(json.dumps(told), flush=True)
     await reader.read()
     await worker.stop()
 
