@@ -60,6 +60,8 @@ def drive(
 ) -> None:  # fmt: skip
     """Run turns until the inbox says that it is over. `calibration` goes out before."""
     if calibration:
+        for record in calibration:
+            engine.scheduler.slack.pace.learn(record)
         emit(StepOutputs(stats=engine.stats(), calibration=calibration))
     ended: float | None = None  # when the step before was; None: idle, for what waits can only go on after a command
     while (commands := inbox.take(block=ended is None)) is not None:

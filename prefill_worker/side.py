@@ -115,7 +115,7 @@ class PrefillSide:
     def on_outputs(self, outputs: StepOutputs) -> tuple[TokenOutput, ...]:
         """Take a turn's news of our submissions; returns the token outputs, with our stages on the first ones."""
         self._stats = outputs.stats
-        self._forecast.learn(outputs.steps)
+        self._forecast.learn((*outputs.calibration, *outputs.steps))
         for output in outputs.tokens:
             tenant = self._streams.tenant(output.key)
             if tenant is not None:

@@ -38,6 +38,7 @@ from router.api import HealthView, WorkerView
 from router.block_names import UNNAMED, Naming
 from router.canary import Canary
 from router.config import RouterConfig
+from router.fan_in import fan_in
 from router.learnt import Learnt
 from router.live import LiveRequest
 from router.membership import Member, Membership
@@ -143,7 +144,8 @@ class Dispatcher:
         loop = asyncio.get_running_loop()
         timers = [loop.call_at(live.deadline, live.expire) for live in lives]  # one each, not one for each wait
         try:
-            async with aclosing(self._follow_all(lives) if siblings else self._follow(lives[0])) as outputs:
+            follows = [self._follow(live) for live in lives]
+            async with aclosing(fan_in(follows) if siblings else follows[0]) as outputs:
                 async for output in outputs:
                     yield output
         finally:
@@ -176,32 +178,6 @@ class Dispatcher:
                 finish = event.finish
                 live.placement = None if finish else live.placement  # nothing runs any more
                 yield event
-
-    async def _follow_all(self, lives: list[LiveRequest]) -> AsyncGenerator[TokenOutput]:
-        """The outputs of all as they come; what fails one fails all."""
-        news: asyncio.Queue[TokenOutput | Exception] = asyncio.Queue(1)  # what waits for a slow reader waits in lives
-
-        async def follow(live: LiveRequest) -> None:
-            try:
-                async with aclosing(self._follow(live)) as outputs:
-                    async for output in outputs:
-                        await news.put(output)
-            except Exception as error:  # whatever it is, the reader gets it
-                await news.put(error)
-
-        tasks = [asyncio.get_running_loop().create_task(follow(live)) for live in lives]
-        num_open = len(tasks)
-        try:
-            while num_open:
-                item = await news.get()
-                if isinstance(item, Exception):
-                    raise item
-                num_open -= item.finish is not None
-                yield item
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
     def _admit(self, requests: tuple[Request, ...]) -> list[LiveRequest]:
         """All of them or, with an error, none; the others follow the first."""
