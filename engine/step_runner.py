@@ -54,15 +54,22 @@ class Inbox(Protocol):
         ...
 
 
+def begin_calibrated(
+    engine: Engine, calibration: tuple[StepRecord, ...], emit: Callable[[StepOutputs], None]
+) -> None:  # fmt: skip
+    """What was measured before the first command is known to the engine, and told to its worker."""
+    for record in calibration:
+        engine.scheduler.slack.pace.learn(record)
+    if calibration:
+        emit(StepOutputs(stats=engine.stats(), calibration=calibration))
+
+
 def drive(
     engine: Engine, model: ModelRunner, inbox: Inbox, emit: Callable[[StepOutputs], None],
     calibration: tuple[StepRecord, ...] = (),
 ) -> None:  # fmt: skip
     """Run turns until the inbox says that it is over. `calibration` goes out before."""
-    if calibration:
-        for record in calibration:
-            engine.scheduler.slack.pace.learn(record)
-        emit(StepOutputs(stats=engine.stats(), calibration=calibration))
+    begin_calibrated(engine, calibration, emit)
     ended: float | None = None  # when the step before was; None: idle, for what waits can only go on after a command
     while (commands := inbox.take(block=ended is None)) is not None:
         begun = time.perf_counter() if ended is None else ended

@@ -6,13 +6,13 @@ Among those that wait, in this order:
 3. who can still give its first token in time. Who cannot is served all the same, behind those that can;
 4. whose tenant has not been served more than another that waits, by `fairness_tokens` (prefill_worker/tenants.py). The
    turn of the oldest, too, goes by this;
-5. whose computation must start earliest to give its first token when it is due; without a target that is
-   `default_ttft_s` after its arrival.
+5. whose first token is due earliest; without a target that is `default_ttft_s` after its arrival. While the engine has
+   a long prompt others wait, and are passed by short ones that are due later as far as they come in time all the same.
 
 The engine takes what it was given in its own order, so it is given little: short prompts for two steps (the one that is
 computed and the next), steps as large as makes a token cheapest (prefill_worker/knee.py) or as the slack of those that
 decode here allows; and one long prompt, which takes more than a step, beside them. And nothing while unclaimed blocks
-fill the outbox's share. A start looks once at everything that waits.
+fill the outbox's share, nor anything that would make late what the engine has. A start looks once at all that waits.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Waiting:
     submission: Submission
     arrived: float
     compute_s: float
-    latest_start: float  # for a first token in time
+    due: float  # its first token
     lost_after: float  # what was promised to it cannot be kept if it starts later
     priority: int
     tenant: str
@@ -68,6 +68,8 @@ class Given:
     num: int = 0
     num_short_tokens: int = 0
     has_long: bool = False
+    left_s: float = 0.0  # until all of it is computed, as predicted
+    slack_s: float = math.inf  # by how much more all of it can be held up, so that nobody in it is late
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +97,10 @@ class PrefillQueue:
     def waiting(self, submission: Submission, now: float, compute_s: float = 0.0) -> Waiting:
         """A submission as it would wait here."""
         request, service = submission.request, submission.request.service
-        start = now - compute_s + (service.ttft_s if math.isfinite(service.ttft_s) else self.rules.default_ttft_s)
+        due = now + (service.ttft_s if math.isfinite(service.ttft_s) else self.rules.default_ttft_s)
         lost_after = now - compute_s + service.ttft_s
         return Waiting(
-            self._next_number, submission, now, compute_s, start, lost_after,
+            self._next_number, submission, now, compute_s, due, lost_after,
             service.priority, service.tenant, request.num_tokens,
         )  # fmt: skip
 
@@ -156,9 +158,9 @@ class PrefillQueue:
 
     def before_s(self, new: Waiting, now: float) -> float:
         """How long computing those takes that go before it if nobody else comes. Tenants' shares are left out."""
-        mine = new.priority, new.lost_after < now, new.latest_start
+        mine = new.priority, new.lost_after < now, new.due
         waiting = self._waiting.values()
-        return sum(one.compute_s for one in waiting if (one.priority, one.lost_after < now, one.latest_start) <= mine)
+        return sum(one.compute_s for one in waiting if (one.priority, one.lost_after < now, one.due) <= mine)
 
     # --- parts -----------------------------------------------------------------------------------------------
 
@@ -171,18 +173,33 @@ class PrefillQueue:
         """Whose turn it is. The engine has no more than one long prompt: the oldest, if it is long, keeps its turn."""
         if self._num_since_oldest + 1 >= self.rules.oldest_every and not (given.has_long and self._is_long(oldest)):
             return oldest
+        held = self._held_long(given, now)
         first: _Group | None = None
         earliest: dict[str, Waiting] = {}  # by tenant, in the first group
         for one in self._waiting.values():
             group = one.priority, one.lost_after < now
             if (first is not None and group > first) or (given.has_long and self._is_long(one)):
                 continue
+            if any(one.due > long.due and one.compute_s > slack_s for long, slack_s in held):
+                continue
             if group != first:
                 first, earliest = group, {}
             known = earliest.get(one.tenant)
-            if known is None or one.latest_start < known.latest_start:
+            if known is None or one.due < known.due:
                 earliest[one.tenant] = one
-        return min(self._fair(earliest), key=lambda one: (one.latest_start, one.number)) if earliest else None
+        return min(self._fair(earliest), key=lambda one: (one.due, one.number)) if earliest else None
+
+    def _held_long(self, given: Given, now: float) -> list[tuple[Waiting, float]]:
+        """Long prompts that wait for the one that the engine has, and by how much more each could be held up: those of
+        later turns pass it only as far as it comes in time all the same."""
+        if not given.has_long:
+            return []
+        waiting = [one for one in self._waiting.values() if self._is_long(one) and one.lost_after >= now]
+        held, free_at = list[tuple[Waiting, float]](), now + given.left_s
+        for one in sorted(waiting, key=lambda one: one.due):
+            free_at += one.compute_s
+            held.append((one, one.due - free_at))
+        return held
 
     def _fair(self, of_tenant: Mapping[str, Waiting]) -> list[Waiting]:
         """Without those whose tenants have been served too much more than another of these."""
@@ -194,6 +211,8 @@ class PrefillQueue:
         return waiting.num_tokens > self.rules.prefill_chunk
 
     def _has_room(self, waiting: Waiting, given: Given, step_tokens: int) -> bool:
+        if given.num and waiting.compute_s > given.slack_s:
+            return False
         if self._is_long(waiting):
             return given.num_short_tokens <= step_tokens
         return not given.num_short_tokens or given.num_short_tokens + waiting.num_tokens <= 2 * step_tokens

@@ -13,6 +13,7 @@ named by its first; it ends when the last of them has.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
@@ -150,8 +151,11 @@ class PrefillSide:
         """Of those without a first token. What waits for a prefix takes no turn from others."""
         before = [live for live in self._live.values() if not live.firsts]
         sizes = [live.submission.request.num_tokens for live in before if live.fetch is None or live.fetch.done()]
-        chunk = self._queue.rules.prefill_chunk
-        return Given(len(before), sum(size for size in sizes if size <= chunk), any(size > chunk for size in sizes))
+        chunk, now, left_s = self._queue.rules.prefill_chunk, self._now(), self._given_s()
+        dues = [live.arrived + live.submission.request.service.ttft_s for live in before]
+        slack_s = min((due - now - left_s for due in dues if due > now), default=math.inf)
+        num_short = sum(size for size in sizes if size <= chunk)
+        return Given(len(before), num_short, any(size > chunk for size in sizes), left_s, slack_s)
 
     def _given_s(self) -> float:
         """Until what the engine has of prompts is computed."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from cluster.simulator.burst import Burst, fast_forward, plan_burst
+from cluster.simulator.calibration import modelled_calibration
 from cluster.simulator.host import Host
 from cluster.simulator.log import EventLog
 from cluster.simulator.mailbox import Mailbox
@@ -21,7 +22,7 @@ from engine.errors import WorkerLost
 from engine.layer_groups import LayerNews
 from engine.scheduler import Batch
 from engine.sequence import Sequence
-from engine.step_runner import begin_turn
+from engine.step_runner import begin_calibrated, begin_turn
 from engine.step_shape import StepRecord, StepShape
 from engine.types import Add, Adopt, Command, EngineStats, StepOutputs
 
@@ -111,6 +112,7 @@ class ModelledStepRunner:
 
     async def _drive(self) -> None:
         idle = True
+        begin_calibrated(self._engine, modelled_calibration(self._engine.spec, self._model.times), self._emit)
         while True:
             commands = await self._take(block=idle)
             batch = begin_turn(self._engine, commands, self._emit)

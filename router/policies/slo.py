@@ -117,7 +117,7 @@ def _rehearsed(snapshot: Snapshot, option: Option, due: float) -> Option:
     num_new = snapshot.ask.num_tokens - option.num_cached
     new = Prompt(due, now, num_new, option.own_s, num_new)
     end, others = with_one_more(option.first.prompts, new, limits.prefill_chunk, limits.max_batch_tokens)
-    is_kind = all(other <= its_due for other, its_due in others)
+    is_kind = all(now + snapshot.margin.ttft_s(other - now) <= its_due for other, its_due in others)
     return replace(option, ttft_s=max(end - now, option.own_s), is_kind=is_kind)
 
 

@@ -124,6 +124,6 @@ def test_at_three_times_capacity_no_lease_of_a_living_owner_ends() -> None:
 
 def test_an_owner_that_is_cut_off_loses_its_leases_and_they_are_counted() -> None:
     """Prompts take longer than a lease lives in silence."""
-    world, result = played("poisson:rate=2,prompt=8000,output=60,seconds=8", cut_off_s=10.0)
+    world, result = played("poisson:rate=3,prompt=8000,output=60,seconds=8", cut_off_s=10.0)
     assert dict(result.recomputed)[LEASE] > 0
     assert dict(world.dispatcher.retries)[LEASE] > 0

@@ -20,9 +20,9 @@ def test_at_twice_the_capacity_those_who_are_admitted_are_in_time_and_as_many_as
     ours, mooncake, blind = (
         outcome(policy, 2.0, 2 * GUESS, OVERLOADED_SECONDS) for policy in ("slo", "mooncake", "least_load")
     )
-    assert ours.attained >= 0.95  # 0.99 is the target: `python -m benchmarks.policies` tells how far it is
+    assert ours.attained >= 0.99
     assert ours.goodput >= 0.9 * max(mooncake.goodput, blind.goodput)
-    assert mooncake.attained < 0.9 and blind.attained < 0.5, "the load is one at which it matters"
+    assert ours.attained > max(mooncake.attained, blind.attained), "the load is one at which it matters"
 
 
 def test_a_simulated_policy_decides_the_same_in_every_run() -> None:

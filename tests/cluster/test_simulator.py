@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from cluster.config import ClusterConfig
+from cluster.simulator.calibration import modelled_calibration
 from cluster.simulator.chance import Chance
 from cluster.simulator.clock import VirtualLoop, run_virtual
 from cluster.simulator.log import EventLog
@@ -285,7 +286,8 @@ def test_a_modelled_turn_is_a_turn_of_the_real_loop() -> None:
 
     inbox = ScriptedInbox(commands)
     real: list[StepOutputs] = []
-    drive(Engine(spec.engine_spec()), runner(), inbox, real.append)
+    calibration = modelled_calibration(spec.engine_spec(), spec.steps)
+    drive(Engine(spec.engine_spec()), runner(), inbox, real.append, calibration)
 
     async def main() -> list[StepOutputs]:
         modelled = ModelledStepRunner(

@@ -48,12 +48,12 @@ def queue_of(*submissions: Submission, rules: QueueRules = RULES) -> PrefillQueu
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(50, 99), st.integers(0, 20)), max_size=30))
-def test_the_earliest_start_goes_first_and_equal_ones_as_they_came(arrivals: list[tuple[int, int, int]]) -> None:
+def test_the_earliest_deadline_goes_first_and_equal_ones_as_they_came(arrivals: list[tuple[int, int, int]]) -> None:
     queue = PrefillQueue(RULES)
     for index, (now, ttft_s, compute_s) in enumerate(arrivals):
         push(queue, submission(str(index), ttft_s), float(now), float(compute_s))
-    starts = [now + ttft_s - compute_s for now, ttft_s, compute_s in arrivals]
-    wanted = sorted(range(len(arrivals)), key=lambda index: (starts[index], index))
+    dues = [now + ttft_s for now, ttft_s, _ in arrivals]
+    wanted = sorted(range(len(arrivals)), key=lambda index: (dues[index], index))
     assert [pop(queue) for _ in arrivals] == [str(index) for index in wanted]
     assert pop(queue) is None
 
@@ -179,6 +179,23 @@ def test_short_prompts_pass_a_long_one_whose_turn_it_is_while_there_is_another()
     queue = queue_of(submission("long", 1.0, num_tokens=1000), submission("short", 9.0))
     assert pop(queue, has=Given(1, 0, has_long=True)) == "short"
     assert pop(queue) == "long"
+
+
+def test_a_later_short_prompt_passes_a_long_one_only_as_far_as_that_comes_in_time() -> None:
+    """Each takes a second; the engine is busy for one."""
+    busy = Given(1, 0, has_long=True, left_s=1.0)
+    for ttft_s, passes in ((2.5, False), (3.5, True)):
+        queue = PrefillQueue(RULES)
+        push(queue, submission("long", ttft_s, num_tokens=1000), 0.0, 1.0)
+        push(queue, submission("short", 9.0), 0.0, 1.0)
+        assert (pop(queue, has=busy) == "short") is passes
+
+
+@pytest.mark.parametrize(("slack_s", "starts"), [(0.9, False), (1.1, True)])
+def test_nothing_joins_what_it_would_make_late(slack_s: float, starts: bool) -> None:
+    queue = PrefillQueue(RULES)
+    push(queue, submission("a"), 0.0, 1.0)
+    assert (pop(queue, has=Given(1, 10, slack_s=slack_s)) == "a") is starts
 
 
 # --- bounds ---------------------------------------------------------------------------------------------------
