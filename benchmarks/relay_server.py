@@ -17,6 +17,7 @@ from tokenizers.models import BPE
 from cluster.garbage import collect_seldom
 from cluster.gateway import Server, SystemNames, server_config
 from cluster.listener import listen
+from engine.errors import TransferFailed
 from engine.models.detokenizer import IncrementalDetokenizer, Pieces
 from engine.streams import StreamBatch
 from engine.types import EngineStats, FinishReason, Key, Move, Role, Submission, TokenOutput
@@ -84,7 +85,7 @@ class EagerWorker:
         self.wanted.pop(key, None)
 
     async def move(self, move: Move, timeout_s: float) -> None:
-        raise NotImplementedError
+        raise TransferFailed("this worker is the only one")
 
     async def tokens(self, gateway_id: str) -> AsyncGenerator[StreamBatch]:
         yield StreamBatch((), STATS)

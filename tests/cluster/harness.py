@@ -62,7 +62,7 @@ async def local_cluster(
     overrides: Mapping[str, object] | None = None, num_prefill: int = 1, num_decode: int = 1
 ) -> AsyncIterator[LocalCluster]:
     """A cluster of configs/local.yaml with these overrides, ready to serve on a port that the system chose."""
-    config = load_config("configs/local.yaml", {"router.port": 0, **(overrides or {})})
+    config = load_config("configs/local.yaml", {"router.port": 0, "engine.calibrate_s": 0, **(overrides or {})})
     secret = secrets.token_bytes(32)
     cluster = LocalCluster(config, secret, Gateway(config, secret, "gateway-test"))
     cluster.url = await cluster.gateway.start()
