@@ -34,6 +34,8 @@ class _Page:
     lives: dict[str, LiveRequest] = field(default_factory=dict)
     prompts: dict[str, Prompt] = field(default_factory=dict)
     since: float = 0.0  # when it began with the first of its prompts
+    finished: set[str] = field(default_factory=set)  # of its prompts, with the step that ended at `ended`
+    ended: float = 0.0
     is_current: bool = False
     num_prompt_tokens: int = 0
     queue: Prompts = NO_PROMPTS
@@ -107,6 +109,7 @@ class Book:
         prompt = Prompt(live.first_due, now, num_new, compute_s, num_new)
         ttft_s = placement.ttft_s
         if ttft_s is None:
+            self._end_step(page)
             ttft_s = self._queue(page).around_s(live.first_due, now)[0] + compute_s
         for one in live.placed_together:
             self._forecasts[one.request.request_id] = _Forecast(now, ttft_s, prompt, len(one.tokens))
@@ -127,6 +130,7 @@ class Book:
             self._where[name] = workers
         if live.first_worker is not None and live.is_prefilling and live.leader is None:
             page = self._page(live.first_worker)
+            self._end_step(page)
             page.since = page.since if page.prompts else now
             page.prompts[name] = forecast.prompt
         elif has_token and not forecast.began:
@@ -147,8 +151,11 @@ class Book:
             self._touch(worker)
             del page.lives[name]
             if name in page.prompts and has_token:
-                self._end_step(page, now)
-            page.prompts.pop(name, None)
+                page.finished.add(name)
+                page.ended = now
+            else:
+                page.prompts.pop(name, None)
+                page.finished.discard(name)
             if not page.lives:
                 del self._pages[worker]
 
@@ -156,14 +163,18 @@ class Book:
         self._pages[worker].is_current = False
         self._loads.pop(worker, None)
 
-    def _end_step(self, page: _Page, now: float) -> None:
-        """First tokens tell of a step's end."""
-        limits, names = self._limits, list(page.prompts)
-        ordered = sorted(names, key=lambda name: turn_of(page.prompts[name]))
-        before = [page.prompts[name] for name in ordered]
-        after = progressed(before, page.since, now, limits.prefill_chunk, limits.max_batch_tokens)
+    def _end_step(self, page: _Page) -> None:
+        """First tokens tell of a step's end. What of its time was not theirs was for others: work is neither lost nor
+        made, so that an error of one prediction is not one of all that come after it."""
+        if not page.finished:
+            return
+        done = [page.prompts.pop(name) for name in page.finished]
+        page.finished.clear()
+        work_s = page.ended - page.since - sum(one.left_s for one in done)
+        ordered = sorted(page.prompts, key=lambda name: turn_of(page.prompts[name]))
+        after = progressed([page.prompts[name] for name in ordered], work_s, self._limits.prefill_chunk)
         page.prompts = dict(zip(ordered, after, strict=True))
-        page.since = now
+        page.since = page.ended
 
     # --- what follows ----------------------------------------------------------------------------------------
 
@@ -206,6 +217,7 @@ class Book:
         return page
 
     def _derive(self, page: _Page, worker: Name, pool: Pool, now: float) -> None:
+        self._end_step(page)
         page.queue = self._queue(page)
         page.num_prompt_tokens = sum([page.lives[name].request.num_tokens for name in page.prompts])
         here = [(name, live) for name, live in page.lives.items() if worker == live.decodes_on]

@@ -23,6 +23,10 @@ class Prompt:
     compute_s: float
     num_left: int
 
+    @property
+    def left_s(self) -> float:
+        return self.compute_s * self.num_left / self.num_tokens
+
 
 class Run(NamedTuple):
     """`num` equal steps, one after the other. `taken`: (number, tokens) of the prompts in each."""
@@ -44,28 +48,24 @@ def rehearse(prompts: Sequence[Prompt], since: float, chunk: int, budget: int) -
     return ends
 
 
-def progressed(prompts: Sequence[Prompt], since: float, now: float, chunk: int, budget: int) -> list[Prompt]:
-    """The same prompts when a step has ended now: with what the steps until then have computed of them. All have at
-    least a token left, for none has given its first one."""
+def progressed(prompts: Sequence[Prompt], work_s: float, chunk: int) -> list[Prompt]:
+    """The same prompts, in the order of their turns, when a step has ended that gave a first token to none of them, and
+    that has computed for `work_s` beside those that have theirs. Most of it went to a prompt longer than a chunk: others
+    are done in one step. All have at least a token left, for none has given its first one."""
     left = [one.num_left for one in prompts]
-    for run in _runs(prompts, since, chunk, budget):
-        num_done = _num_done(run, now)
-        for number, count in run.taken:
-            left[number] = max(1, left[number] - num_done * count)
-        if num_done < run.num:
+    order = sorted(range(len(prompts)), key=lambda number: (_is_untouched(prompts[number]), left[number] <= chunk))
+    for number in order:
+        token_s = prompts[number].compute_s / prompts[number].num_tokens
+        if work_s <= 0 or not token_s:
             break
+        num_done = min(left[number] - 1, round(work_s / token_s))
+        left[number] -= num_done
+        work_s -= num_done * token_s
     return [replace(one, num_left=count) for one, count in zip(prompts, left, strict=True)]
 
 
-def _num_done(run: Run, now: float) -> int:
-    """Steps of which more than half is over."""
-    time = run.begins
-    for num_done in range(run.num):
-        ends = time + run.step_s
-        if (time + ends) / 2 > now:
-            return num_done
-        time = ends
-    return run.num
+def _is_untouched(prompt: Prompt) -> bool:
+    return prompt.num_left == prompt.num_tokens
 
 
 def _runs(prompts: Sequence[Prompt], since: float, chunk: int, budget: int) -> Iterator[Run]:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 
+from engine.slack import HEADROOM, MIN_CHUNK
 from engine.step_shape import Chunk, StepShape
 from engine.types import Role
 from router.policies.admission import YIELDS, admitted, without_room, yields
@@ -122,22 +123,20 @@ def _rehearsed(snapshot: Snapshot, option: Option, due: float) -> Option:
 
 
 def _beside(snapshot: Snapshot, decode: Sequence[WorkerLoad]) -> Iterator[Option]:
-    """Decode workers that can take the whole prompt into a step and then have room for the request."""
-    ask, chunk = snapshot.ask, snapshot.limits.prefill_chunk
-    if ask.num_tokens - max(ask.cached.values(), default=0) > chunk:
-        return
+    """Decode workers without another prompt that can compute this one in chunks, each step inside the tightest target
+    there, and then have room for the request. One that is empty has nobody to be careful of."""
+    ask = snapshot.ask
     for load, num_cached in zip(decode, snapshot.cached_on_each(decode), strict=True):
-        if ask.num_tokens - num_cached > chunk or load.prompts.dues:
-            continue
         num, tokens, tpot_s = load.decodes.at(snapshot.now)
-        limit_s = min(tpot_s, ask.tpot_s) / snapshot.margin.step_factor
-        if math.isinf(limit_s):
+        if load.prompts.dues or math.isinf(tpot_s if num else ask.tpot_s):
             continue
         num_new = ask.num_tokens - num_cached
-        if slack_tokens(snapshot, load, num_cached, limit_s) < num_new:
+        size = min(num_new, slack_tokens(snapshot, load, num_cached, HEADROOM * tpot_s))
+        if size < min(num_new, MIN_CHUNK):
             continue
-        shape = StepShape((Chunk(num_cached, num_new),), num, round(tokens))
-        own_s = snapshot.predictor.step_s(load.member.pool, shape)
+        middle = Chunk(num_cached + (num_new - size) // 2, size)  # steps get longer evenly
+        step_s = snapshot.predictor.step_s(load.member.pool, StepShape((middle,), num, round(tokens)))
+        own_s = step_s * num_new / size
         waits_s = snapshot.predictor.decode_step_s(load.member.pool, num, round(tokens)) if num else 0.0
         if not room_on(snapshot, load, snapshot.now + waits_s + own_s).problem:
             yield Option(True, waits_s + own_s, own_s, num_cached, load)
