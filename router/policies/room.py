@@ -74,15 +74,16 @@ def room_in(snapshot: Snapshot, load: WorkerLoad, crowd: Crowd, gap_s: float) ->
 
 def gap_s(snapshot: Snapshot, first: WorkerLoad, load: WorkerLoad, own_s: float) -> float:
     """What of the transfer is left when the first token is sampled, after a prefill of `own_s`: all but the last chunk
-    travels meanwhile, if there is time."""
+    travels meanwhile, if there is time. Or until a prompt is done there that has the worker to itself."""
     num_moved = snapshot.ask.num_tokens - snapshot.cached_on(load)
     num_last = min(num_moved, snapshot.limits.prefill_chunk)
     source, target, token_bytes = first.member.worker_id, load.member.worker_id, first.member.kv_token_bytes
     last_s = snapshot.predictor.transfer_s(source, target, num_last * token_bytes)
+    stall_s = 0.0 if load.decodes.ends else load.prompts.left_s(snapshot.now + own_s)
     if num_last == num_moved:
-        return last_s
+        return max(stall_s, last_s)
     all_s = snapshot.predictor.transfer_s(source, target, num_moved * token_bytes)
-    return max(last_s, all_s - own_s * (1 - num_last / num_moved))
+    return max(stall_s, last_s, all_s - own_s * (1 - num_last / num_moved))
 
 
 def free_from(snapshot: Snapshot, load: WorkerLoad, at: float, gap_s: float) -> float:

@@ -2,7 +2,8 @@
 
 1. every prefill worker: the work before it there + its prefill with the prefix cached there, if nobody who comes after
    it in that queue is late by it;
-2. every decode worker with slack: its prompt in one step inside the tightest target there, without a transfer;
+2. every decode worker with slack: its prompt in chunks, each step inside the tightest target there, without a
+   transfer, if it is clearly sooner so;
 3. of these the one with the least time, then the most cached;
 4. a decode worker with room for it when it gets there (router/policies/room.py): the fullest, so that slack gathers
    elsewhere; where it has no target, the one with the shortest step;
@@ -28,6 +29,7 @@ from router.policies.room import crowds_on, gap_s, room_in, room_on
 from router.policies.slack import slack_tokens
 from router.policies.snapshot import Decision, Placement, Snapshot, Wait, WorkerLoad
 
+SOONER = 0.8  # times as late: a prompt beside those that decode takes of their slack, and has to gain by it
 MOST_REHEARSED = 3  # each takes as many steps as it has prompts
 
 Rank = tuple[bool, float, int, str]  # is anybody late, seconds, minus what is cached, worker id
@@ -63,7 +65,7 @@ def slo(snapshot: Snapshot) -> Decision | None:
     if not apart:  # no two workers can be paired
         return pair(snapshot, by_prefill_work(snapshot), by_decode_work(snapshot))
     best = min(apart, key=lambda one: one.rank)
-    if beside is not None and beside.rank < best.rank:
+    if beside is not None and (not best.is_kind or beside.ttft_s < SOONER * best.ttft_s):
         return admitted(snapshot, Placement(beside.first.member, None, beside.ttft_s), beside.own_s)
     if snapshot.ask.is_prompt_only:
         return admitted(snapshot, Placement(best.first.member, None, best.ttft_s), best.own_s, best.is_kind)

@@ -281,6 +281,18 @@ def test_slo_computes_a_prompt_on_a_decode_worker_with_slack_where_that_is_soone
     assert names(decide("slo", [busy, load("d0")], asked)) == ("d0", None)
     full = load("d0", decodes=running(9.0, 9.0, 9.0, 9.0, tpot_s=0.05))
     assert names(decide("slo", [busy, full], asked)) == ("p0", "d0")
+    assert names(decide("slo", [load("p0"), load("d0")], asked)) == ("p0", "d0"), "it is no sooner there"
+
+
+def test_slo_computes_a_longer_prompt_there_in_chunks_one_after_the_other() -> None:
+    """35 tokens a step beside the one that decodes: 100 tokens take 2.9 steps of 45 ms."""
+    busy, decoding = load("p0", prompts=queue((500, 9.0))), running(9.0, tpot_s=0.05)
+    asked = ask(100, ttft_s=1.0, tpot_s=0.05)
+    decision = decide("slo", [busy, load("d0", decodes=decoding)], asked)
+    assert names(decision) == ("d0", None)
+    assert isinstance(decision, Placement) and decision.ttft_s == pytest.approx(0.01 + 100 / 35 * 0.045, rel=0.05)
+    with_prompt = load("d0", decodes=decoding, prompts=queue((20, 9.0)))
+    assert names(decide("slo", [busy, with_prompt], asked)) == ("p0", "d0")
 
 
 def test_slo_waits_for_those_who_end_in_time_and_else_refuses_until_then() -> None:

@@ -19,10 +19,10 @@ PROMPTS = st.lists(
 )  # fmt: skip
 
 
-@given(PROMPTS, st.integers(1, 300), st.integers(1, 600), st.floats(0, 5))
-def test_it_is_what_step_after_step_gives(prompts: list[Prompt], chunk: int, budget: int, now: float) -> None:
-    ends, left_at = [0.0] * len(prompts), [one.num_left for one in prompts]
-    left, time = dict(enumerate(left_at)), 0.0
+@given(PROMPTS, st.integers(1, 300), st.integers(1, 600))
+def test_it_is_what_step_after_step_gives(prompts: list[Prompt], chunk: int, budget: int) -> None:
+    ends = [0.0] * len(prompts)
+    left, time = {number: one.num_left for number, one in enumerate(prompts)}, 0.0
     while left:
         begins = max(time, min(prompts[number].placed for number in left))
         taken = _taken(prompts, left, begins, chunk, budget)
@@ -30,8 +30,23 @@ def test_it_is_what_step_after_step_gives(prompts: list[Prompt], chunk: int, bud
         for number, count in taken:
             left[number] -= count
             ends[number] = time
-            if (begins + time) / 2 <= now:
-                left_at[number] = max(1, left_at[number] - count)
         left = {number: count for number, count in left.items() if count}
     assert rehearse(prompts, 0.0, chunk, budget) == ends
-    assert [one.num_left for one in progressed(prompts, 0.0, now, chunk, budget)] == left_at
+
+
+@given(PROMPTS, st.floats(-1, 5), st.integers(1, 300))
+def test_work_is_neither_lost_nor_made(prompts: list[Prompt], work_s: float, chunk: int) -> None:
+    after = progressed(prompts, work_s, chunk)
+    assert all(1 <= now.num_left <= before.num_left for now, before in zip(after, prompts, strict=True))
+    done_s = sum(before.left_s - now.left_s for now, before in zip(after, prompts, strict=True))
+    token_s = max(one.compute_s / one.num_tokens for one in prompts)
+    if any(one.num_left > 1 for one in after):  # else there was not so much to do
+        assert abs(done_s - max(0.0, work_s)) <= token_s
+    assert done_s <= max(0.0, work_s) + token_s
+
+
+def test_what_is_longer_than_a_chunk_is_computed_beside_others_first() -> None:
+    short, long = Prompt(1.0, 0.0, 100, 0.1, 100), Prompt(2.0, 0.0, 1000, 1.0, 1000)
+    assert [one.num_left for one in progressed([short, long], 0.25, 256)] == [100, 750]
+    begun = Prompt(3.0, 0.0, 1000, 1.0, 600)
+    assert [one.num_left for one in progressed([short, long, begun], 0.25, 256)] == [100, 1000, 350]
