@@ -50,7 +50,7 @@ def rehearse(prompts: Sequence[Prompt], since: float, chunk: int, budget: int) -
 
 def progressed(prompts: Sequence[Prompt], work_s: float, chunk: int) -> list[Prompt]:
     """The same prompts, in the order of their turns, when a step has ended that gave a first token to none of them, and
-    that has computed for `work_s` beside those that have theirs. Most of it went to a prompt longer than a chunk: others
+    that has computed for `work_s` beside those that have theirs. Most went to a prompt longer than a chunk, for others
     are done in one step. All have at least a token left, for none has given its first one."""
     left = [one.num_left for one in prompts]
     order = sorted(range(len(prompts)), key=lambda number: (_is_untouched(prompts[number]), left[number] <= chunk))
