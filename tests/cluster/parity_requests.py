@@ -18,7 +18,27 @@ NUM_LANES = len(NAMES)  # requests whose numbers have equal rests by it begin al
 TOPICS = ("the sea", "a long road home", "bread", "how steam engines work", "two sisters", "")
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+WEATHER = {
+    "type": "object",
+    "properties": {"on": {"type": "boolean"}, "at": {"enum": ["日", "é", None]}},
+    "required": ["on"],
+    "additionalProperties": False,
+}
 Draw = Callable[[random.Random], object]
+
+# What answers can be kept to: in vLLM's words, and in those of the API for chats.
+FORMS: tuple[dict[str, object], ...] = (
+    {"regex": "[0-9]{2,9}(-[a-f]+)?"},
+    {"choice": ["yes", "yet", "no", "日本"]},
+    {"grammar": 'start: (WORD " "?)+\nWORD: /[a-z]{1,3}/'},
+    {"json": WEATHER},
+)
+FORMATS: tuple[dict[str, object], ...] = (
+    {"type": "json_object"},
+    {"type": "json_schema", "json_schema": {"name": "weather", "schema": WEATHER, "strict": True}},
+    {"type": "text"},
+)
+SHARE_OF_FORMS = 0.4
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +94,7 @@ def _asked(rng: random.Random, number: int) -> Asked:
     body |= _drawn(rng, SHARED) | _drawn(rng, OF_CHAT if is_chat else OF_COMPLETIONS)
     if "max_completion_tokens" not in body:
         body["max_tokens"] = rng.choice((1, 2, 12, 20))
+    body |= _form(rng, number, is_chat) if rng.random() < SHARE_OF_FORMS and not body.get("ignore_eos") else {}
     body |= _streaming(rng)
     prompt = _prompt(rng, number)
     if not is_chat:
@@ -88,6 +109,13 @@ def _asked(rng: random.Random, number: int) -> Asked:
 
 def _drawn(rng: random.Random, parameters: dict[str, tuple[float, Draw]]) -> dict[str, object]:
     return {name: draw(rng) for name, (share, draw) in parameters.items() if rng.random() < share}
+
+
+def _form(rng: random.Random, number: int, is_chat: bool) -> dict[str, object]:
+    """Every form in turn, so that none is missing; chats know two fields, of which one at a time is taken."""
+    if is_chat and rng.random() < 0.6:
+        return {"response_format": FORMATS[number % len(FORMATS)]}
+    return {"structured_outputs": FORMS[number % len(FORMS)]}
 
 
 def _streaming(rng: random.Random) -> dict[str, object]:

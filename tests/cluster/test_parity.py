@@ -102,6 +102,23 @@ def test_the_requests_are_over_all_parameters() -> None:
     assert min(sent.values()) >= 5, sent
 
 
+def test_every_form_of_answers_is_among_them_streamed_and_not() -> None:
+    asked = parity_requests()
+    forms = Counter((_form_of(one), one.is_streamed) for one in asked if _form_of(one))
+    wanted = {"regex", "choice", "grammar", "json", "json_object", "json_schema", "text"}
+    assert {form for form, _ in forms} == wanted and len(forms) == 2 * len(wanted), forms
+    beside = Counter(name for one in asked if _form_of(one) for name in one.body)
+    sent = {name for one in asked for name in one.body}
+    assert sent - beside.keys() == set(), "some parameter is never sent beside a form"
+
+
+def _form_of(one: Asked) -> str:
+    """The name of the form that an answer is to have; empty: it is free."""
+    named = one.body.get("response_format") or one.body.get("structured_outputs") or {}
+    assert isinstance(named, dict)
+    return str(named.get("type") or next(iter(named), ""))
+
+
 @pytest.mark.parametrize("cuts", [[0, 9], [0, 1, 2, 9], [0, 4, 5, 9]])
 def test_a_stream_says_the_same_however_it_is_cut(cuts: list[int]) -> None:
     text = "a text 日本"
