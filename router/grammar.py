@@ -170,7 +170,7 @@ def _of_extension(wanted: StructuredOutputs) -> str:
         )
     if wanted.regex is not None:
         pattern = regex_to_lark(wanted.regex)
-        return check_grammar(f"{HEADER}start: ANSWER\nANSWER: /{pattern}/\n", "structured_outputs.regex")
+        return check_grammar(f"{HEADER}start: answer\nanswer: /{pattern}/\n", "structured_outputs.regex")
     field, text = "structured_outputs.grammar", wanted.grammar or ""
     if "%json" in text or text.lstrip().startswith("{"):
         raise _refusal(field, "only Lark is taken, without %json; schemas have a field of their own")

@@ -24,6 +24,8 @@ START = f"{HEADER}start: answer"
 TEXT = "TEXT: /(.|\\n)*/"
 BARE_TEXT = "BARE_TEXT: /([^{\\[ \\n\\t](.|\\n)*)?/"  # what would not be taken for a call
 
+GAP = "GAP: /[\\r\\n]{0,4}/"  # behind reasoning: what is dropped with its mark (router/reasoning.py), and no more
+
 SpecialId = Callable[[str], int | None]
 
 
@@ -40,12 +42,17 @@ def tools_grammar(use: ToolUse, tool_format: ToolFormat, reading: Reading, speci
 
 
 def after_reasoning(grammar: str, reading: Reading, special_id: SpecialId) -> str:
-    """The same after the reasoning that there may be, for a grammar that begins with START."""
-    if reading.reasoning is None or not grammar.startswith(START):
+    """The same after the reasoning that there may be, which it does not bind: where that ends is found by the marks,
+    token by token, so wherever an answer goes on it is found again. A grammar that does not begin with START is the
+    client's own: it is nested whole, so that no name in it can meet one of ours."""
+    if reading.reasoning is None or not grammar:
         return grammar
-    words = _Words(MARKS[ToolFormat.HERMES], special_id)
-    text = [] if TEXT in grammar else [TEXT]
-    return "\n".join([f"{HEADER}start: thought answer", *words.thought(reading), *text]) + grammar.removeprefix(START)
+    thought = _Words(MARKS[ToolFormat.HERMES], special_id).thought(reading)
+    if grammar.startswith(START):
+        text = [] if TEXT in grammar else [TEXT]
+        return "\n".join([f"{HEADER}start: thought answer", *thought, *text]) + grammar.removeprefix(START)
+    outer = "\n".join([f"{HEADER}start: thought @answer", *thought, TEXT])
+    return json.dumps({"grammars": [{"lark_grammar": outer}, {"name": "answer", "lark_grammar": grammar}]})
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +68,9 @@ class _Words:
             return []
         thinking = self._up_to("thinking", reading.reasoning.closer)
         if reading.is_open:
-            return ["thought: thinking SPACE", "SPACE: /\\s*/", thinking]
-        opened = f"thought: ({self._mark(reading.reasoning.opener)} thinking SPACE)?"
-        return [opened, "SPACE: /\\s*/", thinking]
+            return ["thought: thinking GAP", GAP, thinking]
+        opened = f"thought: ({self._mark(reading.reasoning.opener)} thinking GAP)?"
+        return [opened, GAP, thinking]
 
     def demanded(self, use: ToolUse) -> list[str]:
         marks = self.marks

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.slow
 
 SETTINGS: dict[str, object] = {"engine.num_blocks": 8192, "engine.host_tier_bytes": 0, "engine.runner": "thread"}
 IDS_AND_TIMES = re.compile(rb'"(?:id|created)":(?:"[^"]*"|\d+)')
+TEXTS = ("content", "text", "reasoning", "reasoning_content")  # whose pieces follow one another
 TIMEOUT_S = 60.0
 
 
@@ -80,7 +81,7 @@ def joined(left: Any, right: Any, name: str = "") -> Any:
         return left + right
     if name == "index":
         return left
-    assert isinstance(left, str) and name in ("content", "text"), (name, left, right)
+    assert isinstance(left, str) and name in TEXTS, (name, left, right)
     return left + right
 
 

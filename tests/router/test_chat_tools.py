@@ -340,3 +340,22 @@ async def test_a_form_that_is_asked_for_comes_after_the_reasoning() -> None:
     grammar = await grammar_of(THINKING, tools=None, response_format=form, **opened)
     assert keeps_to(grammar, 'hm</think>\n\n{"a": 1}') and not keeps_to(grammar, '{"a": 1}')
     assert not keeps_to(await grammar_of(tools=None, response_format=form), 'hm {"a": 1}')
+
+
+@pytest.mark.parametrize(
+    ("form", "good", "bad"),
+    [
+        ({"regex": "[0-9]{2}"}, "12", "1x"),
+        ({"choice": ["ja", "nein"]}, "ja", "jein"),
+        ({"grammar": 'start: thought "b"\nthought: GAP\nGAP: "a"'}, "ab", "a b"),  # names that ours has, too
+        ({"json": {"enum": [1, 2]}}, "2", "3"),
+    ],
+    ids=["regex", "choice", "grammar", "json"],
+)
+async def test_every_form_binds_the_answer_and_not_the_reasoning(form: dict, good: str, bad: str) -> None:
+    fields = {"tools": None, "structured_outputs": form}
+    grammar = await grammar_of(THINKING, **fields)
+    assert keeps_to(grammar, good) and keeps_to(grammar, f"<think>{bad} or so</think>\n{good}")
+    assert not keeps_to(grammar, bad) and not keeps_to(grammar, f"<think>{good}</think>{bad}")
+    opened = await grammar_of(THINKING, **fields, chat_template_kwargs={"ends_with": "<think>"})
+    assert keeps_to(opened, f"{bad}</think>{good}") and not keeps_to(opened, good)
