@@ -28,6 +28,8 @@ from opentelemetry.sdk.trace import TracerProvider
 from cluster.config import ClusterConfig
 from cluster.connection import Connection
 from cluster.end_limits import ANSWER_ENDS_S, SERVER_S
+from cluster.grammar_check import GrammarProcess
+from cluster.grammar_process import vocabulary_message
 from cluster.keys import KeySource, key_of_environment
 from cluster.line_file import LineFile
 from cluster.listener import bind, listen
@@ -91,7 +93,7 @@ class Gateway:
         be had, ModelError."""
         router = self._config.router
         self._channels = Channels(self._secret, await asyncio.to_thread(load_tls, self._config.rpc.tls))
-        model = await asyncio.to_thread(load_text_model, self._config.model)
+        model, self._grammars = await asyncio.to_thread(load_text_model, self._config.model, router.grammar_compile_s)
         self._keys = KeySource(router.keys_file, key_of_environment())
         await self._keys.start()
         check_tls(router.tls)
@@ -140,6 +142,7 @@ class Gateway:
             log.warning("%d requests did not end within router.drain_s and are ended", num_left)
         await self._dispatcher.close()
         await self._keys.stop()
+        await self._grammars.stop()
         server.should_exit = True
         await asyncio.wait([self._serving], timeout=ANSWER_ENDS_S + SERVER_S)
         self._serving.cancel()
@@ -194,8 +197,8 @@ def check_tls(files: FaceTls) -> None:
         raise ConfigError(f"router.tls: its files cannot be used: {error}", param="router.tls") from None
 
 
-def load_text_model(source: ModelSource) -> TextModel:
-    """The model as text sees it: its name, tokenizer and context."""
+def load_text_model(source: ModelSource, grammar_compile_s: float) -> tuple[TextModel, GrammarProcess]:
+    """The model as text sees it: its name, tokenizer and context; and what tries its grammars."""
     files = resolve(source.name, Path(source.cache_dir).expanduser() if source.cache_dir else None)
     config = load_config(files)
     max_context = min(source.max_context or config.max_context, config.max_context)
@@ -204,7 +207,10 @@ def load_text_model(source: ModelSource) -> TextModel:
     style = chat_style(tokenizer.template_source, tokenizer.knows_tools, source.tool_format, source.reasoning)
 
     pooling = pooling_of(files, config, source.pooling)
-    return TextModel(name, max_context, tokenizer, Detokenizers(tokenizer).new, style, pooling)
+    vocab_size = max(config.vocab_size, tokenizer.vocab_size)  # columns of the logits
+    vocabulary = vocabulary_message(tokenizer.to_json(), vocab_size, config.eos_token_ids)
+    grammars = GrammarProcess(vocabulary, grammar_compile_s)
+    return TextModel(name, max_context, tokenizer, Detokenizers(tokenizer).new, style, pooling, grammars), grammars
 
 
 class Detokenizers:

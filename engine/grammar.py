@@ -12,6 +12,8 @@ Source: https://github.com/guidance-ai/llguidance (its limits: LLParserLimits).
 
 from __future__ import annotations
 
+import random
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
@@ -28,7 +30,15 @@ from engine.types import ErrorInfo
 MAX_COMPILED = 32  # grammars that are kept compiled
 MAX_LEXER_STATES = 50_000  # of one answer, about 2 kB each; llguidance's own limit is five times that
 MAX_ERROR_CHARS = 300
-LIMITS = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
+# Of llguidance's own limits; by its words 50,000 are about a millisecond of the first, 14,000 of the second and 20,000
+# of the third. They do not bound all: an ambiguous grammar can take for ever within them, so gateways try each first.
+LIMITS = LLParserLimits(
+    initial_lexer_fuel=200_000, step_lexer_fuel=100_000, step_max_items=25_000, max_grammar_size=200_000,
+    max_lexer_states=MAX_LEXER_STATES, verbose_errors=False,
+)  # fmt: skip
+MAX_HELD_S = 0.5  # of one step, by compiling or by one mask; 1000 properties of an object take 0.18 s
+NUM_TRIED_ANSWERS = 2
+NUM_TRIED_TOKENS = 24
 
 Mask = np.ndarray | ErrorInfo | None  # [vocab] bool: the tokens that may come next; or why there is none
 
@@ -48,6 +58,33 @@ def read_vocabulary(tokenizer_json: str, vocab_size: int, eos_token_ids: Iterabl
         return LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=eos)
     except ValueError as error:
         raise ModelError(f"its tokenizer cannot be used with a grammar: {error}") from error
+
+
+def problem_with(vocabulary: LLTokenizer, grammar: str) -> str:
+    """Compile it and begin a few answers by chance; why an engine should not, or empty. It may take for ever: for a
+    process that can be killed. Times are the processor's, so others on the machine do not change what is refused."""
+    begun_s = time.process_time()
+    compiled = LLMatcher(vocabulary, grammar, log_level=0, limits=LIMITS)
+    for chance in range(NUM_TRIED_ANSWERS):
+        matcher, draw = compiled.deep_copy(), random.Random(chance)
+        for _ in range(NUM_TRIED_TOKENS):
+            bits = b"" if matcher.is_error() else matcher.compute_bitmask()
+            if matcher.is_error():
+                return first_line(matcher.get_error())
+            if time.process_time() - begun_s > MAX_HELD_S:
+                return f"it would hold up an engine for more than {MAX_HELD_S:g} s"
+            begun_s = time.process_time()
+            going_on = _going_on(vocabulary, bits)
+            if not len(going_on):
+                break
+            matcher.consume_token(int(draw.choice(going_on)))
+    return ""
+
+
+def _going_on(vocabulary: LLTokenizer, bits: bytes) -> np.ndarray:
+    """Ids of the tokens that are allowed, without those that end an answer."""
+    allowed = np.unpackbits(np.frombuffer(bits, np.uint8), count=vocabulary.vocab_size, bitorder="little")
+    return np.setdiff1d(np.flatnonzero(allowed), vocabulary.eos_tokens)
 
 
 class Grammars:

@@ -48,6 +48,9 @@ class RouterConfig(StrictModel):
     max_live_requests: int = Field(default=512, ge=1, description="more are refused with 429")
     max_connections: int = Field(default=2048, ge=1, description="further HTTP connections get 503 and are closed")
     max_body_bytes: int = Field(default=4 * 2**20, ge=1024, description="larger HTTP bodies are refused with 413")
+    grammar_compile_s: float = Field(
+        default=2.0, gt=0, description="a schema, pattern or grammar that takes longer to try is refused with 400"
+    )
     keys_file: str | None = Field(
         default=None, min_length=1, description="YAML of tenants and their hashed API keys; null: no keys are asked for"
     )

@@ -1,7 +1,8 @@
 """Grammars of answers, as the API asks for them: `response_format` and `structured_outputs` become grammar text.
 
 1. A JSON schema is walked first: what would take long, in the gateway or in an engine, is refused with its path.
-2. Then llguidance compiles the grammar within its own limits; what it complains of is told with the field.
+2. Then llguidance compiles the grammar within its own limits, which do not bound its time: a gateway has it done by a
+   process that can be killed (cluster/grammar_check.py). What it complains of is told with the field.
 3. The text goes with the request (SamplingParams.grammar), and engine/grammar.py keeps the answer to it.
 
 JSON is written as Python's json.dumps does, with one space after commas and colons and no other: an answer cannot run
@@ -14,6 +15,7 @@ import asyncio
 import json
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from typing import Protocol
 
 from llguidance import LLMatcher, regex_to_lark
 from pydantic import JsonValue
@@ -43,14 +45,28 @@ JOINTS = frozenset(("$ref", "anyOf", "oneOf"))
 Path = tuple[str, ...]
 
 
-async def answer_grammar(body: ChatBody | CompletionBody) -> str:
+class GrammarCheck(Protocol):
+    async def problem_with(self, grammar: str) -> str:
+        """Why engines could not keep an answer to it; empty: they can."""
+        ...
+
+
+class InThread:
+    """Within llguidance's limits only: for who takes no grammars of strangers. Implements GrammarCheck."""
+
+    async def problem_with(self, grammar: str) -> str:
+        return await asyncio.to_thread(_problem_with, grammar)
+
+
+async def answer_grammar(body: ChatBody | CompletionBody, check: GrammarCheck) -> str:
     """The grammar that a body asks for, checked; empty: none. InvalidRequest names the field at fault."""
     field, wanted = _wanted(body)
     if wanted is None:
         return ""
     if body.ignore_eos:
         raise InvalidRequest(f"'ignore_eos': an answer that keeps to '{field}' ends with it", param="ignore_eos")
-    return await asyncio.to_thread(_grammar_of, wanted)
+    grammar, field = await asyncio.to_thread(_grammar_of, wanted)
+    return await check_grammar(grammar, field, check)
 
 
 def json_schema_grammar(schema: Mapping[str, JsonValue]) -> str:
@@ -119,13 +135,11 @@ def _problem_with(grammar: str) -> str:
     return first_line(words[0]) if is_error else ""
 
 
-def check_grammar(grammar: str, field: str) -> str:
-    """The grammar itself. InvalidRequest that names `field` if it cannot be compiled within the limits. It takes up to
-    about 0.2 s: not for the event loop."""
+async def check_grammar(grammar: str, field: str, check: GrammarCheck) -> str:
+    """The grammar itself. InvalidRequest that names `field` if it cannot be compiled."""
     if len(grammar) > 2 * MAX_GRAMMAR_BYTES:
         raise _refusal(field, f"a grammar has at most {2 * MAX_GRAMMAR_BYTES} characters")
-    problem = _problem_with(grammar)
-    if problem:
+    if problem := await check.problem_with(grammar):
         raise _refusal(field, problem)
     return grammar
 
@@ -146,35 +160,35 @@ def _wanted(body: ChatBody | CompletionBody) -> tuple[str, Wanted | None]:
     return "response_format", response_format
 
 
-def _grammar_of(wanted: Wanted) -> str:
+def _grammar_of(wanted: Wanted) -> tuple[str, str]:
+    """And the field that asks for it."""
     match wanted:
         case JsonObjectFormat():
-            return json_schema_grammar(ANY_OBJECT)
+            return json_schema_grammar(ANY_OBJECT), "response_format"
         case JsonSchemaFormat():
             return _of_schema(wanted.json_schema.schema_ or ANY_OBJECT, "response_format.json_schema.schema")
         case StructuredOutputs():
             return _of_extension(wanted)
 
 
-def _of_schema(schema: Mapping[str, JsonValue], field: str) -> str:
+def _of_schema(schema: Mapping[str, JsonValue], field: str) -> tuple[str, str]:
     check_schema(schema, field)
-    return check_grammar(json_schema_grammar(schema), field)
+    return json_schema_grammar(schema), field
 
 
-def _of_extension(wanted: StructuredOutputs) -> str:
+def _of_extension(wanted: StructuredOutputs) -> tuple[str, str]:
     if wanted.json_ is not None:
         return _of_schema(wanted.json_, "structured_outputs.json")
     if wanted.choice is not None:
-        return check_grammar(
-            f"{HEADER}start: answer\nanswer: {' | '.join(map(_literal, wanted.choice))}\n", "structured_outputs.choice"
-        )
+        texts = " | ".join(map(_literal, wanted.choice))
+        return f"{HEADER}start: answer\nanswer: {texts}\n", "structured_outputs.choice"
     if wanted.regex is not None:
         pattern = regex_to_lark(wanted.regex)
-        return check_grammar(f"{HEADER}start: answer\nanswer: /{pattern}/\n", "structured_outputs.regex")
+        return f"{HEADER}start: answer\nanswer: /{pattern}/\n", "structured_outputs.regex"
     field, text = "structured_outputs.grammar", wanted.grammar or ""
     if "%json" in text or text.lstrip().startswith("{"):
         raise _refusal(field, "only Lark is taken, without %json; schemas have a field of their own")
-    return check_grammar(text, field)
+    return text, field
 
 
 def _literal(text: str) -> str:

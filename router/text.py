@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from engine.types import Key, Request, SamplingParams
 from router.chat_prompt import chat_prompt
 from router.chat_style import PLAIN_STYLE, ChatStyle, reading_of
 from router.errors import shown
-from router.grammar import answer_grammar
+from router.grammar import GrammarCheck, InThread, answer_grammar, check_grammar
 from router.reader import PLAIN, Reading
 from router.schema import ChatBody, CompletionBody, Prompt
 from router.text_stream import Detokenizer, TextStream
@@ -85,6 +85,7 @@ class TextModel:
     new_detokenizer: Callable[[Sequence[str]], Detokenizer]
     style: ChatStyle = PLAIN_STYLE
     pooling: Pooling = NO_POOLING
+    grammars: GrammarCheck = field(default_factory=InThread)
 
     async def prepare(
         self, body: ChatBody | CompletionBody, request_id: str, new_seed: Callable[[], int], timeout_s: float
@@ -97,7 +98,7 @@ class TextModel:
             grammar = await self._chat_grammar(body, reading)
             request = await self._request(body, request_id, prompt_ids, "messages", seed, timeout_s, grammar)
             return Prepared((request,), reading=reading)
-        grammar = await answer_grammar(body)
+        grammar = await answer_grammar(body, self.grammars)
         prompts = [await self._prompt_ids(prompt) for prompt in body.prompt]
         names = [request_id, *(f"{request_id}-{index}" for index in range(1, len(prompts)))]
         named = zip(names, prompts, strict=True)
@@ -125,10 +126,12 @@ class TextModel:
     async def _chat_grammar(self, body: ChatBody, reading: Reading) -> str:
         """Of calls that are demanded or strict, else of the form that the answer is to have, after its reasoning."""
         special_id = self.tokenizer.special_id
-        calls = partial(tools_grammar, body.tool_use, self.style.tool_format, reading, special_id)
         if body.tool_use.is_bound:
-            return await asyncio.to_thread(calls)
-        return after_reasoning(await answer_grammar(body), reading, special_id)
+            calls = partial(tools_grammar, body.tool_use, self.style.tool_format, special_id)
+            grammar = await check_grammar(await asyncio.to_thread(calls), "tools", self.grammars)
+        else:
+            grammar = await answer_grammar(body, self.grammars)
+        return after_reasoning(grammar, reading, special_id)
 
     def check_name(self, model: str | None) -> None:
         """ModelNotFound for another name than ours; None is whichever is served."""

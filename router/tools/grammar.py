@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from router.grammar import ANY_OBJECT, HEADER, SPACING, check_grammar, check_schema
+from router.grammar import ANY_OBJECT, HEADER, SPACING, check_schema
 from router.reader import Reading
 from router.tools.formats import MARKS, Marks, ToolFormat
 from router.tools.schema import Tool
@@ -29,16 +29,15 @@ GAP = "GAP: /[\\r\\n]{0,4}/"  # behind reasoning: what is dropped with its mark 
 SpecialId = Callable[[str], int | None]
 
 
-def tools_grammar(use: ToolUse, tool_format: ToolFormat, reading: Reading, special_id: SpecialId) -> str:
-    """Of an answer that is bound. `special_id` tells of a mark that is a special token, which no text can be.
-    InvalidRequest names a schema that is no schema, or too much of one. Takes long: not for the event loop."""
+def tools_grammar(use: ToolUse, tool_format: ToolFormat, special_id: SpecialId) -> str:
+    """Of an answer that is bound, without its reasoning; not checked. `special_id` tells of a mark that is a special
+    token, which no text can be. InvalidRequest names a schema that is too much of one. Not for the event loop."""
     for tool in use.callable:
         if tool.function.parameters and (use.must or tool.function.strict):
             check_schema(tool.function.parameters, f"tools.{use.offered.index(tool)}.function.parameters")
     words = _Words(MARKS[tool_format], special_id)
     answer = words.demanded(use) if use.must else words.free(use)
-    grammar = "\n".join([START, *answer, *words.calls(use), TEXT, BARE_TEXT]) + "\n"
-    return check_grammar(after_reasoning(grammar, reading, special_id), "tools")
+    return "\n".join([START, *answer, *words.calls(use), TEXT, BARE_TEXT]) + "\n"
 
 
 def after_reasoning(grammar: str, reading: Reading, special_id: SpecialId) -> str:

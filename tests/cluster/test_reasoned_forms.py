@@ -1,7 +1,7 @@
 """Answers of a model that reasons keep to a form after their reasoning, on one worker and across a hand-off.
 
-The hand-off falls into the reasoning: what crosses is tokens, and the grammar is followed along them again. The model has
-random weights. Its marks are tokens, so biases make it begin to reason, and end after some tokens.
+The hand-off falls into the reasoning: what crosses is tokens, and the grammar is followed along them again. The model
+has random weights. Its marks are tokens, so biases make it begin to reason, and end after some tokens.
 """
 
 from __future__ import annotations

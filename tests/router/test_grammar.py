@@ -8,13 +8,15 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 
 from engine.errors import InvalidRequest
-from router.grammar import answer_grammar, check_grammar, check_schema
+from router.grammar import InThread, answer_grammar, check_grammar, check_schema
 from router.schema import ChatBody, CompletionBody
 from tests.cluster.tiny_model import EOS, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 VOCABULARY = LLTokenizer(TOKENIZER.to_str(), eos_token=[EOS])
 POINT = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"], "additionalProperties": False}
+
+CHECK = InThread()
 
 
 def chat(**fields: Any) -> ChatBody:
@@ -32,19 +34,21 @@ def fits(grammar: str, text: str) -> bool:
 
 async def refusal(body: ChatBody) -> InvalidRequest:
     with pytest.raises(InvalidRequest) as caught:
-        await answer_grammar(body)
+        await answer_grammar(body, CHECK)
     assert caught.value.param is not None and f"'{caught.value.param}'" in caught.value.message
     return caught.value
 
 
 async def test_text_is_free() -> None:
-    assert await answer_grammar(chat()) == await answer_grammar(chat(response_format={"type": "text"})) == ""
-    assert await answer_grammar(CompletionBody.model_validate({"model": "m", "prompt": "x"})) == ""
+    assert (
+        await answer_grammar(chat(), CHECK) == await answer_grammar(chat(response_format={"type": "text"}), CHECK) == ""
+    )
+    assert await answer_grammar(CompletionBody.model_validate({"model": "m", "prompt": "x"}), CHECK) == ""
 
 
 async def test_json_is_written_in_one_way() -> None:
     for body in (of_schema(POINT), chat(structured_outputs={"json": POINT})):
-        grammar = await answer_grammar(body)
+        grammar = await answer_grammar(body, CHECK)
         assert fits(grammar, '{"x": 12}')
         assert not any(fits(grammar, text) for text in ('{"x":1}', '{"x": "1"}', '{ "x": 1}', "{}", '{"x": 1} '))
 
@@ -52,7 +56,7 @@ async def test_json_is_written_in_one_way() -> None:
 async def test_without_a_schema_it_is_any_object() -> None:
     named = {"type": "json_schema", "json_schema": {"name": "it"}}
     for wanted in ({"type": "json_object"}, named):
-        grammar = await answer_grammar(chat(response_format=wanted))
+        grammar = await answer_grammar(chat(response_format=wanted), CHECK)
         assert fits(grammar, '{"a": [1, null, {"é": "\\n"}]}') and not fits(grammar, "[1]")
 
 
@@ -66,7 +70,7 @@ async def test_without_a_schema_it_is_any_object() -> None:
 )
 async def test_other_forms(wanted: dict[str, Any], good: str, bad: str) -> None:
     body = CompletionBody.model_validate({"model": "m", "prompt": "x", "structured_outputs": wanted})
-    grammar = await answer_grammar(body)
+    grammar = await answer_grammar(body, CHECK)
     assert fits(grammar, good) and not fits(grammar, bad)
 
 
@@ -115,7 +119,7 @@ async def test_schemas_that_are_refused(schema: dict[str, Any], path: str) -> No
 
 @pytest.mark.parametrize("schema", [nested(25), {"$ref": "#"}, {"enum": [f"v{i}" for i in range(1000)]}, chained(4)])
 async def test_schemas_that_are_large_and_taken(schema: dict[str, Any]) -> None:
-    assert await answer_grammar(of_schema(schema))
+    assert await answer_grammar(of_schema(schema), CHECK)
 
 
 @pytest.mark.parametrize(
@@ -134,9 +138,9 @@ async def test_what_else_is_refused(body: ChatBody, param: str) -> None:
     assert (await refusal(body)).param == param
 
 
-def test_part_by_part_for_who_makes_grammars() -> None:
-    assert check_grammar('start: "a"', "tools") == 'start: "a"'
+async def test_part_by_part_for_who_makes_grammars() -> None:
+    assert await check_grammar('start: "a"', "tools", CHECK) == 'start: "a"'
     with pytest.raises(InvalidRequest, match="'tools'"):
-        check_grammar("start: b", "tools")
+        await check_grammar("start: b", "tools", CHECK)
     with pytest.raises(InvalidRequest, match=r"'tools.0.enum'"):
         check_schema({"enum": list(range(2000))}, "tools.0")
