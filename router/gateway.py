@@ -40,7 +40,7 @@ from router.ledger import Ledger, Outcome
 from router.ledger_log import LedgerLog, LedgersView, LineSink
 from router.metered import as_tenant, metered
 from router.metrics import CONTENT_TYPE, Metrics
-from router.openapi import OF_GENERATION, add_docs_routes, route_docs
+from router.openapi import OF_GENERATION, TIMELINE_HEADER, add_docs_routes, route_docs
 from router.patience import Patience
 from router.replies import CompletionReplies, CompletionReply, ModelCard, ModelList
 from router.responses.body import ResponseBody
@@ -59,7 +59,6 @@ BODIES = (ChatBody, CompletionBody, EmbeddingBody, ResponseBody, TokenizeBody, D
 EVENTS = (ChatChunk, CompletionReply, *RESPONSE_EVENTS)
 CountText = Annotated[str, Query(json_schema_extra={"pattern": "^[0-9]{1,19}$"})]
 PREPARE_STAGE = "prepare"  # arrival to Request: reading, checking, tokenising
-TIMELINE_HEADER = "x-timeline"  # 1: the answer carries its ledger
 MAX_LEDGERS_TOLD = 1024
 
 

@@ -19,28 +19,43 @@ from starlette.responses import HTMLResponse, Response
 
 from router.docs_page import HEADERS, docs_page
 from router.errors import ErrorReply
+from router.targets import CLASS, DEADLINE, MAX_MS, TPOT, TTFT
+
+Models = Sequence[type[BaseModel]]
+Json = dict[str, Any]  # a part of the document
 
 DESCRIPTION = "OpenAI's API in front of separate prefill and decode workers. Unknown fields are refused by name."
 ERRORS = {
     400: "A field is wrong, or not supported yet; `param` names it.",
+    401: "No API key was sent, or one that nobody has; only where `router.keys_file` or the environment names keys.",
+    403: "The key's tenant is disabled.",
     404: "There is no such model, response or route.",
     405: "The route does not take this method.",
     408: "The body did not arrive within `router.read_timeout_s`.",
     413: "The body has more than `router.max_body_bytes`.",
-    429: "No room now; `Retry-After` says when to come back.",
+    429: "No room now, or beyond what its tenant may use; `Retry-After` says when to come back.",
     431: "Request line and headers have more than 64 KiB.",
     500: "The server failed at this request.",
     503: "No worker can be reached, too many connections, or the gateway is shutting down.",
     504: "`router.deadline_s` passed.",
 }
-EVERYWHERE = (431, 500, 503)
+EVERYWHERE = (401, 403, 431, 500, 503)
 OF_BODIES = (400, 404, 408, 413)  # of a route that reads a body
 OF_GENERATION = (*OF_BODIES, 429, 504)
+TIMELINE_HEADER = "x-timeline"  # 1: the answer carries its ledger
+MILLISECONDS: Json = {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_MS}
+FLAG: Json = {"type": "string", "enum": ["0", "1"]}
+HEADERS_OF_GENERATION: tuple[tuple[str, str, Json], ...] = (
+    (TTFT, "The first token is wanted within so many milliseconds.", MILLISECONDS),
+    (TPOT, "Each further one within so many, on average.", MILLISECONDS),
+    (DEADLINE, "All of it within so many; never later than `router.deadline_s`.", MILLISECONDS),
+    (CLASS, "A class of `router.classes`, for what the other headers do not say.", {"type": "string", "minLength": 1}),
+    (TIMELINE_HEADER, "1: the answer carries where its time went.", FLAG),
+    ("traceparent", "W3C trace context; the request's span becomes its child.",
+     {"type": "string", "pattern": "^00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$"}),
+)  # fmt: skip
 COMPONENT = "#/components/schemas/{model}"
 REFERENCE = "#/components/schemas/request.{model}"
-
-Models = Sequence[type[BaseModel]]
-Json = dict[str, Any]  # a part of the document
 
 
 class RouteDocs(TypedDict):
@@ -67,7 +82,14 @@ def route_docs(
         responses[200]["content"] = {"text/event-stream": {"schema": _stream_schema(events)}}
     if unhealthy is not None:
         responses[503] = _response("Not healthy", unhealthy)
-    return RouteDocs(responses=responses, openapi_extra=_body_docs(body) if body else None)
+    extra = _body_docs(body) if body else {}
+    if errors == OF_GENERATION:
+        extra["parameters"] = [_header(*told) for told in HEADERS_OF_GENERATION]
+    return RouteDocs(responses=responses, openapi_extra=extra or None)
+
+
+def _header(name: str, words: str, schema: Json) -> Json:
+    return {"name": name, "in": "header", "required": False, "description": words, "schema": schema}
 
 
 def _response(description: str, model: type[object] | None) -> Json:

@@ -53,6 +53,31 @@ def test_every_route_tells_its_answers_and_none_that_it_does_not_give(document: 
             assert all("x-request-id" in response["headers"] for response in operation["responses"].values())
 
 
+def test_generating_routes_tell_the_headers_that_they_read(document: dict[str, Any]) -> None:
+    read = {"x-slo-ttft-ms", "x-slo-tpot-ms", "x-deadline-ms", "x-slo-class", "x-timeline", "traceparent"}
+    generating = {
+        path
+        for path, operations in document["paths"].items()
+        if "429" in operations.get("post", {}).get("responses", {})
+    }
+    assert generating == {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"}
+    for path in generating:
+        operation = posts[path]
+        assert {one["name"] for one in operation["parameters"] if one["in"] == "header"} == read
+        assert {"400", "401", "403", "413", "429"} <= set(operation["responses"])
+        assert "Retry-After" in operation["responses"]["429"]["headers"]
+
+
+async def test_headers_are_refused_as_they_are_told(document: dict[str, Any]) -> None:
+    told = {one["name"]: one["schema"] for one in document["paths"]["/v1/completions"]["post"]["parameters"]}
+    async with make_client(FakeGenerator()) as client:
+        for name in ("x-slo-ttft-ms", "x-slo-tpot-ms", "x-deadline-ms"):
+            for value in (0, 1, 86_400_000, 86_400_001):
+                fits = Draft202012Validator(told[name]).is_valid(value)
+                reply = await client.post("/v1/completions", json=completion(), headers={name: str(value)})
+                assert reply.status_code == (200 if fits else 400), (name, value)
+
+
 @pytest.mark.parametrize("body", BODIES)
 def test_every_field_of_a_body_is_there(document: dict[str, Any], body: type[Any]) -> None:
     schema = document["components"]["schemas"][f"request.{body.__name__}"]
