@@ -28,6 +28,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from cluster.config import ClusterConfig
 from cluster.connection import Connection
 from cluster.end_limits import ANSWER_ENDS_S, SERVER_S
+from cluster.face_tls import Certificates, check_tls
 from cluster.grammar_check import GrammarProcess
 from cluster.grammar_process import vocabulary_message
 from cluster.keys import KeySource, key_of_environment
@@ -40,7 +41,6 @@ from cluster.rpc.tls import load_tls
 from cluster.spans import FLUSH_TIMEOUT_S, open_provider
 from cluster.turn_writer import Turn
 from engine.config import EngineConfig, ModelSource
-from engine.errors import ConfigError
 from engine.models.detokenizer import IncrementalDetokenizer, Pieces
 from engine.models.loader import load_config
 from engine.models.pooling import pooling_of
@@ -51,7 +51,6 @@ from router.chat_style import chat_style
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.door import Door
-from router.face import FaceTls
 from router.gateway import create_app
 from router.membership import Membership
 from router.text import TextModel
@@ -94,7 +93,7 @@ class Gateway:
         router = self._config.router
         self._channels = Channels(self._secret, await asyncio.to_thread(load_tls, self._config.rpc.tls))
         model, self._grammars = await asyncio.to_thread(load_text_model, self._config.model, router.grammar_compile_s)
-        self._keys = KeySource(router.keys_file, key_of_environment())
+        self._keys = KeySource(router.keys_file, key_of_environment(), router.keys_folder, router.classes)
         await self._keys.start()
         check_tls(router.tls)
         shares = router.gateways > 1
@@ -112,7 +111,10 @@ class Gateway:
             version=our_version(), ledger_sink=self._ledger_file, tracing=self._tracing, keys=self._keys.ring,
             num_gateways=lambda: self._num_gateways,
         )  # fmt: skip
-        self._server = Server(server_config(app, router))
+        serving = server_config(app, router)
+        self._server = Server(serving)
+        serving.load()
+        self._certificates = Certificates(router.tls, serving.ssl) if serving.ssl is not None else None
         self._serving = asyncio.create_task(self._serve(self._server, listener))
         self._dispatcher.canary.start()
         self._dispatcher.rebalancer.start()
@@ -142,6 +144,8 @@ class Gateway:
             log.warning("%d requests did not end within router.drain_s and are ended", num_left)
         await self._dispatcher.close()
         await self._keys.stop()
+        if self._certificates is not None:
+            await self._certificates.stop()
         await self._grammars.stop()
         server.should_exit = True
         await asyncio.wait([self._serving], timeout=ANSWER_ENDS_S + SERVER_S)
@@ -182,19 +186,6 @@ def server_config(app: Any, router: RouterConfig) -> uvicorn.Config:
 def naming_of(engine: EngineConfig, secret: bytes) -> Naming:
     """How the cluster's workers name their blocks."""
     return Naming(engine.block_size, prefix_hash_key(secret) if engine.prefix_cache else None)
-
-
-def check_tls(files: FaceTls) -> None:
-    """ConfigError if uvicorn could not serve with them."""
-    if files.cert_file is None:
-        return
-    try:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(files.cert_file, files.key_file, password=lambda: "")
-        if files.client_ca_file is not None:
-            context.load_verify_locations(files.client_ca_file)
-    except OSError as error:  # ssl.SSLError is one
-        raise ConfigError(f"router.tls: its files cannot be used: {error}", param="router.tls") from None
 
 
 def load_text_model(source: ModelSource, grammar_compile_s: float) -> tuple[TextModel, GrammarProcess]:

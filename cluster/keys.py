@@ -1,7 +1,9 @@
-"""Keys at the edge: the keys file as it is on disk, the environment's one key, and new keys.
+"""Keys at the edge: keys as they are on disk (one file of all tenants, a folder with a file of each, or both), the
+environment's one key, and new keys.
 
-`KeySource.start` reads the file and fails if it is broken; from then on a timer looks whether it has changed, and a
-broken one changes nothing but the log.
+`KeySource.start` reads the files and fails if one is broken; from then on a timer looks whether something has changed,
+and what is broken changes nothing but the log. A mounted Kubernetes secret is such a folder: its hidden names are no
+tenants' files, and it is renewed in one turn of a link.
 """
 
 from __future__ import annotations
@@ -10,25 +12,33 @@ import asyncio
 import logging
 import os
 import secrets
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
+from typing import TypeVar
 
+from cluster.file_stamps import Stamp, stamps_of
 from engine.errors import ConfigError
-from router.tenants import KEY_PREFIX, KeyRing, Tenant, hash_of, parse_tenants, ring_of
+from router.tenants import KEY_PREFIX, KeyRing, Tenant, hash_of, parse_tenant, parse_tenants, ring_of
 
 KEY_VARIABLE = "STEELYARD_API_KEY"
 RELOAD_S = 2.0
 
 log = logging.getLogger(__name__)
 
-Stamp = tuple[int, int, int]  # a secret that is mounted anew has another inode
+Read = TypeVar("Read")
 
 
 class KeySource:
-    def __init__(self, path: str | None, variable: str | None) -> None:
-        self._path = Path(path).expanduser() if path else None
+    def __init__(
+        self, file: str | None, variable: str | None, folder: str | None = None, classes: Collection[str] | None = None
+    ) -> None:
+        """`classes`: the names of router.classes, which tenants may be of; None: any."""
+        self._file = Path(file).expanduser() if file else None
+        self._folder = Path(folder).expanduser() if folder else None
+        self._classes = classes
         self._own = (Tenant(name="default", keys=(hash_of(variable),)),) if variable else ()
         self._ring: KeyRing | None = ring_of(self._own) if self._own else None
-        self._stamp: Stamp | None = None
+        self._stamps: tuple[Stamp, ...] = ()
         self._task: asyncio.Task[None] | None = None
 
     def ring(self) -> KeyRing | None:
@@ -36,10 +46,10 @@ class KeySource:
         return self._ring
 
     async def start(self) -> None:
-        """ConfigError if the file cannot be read or is wrong."""
-        if self._path is not None:
+        """ConfigError if something cannot be read or is wrong."""
+        if self._file is not None or self._folder is not None:
             await asyncio.to_thread(self.reload)
-            self._task = asyncio.create_task(self._watch(), name="keys-file")
+            self._task = asyncio.create_task(self._watch(), name="keys")
 
     async def stop(self) -> None:
         if self._task is not None:
@@ -47,31 +57,60 @@ class KeySource:
             await asyncio.gather(self._task, return_exceptions=True)
 
     def reload(self) -> bool:
-        """Read the file if it has changed; whether it had. ConfigError, once for each state of the file, and what was
-        read last stays."""
-        assert self._path is not None
-        try:
-            found = self._path.stat()
-            stamp = (found.st_mtime_ns, found.st_size, found.st_ino)
-            if stamp == self._stamp:
-                return False
-            self._stamp = stamp
-            text = self._path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-            raise ConfigError(f"router.keys_file: {self._path}: {why}", param="router.keys_file") from None
-        ring = parse_tenants(text)
-        self._ring = KeyRing((*ring.entries, *(ring_of(self._own).entries)))
+        """Read anew if something has changed; whether it had. ConfigError, once for each state of the files, and what
+        was read last stays."""
+        named = self._in_folder()
+        stamps = _read(lambda: stamps_of([*([self._file] if self._file else ()), *named]), self._place)
+        if stamps == self._stamps and self._ring is not None:
+            return False
+        self._stamps = stamps
+        tenants = parse_tenants(_text(self._file, "router.keys_file")) if self._file else ()
+        tenants += tuple(parse_tenant(path.name, _text(path, "router.keys_folder")) for path in named)
+        self._check_classes(tenants)
+        self._ring = ring_of((*tenants, *self._own))
         return True
+
+    @property
+    def _place(self) -> str:
+        return "router.keys_file" if self._file else "router.keys_folder"
+
+    def _in_folder(self) -> list[Path]:
+        """Files of tenants, by their names."""
+        if (folder := self._folder) is None:
+            return []
+        paths = _read(lambda: sorted(folder.iterdir()), "router.keys_folder")
+        return [path for path in paths if not path.name.startswith(".") and path.is_file()]
+
+    def _check_classes(self, tenants: Iterable[Tenant]) -> None:
+        if self._classes is None:
+            return
+        for tenant in tenants:
+            named = (*(tenant.allowed_classes or ()), *([tenant.slo_class] if tenant.slo_class else ()))
+            if unknown := [name for name in named if name not in self._classes]:
+                words = f"{self._place}: {tenant.name}: router.classes has no '{unknown[0]}'"
+                raise ConfigError(words, param=self._place)
 
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(RELOAD_S)
             try:
                 if await asyncio.to_thread(self.reload):
-                    log.info("router.keys_file was read again")
+                    log.info("API keys were read again")
             except ConfigError as error:
                 log.warning("%s; the keys that were read before stay valid", error.message)
+
+
+def _text(path: Path, place: str) -> str:
+    return _read(lambda: path.read_text(encoding="utf-8"), place)
+
+
+def _read(read: Callable[[], Read], place: str) -> Read:
+    """ConfigError where the system or the text's encoding refuses."""
+    try:
+        return read()
+    except (OSError, UnicodeDecodeError) as error:
+        why = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else "a file is not UTF-8"
+        raise ConfigError(f"{place}: {why}", param=place) from None
 
 
 def key_of_environment() -> str | None:

@@ -54,6 +54,9 @@ class RouterConfig(StrictModel):
     keys_file: str | None = Field(
         default=None, min_length=1, description="YAML of tenants and their hashed API keys; null: no keys are asked for"
     )
+    keys_folder: str | None = Field(
+        default=None, min_length=1, description="a file for each tenant, such as a mounted secret; beside keys_file"
+    )
     open_paths: list[str] = Field(default=["/health", "/metrics", "/version"], description="routes that ask for no key")
     cors: CorsConfig = CorsConfig()
     tls: FaceTls = FaceTls()

@@ -164,7 +164,8 @@ class _Front:
         shown = http.headers.get(TIMELINE_HEADER) == "1"
         ledger = Ledger(arrival.time_s, is_shown=shown, on_end=self._on_end(http))
         prepare_s = asyncio.get_running_loop().time() - arrival.time_s
-        requests = tuple(with_targets(one, http.headers, self.config, prepare_s) for one in prepared.requests)
+        tenant = caller_of(http).tenant
+        requests = tuple(with_targets(one, http.headers, self.config, prepare_s, tenant) for one in prepared.requests)
         ledger.add_stages(((PREPARE_STAGE, prepare_s),))
         return as_tenant(replace(prepared, requests=requests), caller_of(http), num_answers), ledger
 

@@ -1,6 +1,7 @@
 """Tenants: who may ask, known by their API keys.
 
-1. `parse_tenants` reads the keys file (YAML) into a KeyRing. 2. `KeyRing.find` names the tenant of a key.
+1. `parse_tenants` reads the keys file (YAML), `parse_tenant` a file that is one tenant's. 2. `ring_of` makes a KeyRing
+of them; `KeyRing.find` names the tenant of a key.
 
 Keys are told by their SHA-256 only, so a file that is read by others gives none away. A slow hash is for passwords,
 which can be guessed; a key of ours is 256 random bits, and nobody can try them all. Knows nothing of HTTP and files.
@@ -12,12 +13,15 @@ import hmac
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
+from typing import TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from engine.config import StrictModel
 from engine.errors import ConfigError
+
+Model = TypeVar("Model", bound=StrictModel)
 
 KEY_PREFIX = "sk-"
 HASH_PREFIX = "sha256:"
@@ -43,6 +47,11 @@ class Tenant(StrictModel):
     enabled: bool = True
     priority: int = Field(default=0, ge=-100, le=100, description="of two, the higher number yields")
     limits: Limits = Limits()
+    slo_class: str | None = Field(default=None, description="of router.classes, for requests that name none")
+    allowed_classes: tuple[str, ...] | None = Field(default=None, description="that requests may name; null: any")
+
+    def may_use(self, name: str) -> bool:
+        return self.allowed_classes is None or name in (*self.allowed_classes, self.slo_class)
 
     @field_validator("keys")
     @classmethod
@@ -58,7 +67,7 @@ class _File(StrictModel):
     tenants: tuple[Tenant, ...] = ()
 
 
-OPEN = Tenant.model_construct(name="", keys=(), enabled=True, priority=0, limits=Limits())
+OPEN = Tenant.model_construct(name="")  # its other fields are those of a tenant that says nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,21 +91,40 @@ class KeyRing:
         return tuple({tenant.name: tenant for _, tenant in self.entries}.values())
 
 
-def parse_tenants(text: str) -> KeyRing:
+def parse_tenants(text: str) -> tuple[Tenant, ...]:
     """The keys file. ConfigError names the place of what is wrong, and shows nothing of its content."""
+    return _validated(_File, _yaml(text, "router.keys_file"), "router.keys_file").tenants
+
+
+def parse_tenant(name: str, text: str) -> Tenant:
+    """A file that is named as its tenant: keys, one a line, as they are or hashed, or YAML as of a tenant in the keys
+    file, without the name. ConfigError as above."""
+    place = f"router.keys_folder: {name}"
+    lines = text.split()
+    if lines and all(line.startswith((KEY_PREFIX, HASH_PREFIX)) for line in lines):
+        fields: object = {"keys": [line if line.startswith(HASH_PREFIX) else hash_of(line) for line in lines]}
+    else:
+        fields = _yaml(text, place)
+    return _validated(Tenant, {"name": name, **fields} if isinstance(fields, dict) else fields, place)
+
+
+def _yaml(text: str, place: str) -> object:
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"router.keys_file: no YAML{where}", param="router.keys_file") from None
+        raise ConfigError(f"{place}: no YAML{where}", param=place.partition(":")[0]) from None
+    return {} if data is None else data
+
+
+def _validated(kind: type[Model], data: object, place: str) -> Model:
     try:
-        file = _File.model_validate({} if data is None else data)
+        return kind.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(step) for step in first["loc"])
-        raise ConfigError(f"router.keys_file: {place}: {first['msg']}", param="router.keys_file") from None
-    return ring_of(file.tenants)
+        where = ".".join(str(step) for step in first["loc"])
+        raise ConfigError(f"{place}: {where}: {first['msg']}", param=place.partition(":")[0]) from None
 
 
 def ring_of(tenants: Iterable[Tenant]) -> KeyRing:
@@ -104,9 +132,9 @@ def ring_of(tenants: Iterable[Tenant]) -> KeyRing:
     tenants = tuple(tenants)
     entries = tuple((bytes.fromhex(key[len(HASH_PREFIX) :]), tenant) for tenant in tenants for key in tenant.keys)
     if len({tenant.name for tenant in tenants}) < len(tenants):
-        raise ConfigError("router.keys_file: two tenants have the same name", param="router.keys_file")
+        raise ConfigError("router.keys_file, keys_folder: two tenants have the same name", param="router.keys_file")
     if len({digest for digest, _ in entries}) < len(entries):
-        raise ConfigError("router.keys_file: a key is there twice", param="router.keys_file")
+        raise ConfigError("router.keys_file, keys_folder: a key is there twice", param="router.keys_file")
     return KeyRing(entries)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
-from cluster.gateway import Server, check_tls, server_config
+from cluster.face_tls import Certificates, check_tls
+from cluster.gateway import Server, server_config
 from cluster.listener import listen
 from engine.errors import ConfigError
 from router.config import RouterConfig
@@ -67,6 +69,43 @@ async def test_the_api_is_served_by_tls_to_clients_of_the_right_authority(tmp_pa
             with pytest.raises(httpx.TransportError):
                 await http.get(url)
     finally:
+        server.should_exit = True
+        await serving
+        listener.close()
+
+
+def shown_serial(port: int, authority: str) -> str:
+    """Of the certificate that a new connection is shown."""
+    context = ssl.create_default_context(cafile=authority)
+    plain = socket.create_connection(("127.0.0.1", port), timeout=5)
+    with plain, context.wrap_socket(plain, server_hostname="localhost") as connection:
+        certificate = connection.getpeercert()
+    assert certificate is not None
+    return str(certificate["serialNumber"])
+
+
+async def test_a_renewed_certificate_is_shown_without_a_restart_and_a_broken_one_is_not(tmp_path: Path) -> None:
+    authority = Authority.make(tmp_path / "ca")
+    files = authority.issue(name="localhost")
+    tls = FaceTls(cert_file=files.cert_file, key_file=files.key_file)
+    config = server_config(make_app(FakeGenerator()), RouterConfig(tls=tls))
+    config.load()
+    assert config.ssl is not None
+    listener, server, certificates = listen("127.0.0.1", 0), Server(config), Certificates(tls, config.ssl)
+    port, ca = listener.getsockname()[1], str(files.ca_file)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        first = await asyncio.to_thread(shown_serial, port, ca)
+        assert not certificates.reload()
+        await asyncio.to_thread(Path(str(files.key_file)).write_text, "torn")
+        with pytest.raises(ConfigError, match=r"router\.tls"):
+            certificates.reload()
+        assert await asyncio.to_thread(shown_serial, port, ca) == first
+        authority.issue(name="localhost")
+        assert certificates.reload()
+        assert await asyncio.to_thread(shown_serial, port, ca) != first
+    finally:
+        await certificates.stop()
         server.should_exit = True
         await serving
         listener.close()

@@ -124,11 +124,11 @@ def test_of_many_keys_each_finds_its_tenant() -> None:
 )
 def test_a_broken_file_is_refused_and_shows_nothing_of_its_keys(text: str) -> None:
     with pytest.raises(ConfigError, match=r"router\.keys_file") as error:
-        parse_tenants(text)
+        ring_of(parse_tenants(text))
     assert "pasted" not in error.value.message
 
 
 @given(st.text(max_size=60))
 def test_any_text_is_a_ring_or_a_config_error(text: str) -> None:
     with contextlib.suppress(ConfigError):
-        assert parse_tenants(text).find(b"sk-x") is None
+        assert ring_of(parse_tenants(text)).find(b"sk-x") is None

@@ -55,11 +55,8 @@ def test_every_route_tells_its_answers_and_none_that_it_does_not_give(document: 
 
 def test_generating_routes_tell_the_headers_that_they_read(document: dict[str, Any]) -> None:
     read = {"x-slo-ttft-ms", "x-slo-tpot-ms", "x-deadline-ms", "x-slo-class", "x-timeline", "traceparent"}
-    generating = {
-        path
-        for path, operations in document["paths"].items()
-        if "429" in operations.get("post", {}).get("responses", {})
-    }
+    posts = {path: operations["post"] for path, operations in document["paths"].items() if "post" in operations}
+    generating = {path for path, operation in posts.items() if "429" in operation["responses"]}
     assert generating == {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"}
     for path in generating:
         operation = posts[path]

@@ -10,6 +10,7 @@ from engine.errors import InvalidRequest
 from engine.types import Request, SamplingParams, Service
 from router.config import RouterConfig
 from router.targets import with_targets
+from router.tenants import Tenant
 from tests.router.fakes import CHAT, FakeGenerator, chat, make_client
 
 REQUEST = Request("r", (1, 2, 3), SamplingParams(), timeout_s=600.0, service=Service(tenant="t"))
@@ -77,3 +78,20 @@ async def test_a_wrong_header_is_bad_input() -> None:
     async with make_client(FakeGenerator()) as client:
         response = await client.post(CHAT, json=chat(), headers={"x-slo-tpot-ms": "quick"})
     assert response.status_code == 400 and response.json()["error"]["param"] == "x-slo-tpot-ms"
+
+
+GOLD = Tenant(name="gold", slo_class="fast", allowed_classes=("batch",))
+FAST = {"classes": {"fast": {"ttft_s": 0.5, "priority": 2}, "batch": {"priority": 10}, "other": {}}}
+
+
+def of_gold(headers: dict[str, str]) -> Service:
+    return with_targets(REQUEST, headers, RouterConfig.model_validate(FAST), 0.0, GOLD).service
+
+
+def test_a_tenant_s_class_holds_unless_the_request_names_another_that_it_may_use() -> None:
+    assert of_gold({}) == Service("t", 2, 0.5, math.inf) == of_gold({"x-slo-class": "fast"})
+    assert of_gold({"x-slo-class": "batch"}) == Service("t", 10, math.inf, math.inf)
+    assert of_gold({"x-slo-ttft-ms": "250"}) == Service("t", 2, 0.25, math.inf)
+    with pytest.raises(InvalidRequest, match="may not use 'other'") as caught:
+        of_gold({"x-slo-class": "other"})
+    assert caught.value.param == "x-slo-class"
