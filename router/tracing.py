@@ -26,7 +26,12 @@ from router.ledger import Ledger, Outcome
 from router.trace_context import tracing
 
 NS = 1_000_000_000
-OPERATIONS = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion", "/v1/responses": "chat"}
+OPERATIONS = {
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "text_completion",
+    "/v1/embeddings": "embeddings",
+    "/v1/responses": "chat",
+}
 _PROPAGATOR = TraceContextTextMapPropagator()
 
 
