@@ -8,7 +8,8 @@ have. A decision is all that stands between a tokenised prompt of 2,000 tokens a
 the loads of all workers, the policy's choice, the book-keeping, and who has most of the prompt. Naming the prompt's
 blocks is counted apart: it is done once for a request, however often it is placed. Between two decisions a request gets
 its first token, another ends, and a quarter of the workers report, so nothing that is kept between decisions
-is spared. Prompts share from none to all of a conversation.
+is spared. Prompts share from none to all of a conversation. Python's collector runs as seldom as in a gateway's process
+(cluster/garbage.py): as often as it does of itself, it falls into one decision of seventy, and takes longer.
 
 Real time and processor time of this thread, of single decisions. Every other one is taken apart instead, for its parts.
 """
@@ -28,6 +29,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from benchmarks.report import Row, machine, print_table, print_targets, target, write_json
+from cluster.garbage import collect_seldom
 from engine.streams import StreamBatch
 from engine.types import (
     CacheNews,
@@ -251,6 +253,7 @@ async def measure(num_decisions: int) -> tuple[int, Times]:
     prompts = [prompt_of(talks, chance) for _ in range(NUM_LIVE + 2 * num_decisions)]
     dispatcher = await dispatcher_of(to)
     traffic = Traffic(dispatcher, to.workers, chance, prompts, Times())
+    collect_seldom()
     for turn in range(NUM_LIVE + 2 * num_decisions):
         if turn == NUM_LIVE:
             traffic.times.of.clear()

@@ -4,22 +4,24 @@
 2. `note` hears of each request that is placed, gives its first token, is handed off, moves, or ends, and files it
    under the workers that it is on;
 3. `load` derives a worker's load from what is filed there, when that has changed since it was last asked, or when a
-   request there has outlived its prediction; `loads` keeps those of all workers from one decision to the next, and
-   makes anew those that may be others. So a decision costs as much as has changed, and a look at each worker.
+   request there has outlived its prediction; `loads` makes anew of all workers' those that may be others
+   (router/kept_loads.py). So a decision costs as much as has changed.
 
 Nothing is counted up and down: what is filed are the live requests themselves.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-from engine.types import EngineStats
+from router.kept_loads import KeptLoads, Link
 from router.live import LiveRequest
-from router.membership import Member, Pool
-from router.policies.occupancy import NO_DECODES, NO_PROMPTS, Decode, Decodes, Prompts, decodes_of, prompts_of, turn_of
+from router.membership import Pool
+from router.policies.fleet import Fleet
+from router.policies.occupancy import NO_DECODES, NO_PROMPTS, Decodes, Prompts, decodes_of, prompts_of, turn_of
 from router.policies.rehearsal import Prompt, progressed
 from router.policies.snapshot import EngineLimits, Name, Placement, Predictor, WorkerLoad
 
@@ -32,13 +34,15 @@ class _Page:
     """Of one worker: who is on it, whose prompts it has, and what follows from that until it changes."""
 
     lives: dict[str, LiveRequest] = field(default_factory=dict)
+    running: dict[str, _Running] = field(default_factory=dict)  # of these, what decodes here or will
     prompts: dict[str, Prompt] = field(default_factory=dict)
     since: float = 0.0  # when it began with the first of its prompts
     finished: set[str] = field(default_factory=set)  # of its prompts, with the step that ended at `ended`
     ended: float = 0.0
-    is_current: bool = False
+    queue_is_current: bool = True
     num_prompt_tokens: int = 0
     queue: Prompts = NO_PROMPTS
+    decodes_are_current: bool = True
     decodes: Decodes = NO_DECODES
 
 
@@ -53,24 +57,24 @@ class _Forecast:
     began: float = 0.0
 
 
+class _Running(NamedTuple):
+    """What the rest of a request's life follows from, as of its last change: a decision asks it of dozens, and would
+    look for it in five records of each."""
+
+    tokens: list[int]  # delivered ones: it grows
+    num_known: int  # tokens of the request as it came
+    max_tokens: int
+    tpot_s: float  # its target
+    begins: float  # when its first token was to come
+    num_done: int  # by then
+    began: float  # when it came; infinite: not yet
+
+
 class Foretold(NamedTuple):
     """A first token: when its request was placed, and when it was to come."""
 
     placed: float
     at: float
-
-
-class Link(Protocol):
-    """A worker as it is known now: router.workers.WorkerLink."""
-
-    @property
-    def member(self) -> Member: ...
-
-    @property
-    def connected(self) -> bool: ...
-
-    @property
-    def stats(self) -> EngineStats: ...
 
 
 class Book:
@@ -80,7 +84,7 @@ class Book:
         self._pages: dict[Name, _Page] = {}
         self._where: dict[str, tuple[Name, ...]] = {}
         self._forecasts: dict[str, _Forecast] = {}
-        self._loads: dict[Name, WorkerLoad] = {}  # as asked for last, of workers on which nothing is filed otherwise
+        self._kept = KeptLoads(self.load)
         self._used_share = 1.0  # of the tokens that requests ask for at most, what they use on average
 
     def expected_output(self, live: LiveRequest) -> float:
@@ -103,14 +107,17 @@ class Book:
     def placed(self, live: LiveRequest, placement: Placement, num_cached: int, now: float) -> None:
         """It is about to get this placement. `num_cached` positions of its beginning are where it is computed."""
         first = placement.first
-        page = self._pages.get((first.worker_id, first.incarnation), _Page())
         num_new = max(1, live.request.num_tokens + len(live.tokens) - num_cached)
         compute_s = self._predictor.prefill_s(first.pool, num_new, num_cached, self._limits.prefill_chunk)
         prompt = Prompt(live.first_due, now, num_new, compute_s, num_new)
         ttft_s = placement.ttft_s
         if ttft_s is None:
-            self._end_step(page)
-            ttft_s = self._queue(page).around_s(live.first_due, now)[0] + compute_s
+            page = self._pages.get(first.name)
+            queue = NO_PROMPTS
+            if page is not None:
+                self._end_step(page)
+                queue = self._queue(page)
+            ttft_s = queue.around_s(live.first_due, now)[0] + compute_s
         for one in live.placed_together:
             self._forecasts[one.request.request_id] = _Forecast(now, ttft_s, prompt, len(one.tokens))
 
@@ -122,9 +129,14 @@ class Book:
         forecast = self._forecasts.get(name)
         if forecast is None:
             return  # it has ended: a move of it may still be over later
+        if has_token and not forecast.began:
+            forecast = self._forecasts[name] = replace(forecast, began=now)
         workers = live.workers
         for worker in workers:
-            self._page(worker).lives[name] = live
+            page = self._page(worker)
+            page.lives[name] = live
+            if worker == live.decodes_on:
+                page.running[name] = _running(live, forecast)
             self._touch(worker)
         if workers:
             self._where[name] = workers
@@ -133,8 +145,7 @@ class Book:
             self._end_step(page)
             page.since = page.since if page.prompts else now
             page.prompts[name] = forecast.prompt
-        elif has_token and not forecast.began:
-            self._forecasts[name] = replace(forecast, began=now)
+            page.queue_is_current = False
 
     def ended(self, live: LiveRequest, now: float) -> None:
         """Nothing of it is left."""
@@ -150,18 +161,20 @@ class Book:
             page = self._pages[worker]
             self._touch(worker)
             del page.lives[name]
+            page.running.pop(name, None)
             if name in page.prompts and has_token:
                 page.finished.add(name)
                 page.ended = now
-            else:
+            elif name in page.prompts:
+                self._end_step(page)
                 page.prompts.pop(name, None)
-                page.finished.discard(name)
+                page.queue_is_current = False
             if not page.lives:
                 del self._pages[worker]
 
     def _touch(self, worker: Name) -> None:
-        self._pages[worker].is_current = False
-        self._loads.pop(worker, None)
+        self._pages[worker].decodes_are_current = False
+        self._kept.touch(worker)
 
     def _end_step(self, page: _Page) -> None:
         """First tokens tell of a step's end. What of its time was not theirs was for others: work is neither lost nor
@@ -175,40 +188,25 @@ class Book:
         after = progressed([page.prompts[name] for name in ordered], work_s, self._limits.prefill_chunk)
         page.prompts = dict(zip(ordered, after, strict=True))
         page.since = page.ended
+        page.queue_is_current = False
 
     # --- what follows ----------------------------------------------------------------------------------------
 
-    def loads(self, links: Collection[Link], now: float) -> list[WorkerLoad]:
-        """Of all links. A load stands as long as its worker's page, report and link are those that it was made of."""
-        kept = self._loads
-        loads = [
-            load
-            if (load := kept.get((member := link.member).name)) is not None
-            and load.member is member
-            and load.stats is link.stats
-            and load.connected is link.connected
-            and not (load.decodes.ends and load.decodes.ends[0] < now)
-            else self._make(link, now)
-            for link in links
-        ]
-        if len(kept) > len(links):  # of those that have left
-            self._loads = {load.name: load for load in loads}
-        return loads
-
-    def _make(self, link: Link, now: float) -> WorkerLoad:
-        load = self._loads[link.member.name] = self.load(link, now)
-        return load
+    def loads(self, links: Collection[Link], now: float) -> Fleet:
+        """Of all links."""
+        return self._kept.all(links, now)
 
     def load(self, link: Link, now: float) -> WorkerLoad:
         member, stats = link.member, link.stats
         page = self._pages.get(member.name)
         if page is None:
             return WorkerLoad(member, link.connected, 0, 0, stats)
-        if not page.is_current or (page.decodes.ends and page.decodes.ends[0] < now):
-            self._derive(page, member.name, member.pool, now)
-        return WorkerLoad(
-            member, link.connected, len(page.lives), page.num_prompt_tokens, stats, page.queue, page.decodes
-        )
+        self._end_step(page)
+        queue = self._queue(page)
+        if not page.decodes_are_current or (page.decodes.ends and page.decodes.ends[0] < now):
+            page.decodes = self._decodes(page, member.pool, now)
+            page.decodes_are_current = True
+        return WorkerLoad(member, link.connected, len(page.lives), page.num_prompt_tokens, stats, queue, page.decodes)
 
     def _page(self, worker: Name) -> _Page:
         page = self._pages.get(worker)
@@ -216,34 +214,38 @@ class Book:
             page = self._pages[worker] = _Page()
         return page
 
-    def _derive(self, page: _Page, worker: Name, pool: Pool, now: float) -> None:
-        self._end_step(page)
-        page.queue = self._queue(page)
-        page.num_prompt_tokens = sum([page.lives[name].request.num_tokens for name in page.prompts])
-        here = [(name, live) for name, live in page.lives.items() if worker == live.decodes_on]
-        page.decodes = self._decodes(here, pool, now) if here else NO_DECODES
-        page.is_current = True
-
-    def _decodes(self, here: list[tuple[str, LiveRequest]], pool: Pool, now: float) -> Decodes:
-        num_tokens = sum([live.request.num_tokens + len(live.tokens) for _, live in here])
-        step_s = self._predictor.decode_step_s(pool, len(here), num_tokens)
-        return decodes_of([self._decode(name, live, step_s, now) for name, live in here])
-
     def _queue(self, page: _Page) -> Prompts:
-        limits = self._limits
-        return prompts_of(page.prompts.values(), page.since, limits.prefill_chunk, limits.max_batch_tokens)
+        if not page.queue_is_current:
+            limits = self._limits
+            page.queue = prompts_of(page.prompts.values(), page.since, limits.prefill_chunk, limits.max_batch_tokens)
+            page.num_prompt_tokens = sum([page.lives[name].request.num_tokens for name in page.prompts])
+            page.queue_is_current = True
+        return page.queue
 
-    def _decode(self, name: str, live: LiveRequest, step_s: float, now: float) -> Decode:
-        """How far it is follows from when it began and from the pace, as if nobody had counted: its tokens may be told
-        of later than they are made."""
-        forecast, total = self._forecasts[name], live.request.sampling.max_tokens * self._used_share
-        begins, done = forecast.placed + forecast.ttft_s, forecast.num_done
-        if live.is_prefilling:
-            begins = max(now, begins)
-        elif step_s:
-            begins, done = now, done + max(0.0, now - forecast.began) / step_s
-        left = _left(total, done)
-        return Decode(begins + left * step_s, live.request.num_tokens + done + left / 2, live.request.service.tpot_s)
+    def _decodes(self, page: _Page, pool: Pool, now: float) -> Decodes:
+        """How far each is follows from when it began and from the pace, as if nobody had counted: its tokens may be
+        told of later than they are made."""
+        running, used_share = page.running.values(), self._used_share
+        if not running:
+            return NO_DECODES
+        num_tokens = sum([one.num_known + len(one.tokens) for one in running])
+        step_s = self._predictor.decode_step_s(pool, len(running), num_tokens)
+        decodes: list[tuple[float, float, float]] = []  # as Decode; there are dozens
+        for _, num_known, max_tokens, tpot_s, begins, num_done, began in running:
+            at, done = max(now, begins), float(num_done)
+            if began < math.inf:
+                at, done = (now, done + max(0.0, now - began) / step_s) if step_s else (begins, done)
+            left = _left(max_tokens * used_share, done)
+            decodes.append((at + left * step_s, num_known + done + left / 2, tpot_s))
+        return decodes_of(decodes)
+
+
+def _running(live: LiveRequest, forecast: _Forecast) -> _Running:
+    request = live.request
+    return _Running(
+        live.tokens, request.num_tokens, request.sampling.max_tokens, request.service.tpot_s,
+        forecast.placed + forecast.ttft_s, forecast.num_done, math.inf if live.is_prefilling else forecast.began,
+    )  # fmt: skip
 
 
 def _left(total: float, done: float) -> float:

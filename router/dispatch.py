@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Protocol
 
@@ -360,7 +360,7 @@ class Dispatcher:
 
     # --- views ---------------------------------------------------------------------------------------------
 
-    def loads(self) -> list[WorkerLoad]:
+    def loads(self) -> Sequence[WorkerLoad]:
         """Every linked worker's load."""
         return self.placer.loads()
 

@@ -47,7 +47,8 @@ class Fit:
 
     def predict(self, features: Sequence[float]) -> float:
         """Seconds. Finite and above 0 whatever has been learnt."""
-        return min(max(self._factor * self._shape(features), SHORTEST_S), LONGEST_S)
+        predicted_s = self._factor * self._shape(features)
+        return predicted_s if SHORTEST_S < predicted_s < LONGEST_S else min(max(predicted_s, SHORTEST_S), LONGEST_S)
 
     def learn(self, features: Sequence[float], measured_s: float) -> bool:
         """Take a measurement in; False if it is kept out."""

@@ -57,8 +57,7 @@ class Learnt:
         names, size = live.names.of(token_ids), self._naming.block_size
         found = live.names, len(names), self.prefixes.version
         if found != self._found:  # asked several times in one decision
-            counts = self.prefixes.num_cached_blocks(names)
-            self._counts = {worker: count * size for worker, count in counts.items()}
+            self._counts = self.prefixes.num_cached(names, size)
             self._found = found
         return self._counts
 

@@ -23,6 +23,7 @@ from router.learnt import Learnt
 from router.live import LiveRequest
 from router.margin import TtftErrors
 from router.policies import POLICIES
+from router.policies.fleet import Fleet
 from router.policies.snapshot import (
     Ask,
     Decision,
@@ -35,7 +36,6 @@ from router.policies.snapshot import (
     Return,
     Snapshot,
     Wait,
-    WorkerLoad,
     has_targets,
 )
 from router.waiting_room import Ticket, WaitingRoom
@@ -80,7 +80,7 @@ class Placer:
     def num_waiting(self) -> int:
         return len(self._room)
 
-    def loads(self) -> list[WorkerLoad]:
+    def loads(self) -> Fleet:
         """Every linked worker's load, derived from the live requests and its last report."""
         now = self._now()
         return self._book.loads(self._links.values(), now)
@@ -141,7 +141,8 @@ class Placer:
 
     def snapshot(self, live: LiveRequest, cached: Mapping[Name, int]) -> Snapshot:
         now = self._now()
-        self._memory = replace(self._memory, returns=tuple(one for one in self._memory.returns if one.at > now))
+        if any(one.at <= now for one in self._memory.returns):
+            self._memory = replace(self._memory, returns=tuple(one for one in self._memory.returns if one.at > now))
         return Snapshot(
             now, self.loads(), self._ask(live, cached, now), self._predictor, self._limits, self._errors.margin,
             self._memory, now - self._promised_at < PROMISED_FOR_S,
@@ -161,12 +162,12 @@ class Placer:
         """What is known to be where; after a refused hand-off the chunk with which it was offered is, too."""
         if live.request.sampling.embed == MEAN:  # it takes nothing from a cache
             return {}
-        cached = dict(self._learnt.num_cached(live))
-        if live.refused_after is not None:
-            size, num_tokens = self._limits.block_size, live.request.num_tokens + len(live.tokens)
-            num_done = min(num_tokens, self._limits.prefill_chunk) // size * size
-            cached[live.refused_after] = max(cached.get(live.refused_after, 0), num_done)
-        return cached
+        cached = self._learnt.num_cached(live)
+        if live.refused_after is None:
+            return cached
+        size, num_tokens = self._limits.block_size, live.request.num_tokens + len(live.tokens)
+        num_done = min(num_tokens, self._limits.prefill_chunk) // size * size
+        return {**cached, live.refused_after: max(cached.get(live.refused_after, 0), num_done)}
 
     def _remember(self, live: LiveRequest, placement: Placement) -> None:
         memory, num_prompt = self._memory, live.request.num_tokens

@@ -1,7 +1,7 @@
 """The prefix index: which workers have which cached blocks, as their block events tell.
 
 1. `apply` takes what a worker says: names that can be found there now, and names that are lost;
-2. `num_cached_blocks` says of a prompt's chain of names how many of the first ones each worker has;
+2. `num_cached` says of a prompt's chain of names how many of the first ones each worker has;
 3. `forget` drops a life that is down or has left. When it is heard again it tells all that it has.
 
 Each name has a bit mask of the workers that have it, so a walk down the chain costs an AND for each block and one look
@@ -11,7 +11,7 @@ make a placement a little worse, and nothing wrong, for workers go by whole name
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import compress
 
 from engine.types import CacheNews
@@ -52,18 +52,19 @@ class PrefixIndex:
         for name in self._names.pop(worker):
             self._clear(name, 1 << bit)
 
-    def num_cached_blocks(self, names: Sequence[int]) -> dict[Name, int]:
-        """How many blocks from the start of this chain each worker has; of those only that have any."""
+    def num_cached(self, names: Sequence[int], size: int = 1) -> dict[Name, int]:
+        """How many blocks from the start of this chain each worker has, times `size`; of those only that have any."""
         counts: dict[Name, int] = {}
-        have = -1
+        masks = self._masks
+        have = masks.get(names[0], 0) if names else 0
         for index, name in enumerate(names):
-            still = have & self._masks.get(name, 0)
-            if index and still != have:
-                counts |= dict.fromkeys(self._of(have & ~still), index)
-            have = still
+            still = have & masks.get(name, 0)
+            if still != have:
+                counts |= dict.fromkeys(self._of(have ^ still), index * size)
+                have = still
             if not have:
-                break
-        return counts | dict.fromkeys(self._of(have) if names else (), len(names))
+                return counts
+        return counts | dict.fromkeys(self._of(have), len(names) * size)
 
     @property
     def num_names(self) -> int:
@@ -86,11 +87,12 @@ class PrefixIndex:
             self._bits[worker], self._workers[bit : bit + 1], self._names[worker] = bit, [worker], {}
         return bit
 
-    def _of(self, mask: int) -> Iterator[Name]:
+    def _of(self, mask: int) -> list[Name]:
         if mask.bit_count() > FEW:
-            yield from compress(self._workers, bin(mask)[:1:-1].encode().translate(BITS))  # the lowest first
-            return
+            return list(compress(self._workers, bin(mask)[:1:-1].encode().translate(BITS)))  # the lowest first
+        found: list[Name] = []
         while mask:
-            lowest = mask & -mask
-            yield self._workers[lowest.bit_length() - 1]
-            mask ^= lowest
+            bit = mask.bit_length() - 1
+            found.append(self._workers[bit])
+            mask ^= 1 << bit
+        return found

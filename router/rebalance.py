@@ -55,7 +55,7 @@ class Rebalancer:
     """Looks every PERIOD_S, and moves one request at a time."""
 
     def __init__(
-        self, mobile: Mobile, loads: Callable[[], list[WorkerLoad]], migrate_below: float, back_up_below: float
+        self, mobile: Mobile, loads: Callable[[], Sequence[WorkerLoad]], migrate_below: float, back_up_below: float
     ) -> None:
         self._mobile = mobile
         self._loads = loads

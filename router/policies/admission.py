@@ -11,7 +11,7 @@ lets in no more than the other will have room for: judged by the present, admiss
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from heapq import nsmallest
 
 from engine.types import Role
@@ -57,7 +57,7 @@ def without_room(
     return Refuse(reason, max(0.0, free_at - at - spare_s))
 
 
-def yields(snapshot: Snapshot, prefill: Sequence[WorkerLoad]) -> bool:
+def yields(snapshot: Snapshot, prefill: Iterable[WorkerLoad]) -> bool:
     """Must it wait for requests with targets, because every prefill worker has prompts to compute?"""
     is_last = snapshot.ask.priority > 0 and not snapshot.ask.has_targets
     return is_last and snapshot.promised_of_late and all(load.prompts.dues for load in prefill)

@@ -93,7 +93,7 @@ def turn_of(prompt: Prompt) -> tuple[float, float]:
     return prompt.due, prompt.placed
 
 
-def decodes_of(decodes: Iterable[Decode]) -> Decodes:
+def decodes_of(decodes: Iterable[Decode | tuple[float, float, float]]) -> Decodes:
     ordered = sorted(decodes, key=itemgetter(0))
     if not ordered:
         return NO_DECODES

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Protocol
 
 from engine.step_shape import StepShape
@@ -143,11 +144,10 @@ class Snapshot:
         """Positions of the prompt's beginning there; the last position is always computed."""
         return min(self.ask.cached.get(load.name, 0), self.ask.num_tokens - 1) if self.ask.cached else 0
 
-    def cached_on_each(self, loads: Sequence[WorkerLoad]) -> list[int]:
+    def cached_on_each(self, names: Sequence[Name]) -> list[int]:
+        """The same of many workers."""
         cached, most = self.ask.cached, self.ask.num_tokens - 1
-        if not cached:
-            return [0] * len(loads)
-        counts = [cached.get(load.member.name, 0) for load in loads]
+        counts = list(map(cached.get, names, repeat(0))) if cached else [0] * len(names)
         return [min(count, most) for count in counts] if max(counts, default=0) > most else counts
 
     def prefill_s(self, load: WorkerLoad) -> float:

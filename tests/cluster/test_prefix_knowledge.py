@@ -43,7 +43,7 @@ def has(worker: SimulatedWorker) -> set[int]:
 def knows(world: World, worker: SimulatedWorker) -> set[int]:
     name = (worker.sides.member.worker_id, worker.sides.member.incarnation)
     index = world.dispatcher.learnt.prefixes
-    return {one for one in index._masks if index.num_cached_blocks((one,)).get(name)}
+    return {one for one in index._masks if index.num_cached((one,)).get(name)}
 
 
 def check(world: World) -> None:

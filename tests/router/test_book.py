@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.types import EngineStats, FinishReason, Request, SamplingParams, TokenOutput
+from engine.types import EngineStats, FinishReason, Request, Role, SamplingParams, TokenOutput
 from router.book import Book
 from router.live import LiveRequest
 from router.membership import Member
+from router.policies.fleet import Fleet
 from router.policies.snapshot import EngineLimits, Placement, WorkerLoad
 from router.predict import Predictor
 from tests.router.fake_workers import member
@@ -118,7 +119,8 @@ class Twins:
 
     def check(self) -> None:
         loads = self.kept.loads(self.links.values(), self.now)
-        assert loads == [self.anew.load(link, self.now) for link in self.links.values()]
+        assert list(loads) == [self.anew.load(link, self.now) for link in self.links.values()]
+        assert _arrays(loads) == _arrays(Fleet(loads))
         for load, link in zip(loads, self.links.values(), strict=True):
             assert (load.member, load.connected, load.stats) == (link.member, link.connected, link.stats)
             self._check_by_the_table(load)
@@ -130,6 +132,14 @@ class Twins:
         assert load.num_prompt_tokens == sum(live.request.num_tokens for live in prompts)
         assert sorted(load.prompts.dues) == sorted(live.first_due for live in prompts)
         assert len(load.decodes.ends) == sum(live.decodes_on == load.name for live in here)
+
+
+def _arrays(fleet: Fleet) -> list[list[float] | list[int]]:
+    columns = (
+        fleet.last_due, fleet.done_at, fleet.first_end, fleet.tokens, fleet.tpot_s, fleet.num_decodes,
+        fleet.num_running, fleet.num_blocks, fleet.turn, fleet.places(Role.PREFILL), fleet.places(Role.DECODE),
+    )  # fmt: skip
+    return [column.tolist() for column in columns]
 
 
 STEPS = (

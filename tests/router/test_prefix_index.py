@@ -39,7 +39,7 @@ def test_it_knows_what_workers_have_said(steps: list[tuple[Name, CacheNews | Non
             index.apply(worker, news)
             names = set() if news.anew else known.get(worker, set())
             known[worker] = (names | set(news.kept)) - set(news.lost)
-        assert index.num_cached_blocks(chain) == counted(known, chain)
+        assert index.num_cached(chain) == counted(known, chain)
     assert index.num_names == len(set().union(*known.values()))
 
 
@@ -48,10 +48,10 @@ def test_nothing_is_left_of_workers_that_are_forgotten() -> None:
     for worker in (A, B):
         index.apply(worker, CacheNews((1, 2, 3)))
     index.apply(B, CacheNews((), (2,)))
-    assert index.num_cached_blocks((1, 2, 3)) == {A: 3, B: 1}
+    assert index.num_cached((1, 2, 3)) == {A: 3, B: 1}
     index.forget(A)
     index.forget(A)
-    assert (index.num_names, index.num_cached_blocks((1, 2, 3))) == (2, {B: 1})
+    assert (index.num_names, index.num_cached((1, 2, 3))) == (2, {B: 1})
     index.forget(B)
     assert index.num_names == 0
 
