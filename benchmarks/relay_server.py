@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import uvloop
 from tokenizers import Tokenizer
@@ -71,6 +72,8 @@ class LetterTokenizer:
 @dataclass(eq=False)
 class EagerWorker:
     """Answers each sequence with B, B, B..., a step for all as soon as the last one was read. A WorkerClient."""
+
+    stats_stand: ClassVar[bool] = True
 
     member: Member
     wanted: dict[Key, tuple[int, int]] = field(default_factory=dict)  # (next index, number of tokens)

@@ -25,6 +25,7 @@ from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import numpy as np
 
@@ -71,8 +72,11 @@ Worker = str
 class Silent:
     """A worker that takes everything and never answers. Implements router.workers.WorkerClient."""
 
+    stats_stand: ClassVar[bool] = True
+
     cache: CacheNews
     stats: EngineStats
+    news: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def submit(self, submission: Submission, role_epoch: int, timeout_s: float) -> None: ...
 
@@ -83,15 +87,17 @@ class Silent:
     async def tokens(self, gateway_id: str) -> AsyncGenerator[StreamBatch]:
         yield StreamBatch((), self.stats, cache=self.cache)
         while True:
-            await asyncio.sleep(1)
+            await self.news.wait()
+            self.news.clear()
             yield StreamBatch((), self.stats)
 
     def stats_by_now(self, told: EngineStats) -> EngineStats:
-        return self.stats
+        return told
 
     def report(self) -> None:
-        """One more step: as if a batch had come with this."""
+        """One more step."""
         self.stats = replace(self.stats, num_steps=self.stats.num_steps + 1)
+        self.news.set()
 
     async def close(self) -> None: ...
 

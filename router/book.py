@@ -192,8 +192,16 @@ class Book:
 
     # --- what follows ----------------------------------------------------------------------------------------
 
+    def heard(self, worker: Name) -> None:
+        """It has reported, or its stream broke."""
+        self._kept.heard(worker)
+
+    def members_changed(self) -> None:
+        """Links have come or gone, or their members are others."""
+        self._kept.members_changed()
+
     def loads(self, links: Collection[Link], now: float) -> Fleet:
-        """Of all links."""
+        """Of all links, as far as there was news of them."""
         return self._kept.all(links, now)
 
     def load(self, link: Link, now: float) -> WorkerLoad:

@@ -121,6 +121,7 @@ class Dispatcher:
             else:
                 client = self._connector.connect(member)
                 self._links[name] = WorkerLink(member, client, self._gateway_id, self._on_batch, self._on_down)
+        self.placer.members_changed()
 
     async def close(self) -> None:
         """Let go of all workers; live requests end with an error, here and on the workers."""
@@ -134,6 +135,7 @@ class Dispatcher:
         await asyncio.gather(*self._background, return_exceptions=True)
         closing = [link.close() for link in self._links.values()]
         self._links.clear()
+        self.placer.members_changed()
         await asyncio.gather(*closing, return_exceptions=True)
 
     # --- requests ------------------------------------------------------------------------------------------
@@ -322,8 +324,9 @@ class Dispatcher:
 
     def _on_batch(self, member: Member, batch: StreamBatch) -> None:
         self._news.set()
+        self.placer.heard(member.name)
         if not batch.outputs:
-            self.placer.heard()
+            self.placer.call_waiting()
         if (member.worker_id, member.incarnation) in self._links:  # what has left is forgotten
             self.step_history.add(member, batch.steps)
             self.learnt.hear(member, batch)
@@ -354,6 +357,7 @@ class Dispatcher:
 
     def _on_down(self, member: Member, reason: str) -> None:
         self.learnt.lost(member)
+        self.placer.heard(member.name)
         for live in self._live.values():
             if (member.worker_id, member.incarnation) in live.workers:
                 live.fail(WorkerLost(f"worker {member.worker_id} was lost: {reason}"))

@@ -1,19 +1,17 @@
 """Kept loads: those of all workers from one decision to the next, of which only those are made anew that are others.
 
-1. `touch` hears of a worker on which something else is filed now;
-2. `all` makes the loads anew of those that were touched, of those whose stream broke or came back, and of those on
-   which a sequence has outlived its prediction; of the others it takes the newest reports in. When the workers are
-   others, it makes all.
+1. `touch` hears of a worker on which something else is filed now, `heard` of one that has reported or whose stream
+   broke, `members_changed` of all else;
+2. `all` makes the loads anew of those that were touched, and of those on which a sequence has outlived its prediction;
+   of those that were heard it takes the newest reports in. When the members are others, it makes all.
 
-What is looked at in each decision is laid out side by side, in the order of the links, and compared as whole lists: a
-look at one worker after the other would be the greatest part of a decision in a large cluster.
+So nothing is asked of a worker of which there is no news: in a large cluster a look at each would be the greatest part
+of a decision. Of some a report does not stand until the next one (`Link.stats_stand`); they are asked every time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from itertools import compress, count
-from operator import is_not
+from collections.abc import Callable, Collection, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -36,42 +34,60 @@ class Link(Protocol):
     @property
     def stats(self) -> EngineStats: ...
 
+    @property
+    def stats_stand(self) -> bool:
+        """Until the worker is heard again?"""
+        ...
+
 
 class KeptLoads:
     """`make`: a load of what is known now."""
 
     def __init__(self, make: Callable[[Link, float], WorkerLoad]) -> None:
         self._make = make
-        self._touched: set[Name] = set()
+        self._links: list[Link] = []
         self._places: dict[Name, int] = {}
+        self._changing: list[int] = []  # places of those whose stats do not stand
         self._fleet = Fleet()
-        self._members: list[Member] = []  # and what was known of each when its load was made:
-        self._connected: list[bool] = []
-        self._stats: list[EngineStats] = []
+        self._touched: set[Name] = set()
+        self._heard: set[Name] = set()
+        self._are_others = True  # the members, since all loads were made
 
     def touch(self, worker: Name) -> None:
         self._touched.add(worker)
 
+    def heard(self, worker: Name) -> None:
+        self._heard.add(worker)
+
+    def members_changed(self) -> None:
+        self._are_others = True
+
     def all(self, links: Collection[Link], now: float) -> Fleet:
         """In the order of the links."""
-        linked, members = list(links), [link.member for link in links]
-        connected, stats = [link.connected for link in links], [link.stats for link in links]
-        if len(members) == len(self._members) and not any(map(is_not, members, self._members)):
-            self._fleet.report(list(compress(count(), map(is_not, stats, self._stats))), stats.copy())
-            for place in self._stale(connected, now):
-                self._fleet.put(place, self._make(linked[place], now))
+        if self._are_others:
+            self._begin(links, now)
         else:
-            self._members = members
-            self._places = {member.name: place for place, member in enumerate(members)}
-            self._fleet = Fleet([self._make(link, now) for link in linked])
-        self._connected, self._stats = connected, stats
+            for place in {*self._placed(self._heard), *self._changing}:
+                self._hear(place)
+            for place in {*self._placed(self._touched), *np.flatnonzero(self._fleet.first_end < now).tolist()}:
+                self._fleet.put(place, self._make(self._links[place], now))
         self._touched.clear()
+        self._heard.clear()
         return self._fleet.copy()
 
-    def _stale(self, connected: list[bool], now: float) -> set[int]:
-        """The places of those that are to be made anew."""
-        stale = {self._places[name] for name in self._touched if name in self._places}
-        if connected != self._connected:
-            stale.update(compress(count(), map(is_not, connected, self._connected)))
-        stale.update(np.flatnonzero(self._fleet.first_end < now).tolist())
-        return stale
+    def _begin(self, links: Collection[Link], now: float) -> None:
+        self._links, self._are_others = list(links), False
+        self._places = {link.member.name: place for place, link in enumerate(self._links)}
+        self._changing = [place for place, link in enumerate(self._links) if not link.stats_stand]
+        self._fleet = Fleet([self._make(link, now) for link in self._links])
+
+    def _hear(self, place: int) -> None:
+        link = self._links[place]
+        if link.connected is self._fleet.is_connected(place):
+            self._fleet.report(place, link.stats)
+        else:
+            self._touched.add(link.member.name)
+
+    def _placed(self, workers: set[Name]) -> Iterator[int]:
+        """Of those that are no members any more, none."""
+        return (place for worker in workers if (place := self._places.get(worker)) is not None)

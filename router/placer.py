@@ -200,8 +200,16 @@ class Placer:
         self._book.ended(live, self._now())
         self._room.call()
 
-    def heard(self) -> None:
-        """A worker has reported, or has come or gone: what other gateways do shows in that alone."""
+    def heard(self, worker: Name) -> None:
+        """It has reported, or its stream broke."""
+        self._book.heard(worker)
+
+    def members_changed(self) -> None:
+        """Links have come or gone, or their members are others."""
+        self._book.members_changed()
+
+    def call_waiting(self) -> None:
+        """A worker has reported without outputs, or has come: what other gateways do shows in that alone."""
         self._room.call()
 
     def refused_by_workers(self, live: LiveRequest) -> Overloaded:

@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from engine.errors import SteelyardError
 from engine.streams import StreamBatch
@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 class WorkerClient(Protocol):
     """Calls to one life of one worker. Errors are SteelyardError."""
 
+    stats_stand: ClassVar[bool]  # does a report stand until the next one?
+
     async def submit(self, submission: Submission, role_epoch: int, timeout_s: float) -> None: ...
 
     async def abort(self, key: Key, timeout_s: float) -> None: ...
@@ -39,7 +41,7 @@ class WorkerClient(Protocol):
     def tokens(self, gateway_id: str) -> AsyncGenerator[StreamBatch]: ...
 
     def stats_by_now(self, told: EngineStats) -> EngineStats:
-        """What the worker's last report says now. It stands until the next one, unless a model knows better."""
+        """What the worker's last report says now: the same, or what a model knows better."""
         ...
 
     async def close(self) -> None: ...
@@ -61,6 +63,7 @@ class WorkerLink:
         self.member = member
         self.client = client
         self.connected = False
+        self.stats_stand = client.stats_stand
         self._told = EngineStats()
         self.transfers = NO_TRANSFERS  # as told last
         self._gateway_id = gateway_id

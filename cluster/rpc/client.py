@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from typing import ClassVar
 
 import grpc
 
@@ -18,6 +19,8 @@ from router.trace_context import trace_headers
 
 class GrpcWorkerClient:
     """Implements router.workers.WorkerClient."""
+
+    stats_stand: ClassVar[bool] = True
 
     def __init__(self, member: Member, channels: Channels) -> None:
         self._member = member

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from cluster.sides import WorkerSides
 from cluster.simulator.burst import TimedOutput
@@ -47,6 +47,8 @@ class StepsAhead(Protocol):
 
 class SimulatedClient:
     """Implements router.workers.WorkerClient."""
+
+    stats_stand: ClassVar[bool] = False
 
     def __init__(
         self, network: WorkerNetwork, gateway: WorkerPort, worker: WorkerPort, member: Member, steps: StepsAhead

@@ -89,6 +89,9 @@ class Fleet(Sequence[WorkerLoad]):
             names = self._names[role, cohort] = [load.member.name for load in found]
         return names
 
+    def is_connected(self, place: int) -> bool:
+        return self._loads[place].connected
+
     # --- from one moment to the next --------------------------------------------------------------------------
 
     def put(self, place: int, load: WorkerLoad) -> None:
@@ -98,11 +101,11 @@ class Fleet(Sequence[WorkerLoad]):
         self._loads[place], self._stats[place] = load, load.stats
         self._lay_out(place, load)
 
-    def report(self, places: list[int], stats: list[EngineStats]) -> None:
-        """`stats`: of all; those at these places are others."""
-        self._stats = stats
-        self.num_running[places] = [stats[place].num_running for place in places]
-        self.num_blocks[places] = [stats[place].num_blocks for place in places]
+    def report(self, place: int, stats: EngineStats) -> None:
+        """Another report of the same worker."""
+        before, self._stats[place] = self._stats[place], stats
+        if (stats.num_running, stats.num_blocks) != (before.num_running, before.num_blocks):
+            self.num_running[place], self.num_blocks[place] = stats.num_running, stats.num_blocks
 
     def copy(self) -> Fleet:
         """That stays as it is. What does not change with loads is shared."""

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from engine.errors import SteelyardError, WorkerLost
 from engine.streams import StreamBatch
@@ -32,6 +33,8 @@ def request(name: str = "r", max_tokens: int = 8, timeout_s: float = 600.0, num_
 @dataclass(eq=False)
 class FakeWorker:
     """One life of one worker. Implements WorkerClient."""
+
+    stats_stand: ClassVar[bool] = True
 
     member: Member
     submissions: list[Submission] = field(default_factory=list)

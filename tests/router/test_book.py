@@ -27,6 +27,7 @@ class Link:
     member: Member
     connected: bool = True
     stats: EngineStats = field(default_factory=EngineStats)
+    stats_stand: bool = True
 
 
 class Twins:
@@ -34,7 +35,7 @@ class Twins:
 
     def __init__(self) -> None:
         self.kept, self.anew = Book(Predictor(), LIMITS), Book(Predictor(), LIMITS)
-        self.links = {name: Link(member(name)) for name in NAMES}
+        self.links = {name: Link(member(name), stats_stand=name != "d1") for name in NAMES}
         self.lives: list[LiveRequest] = []
         self.now = 0.0
         self.num_placed = 0
@@ -90,19 +91,24 @@ class Twins:
     def report(self, number: int) -> None:
         link = self._link(number)
         link.stats = replace(link.stats, num_running=number)
+        if link.stats_stand:
+            self.kept.heard(link.member.name)
 
     def break_stream(self, number: int) -> None:
         link = self._link(number)
         link.connected = not link.connected
+        self.kept.heard(link.member.name)
 
     def flip(self, number: int) -> None:
         link = self._link(number)
         link.member = replace(link.member, role_epoch=link.member.role_epoch + 1)
+        self.kept.members_changed()
 
     def leave_or_join(self, number: int) -> None:
         name = NAMES[number % len(NAMES)]
         if self.links.pop(name, None) is None:
-            self.links[name] = Link(member(name))
+            self.links[name] = Link(member(name), stats_stand=name != "d1")
+        self.kept.members_changed()
 
     def wait(self, number: int) -> None:
         self.now += number / 20
