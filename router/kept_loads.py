@@ -11,10 +11,8 @@ of a decision. Of some a report does not stand until the next one (`Link.stats_s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable
 from typing import Protocol
-
-import numpy as np
 
 from engine.types import EngineStats
 from router.membership import Member
@@ -49,15 +47,15 @@ class KeptLoads:
         self._places: dict[Name, int] = {}
         self._changing: list[int] = []  # places of those whose stats do not stand
         self._fleet = Fleet()
-        self._touched: set[Name] = set()
-        self._heard: set[Name] = set()
+        self._touched: dict[Name, None] = {}
+        self._heard: dict[Name, None] = {}
         self._are_others = True  # the members, since all loads were made
 
     def touch(self, worker: Name) -> None:
-        self._touched.add(worker)
+        self._touched[worker] = None
 
     def heard(self, worker: Name) -> None:
-        self._heard.add(worker)
+        self._heard[worker] = None
 
     def members_changed(self) -> None:
         self._are_others = True
@@ -67,9 +65,10 @@ class KeptLoads:
         if self._are_others:
             self._begin(links, now)
         else:
-            for place in {*self._placed(self._heard), *self._changing}:
+            for place in sorted({*self._placed(self._heard), *self._changing}):
                 self._hear(place)
-            for place in {*self._placed(self._touched), *np.flatnonzero(self._fleet.first_end < now).tolist()}:
+            outlived = [place for place, end in enumerate(self._fleet.first_end) if end < now]
+            for place in sorted({*self._placed(self._touched), *outlived}):
                 self._fleet.put(place, self._make(self._links[place], now))
         self._touched.clear()
         self._heard.clear()
@@ -86,8 +85,8 @@ class KeptLoads:
         if link.connected is self._fleet.is_connected(place):
             self._fleet.report(place, link.stats)
         else:
-            self._touched.add(link.member.name)
+            self._touched[link.member.name] = None
 
-    def _placed(self, workers: set[Name]) -> Iterator[int]:
+    def _placed(self, workers: Iterable[Name]) -> list[int]:
         """Of those that are no members any more, none."""
-        return (place for worker in workers if (place := self._places.get(worker)) is not None)
+        return [place for worker in workers if (place := self._places.get(worker)) is not None]

@@ -1,19 +1,20 @@
-"""Rankings of whole pools, by arrays (router/policies/fleet.py): who could compute a prompt first, and which decode
-workers are the fullest. They say what would come of a look at each worker: few have anything that arrays do not show,
-and these are looked at one by one.
+"""Rankings of whole pools, by the columns of a fleet (router/policies/fleet.py): who could compute a prompt first, and
+which decode workers are the fullest. They say what would come of a look at each worker's load: few have anything that
+the columns do not show, and only these are looked at.
 """
 
 from __future__ import annotations
 
+import math
+from bisect import insort
 from dataclasses import dataclass
-from itertools import repeat
-
-import numpy as np
+from heapq import nsmallest
+from operator import itemgetter
 
 from engine.types import Role
 from router.membership import Pool
-from router.policies.fleet import Fleet, Floats, Places
-from router.policies.room import USABLE, Crowd, slots_of
+from router.policies.fleet import Fleet
+from router.policies.room import USABLE, Crowd
 from router.policies.snapshot import Snapshot, WorkerLoad
 
 Rank = tuple[bool, float, int, str]  # is anybody late, seconds, minus what is cached, worker id
@@ -35,77 +36,73 @@ class Option:
 
 
 def quickest(snapshot: Snapshot, fleet: Fleet, cohort: str, most: int) -> list[Option]:
-    """The prefill workers with the least time to the first token, the best first: who makes nobody late, then who is
-    the quickest, has most of it cached, and by name."""
-    places, now = fleet.places(Role.PREFILL, cohort), snapshot.now
-    if not places.size:
-        return []
-    due = now + snapshot.ask.ttft_s
-    num_cached = snapshot.cached_on_each(fleet.names(Role.PREFILL, cohort))
-    own_s = _own_s(snapshot, Pool(cohort, Role.PREFILL), num_cached)
-    ttfts_s = np.maximum(fleet.done_at[places] - now, 0.0) + own_s
-    spares_s = np.full(len(places), np.inf)  # of those who come after it there
-    for index in np.flatnonzero(fleet.last_due[places] > due).tolist():
-        before_s, spares_s[index] = fleet[places.item(index)].prompts.around_s(due, now)
-        ttfts_s[index] = before_s + own_s[index]
-    is_unkind = own_s > spares_s
-    near = _least(np.where(is_unkind, np.inf, ttfts_s), most)
-    minus_cached = [-num_cached[index] for index in near.tolist()]
-    order = np.lexsort((fleet.turn[places[near]], minus_cached, ttfts_s[near], is_unkind[near]))
+    """The prefill workers with the least time to the first token by sums, in the order of their ranks."""
+    now, num_tokens, chunk = snapshot.now, snapshot.ask.num_tokens, snapshot.limits.prefill_chunk
+    due, prefill_s, pool = now + snapshot.ask.ttft_s, snapshot.predictor.prefill_s, Pool(cohort, Role.PREFILL)
+    done_at, last_due, names = fleet.done_at, fleet.last_due, fleet.names(Role.PREFILL, cohort)
+    times_s: dict[int, float] = {}  # by what is cached: few numbers are different
+    best: list[tuple[Rank, float, int]] = []
+    limit_s = math.inf  # who takes longer is not among the best
+    for place, name, num_cached in zip(
+        fleet.places(Role.PREFILL, cohort), names, snapshot.cached_on_each(names), strict=True
+    ):
+        before_s, spare_s = done_at[place] - now, math.inf
+        if last_due[place] > due:  # it goes before others
+            before_s, spare_s = fleet[place].prompts.around_s(due, now)
+        if before_s > limit_s:
+            continue
+        own_s = times_s.get(num_cached)
+        if own_s is None:
+            own_s = times_s[num_cached] = prefill_s(pool, num_tokens - num_cached, num_cached, chunk)
+        ttft_s = before_s + own_s if before_s > 0.0 else own_s
+        if ttft_s > limit_s:
+            continue
+        insort(best, ((own_s > spare_s, ttft_s, -num_cached, name[0]), own_s, place), key=itemgetter(0))
+        if len(best) >= most:
+            del best[most:]
+            (is_last_unkind, last_s, *_), *_ = best[-1]
+            limit_s = math.inf if is_last_unkind else last_s
     return [
-        Option(
-            not is_unkind.item(index), ttfts_s.item(index), own_s.item(index), num_cached[index],
-            fleet[places.item(index)],
-        )
-        for index in near[order[:most]].tolist()
-    ]  # fmt: skip
+        Option(not is_unkind, ttft_s, own_s, -minus_cached, fleet[place])
+        for (is_unkind, ttft_s, minus_cached, _), own_s, place in best
+    ]
 
 
-def _own_s(snapshot: Snapshot, pool: Pool, num_cached: list[int]) -> Floats:
-    """Seconds of the prompt alone on each of a pool; few have different numbers cached."""
-    prefill_s, chunk, num_tokens = snapshot.predictor.prefill_s, snapshot.limits.prefill_chunk, snapshot.ask.num_tokens
-    times_s = {count: prefill_s(pool, num_tokens - count, count, chunk) for count in set(num_cached)}
-    return np.array([times_s[count] for count in num_cached])
-
-
-def _least(values: Floats, most: int) -> Places:
-    """Where the least ones are, and all that equal the last of them."""
-    if len(values) <= most:
-        return np.arange(len(values))
-    return np.flatnonzero(values <= np.partition(values, most - 1)[most - 1])
-
-
-def slackest(snapshot: Snapshot, fleet: Fleet, most: int) -> Places:
-    """Decode workers without a prompt: those with the fewest sequences, then the fewest tokens, and where the most of
-    this prompt is cached."""
-    places = fleet.places(Role.DECODE)
-    places = places[np.isneginf(fleet.last_due[places])]
-    if places.size <= most:
-        return places
-    order = np.lexsort((fleet.turn[places], fleet.tokens[places], fleet.num_decodes[places]))
-    num_cached = snapshot.cached_on_each([load.name for load in fleet.at(places)]) if snapshot.ask.cached else []
-    best = [num_cached.index(max(num_cached))] if any(num_cached) else []
-    return places[np.unique([*order[:most].tolist(), *best])]
+def slackest(snapshot: Snapshot, fleet: Fleet, most: int) -> list[int]:
+    """Places of decode workers without a prompt: those with the fewest sequences, then the fewest tokens, and where the
+    most of this prompt is cached."""
+    last_due, num_decodes, tokens = fleet.last_due, fleet.num_decodes, fleet.tokens
+    idle = [place for place in fleet.places(Role.DECODE) if last_due[place] == -math.inf]
+    found = nsmallest(most, idle, key=lambda place: (num_decodes[place], tokens[place], fleet[place].name))
+    if snapshot.ask.cached and len(idle) > most:
+        most_cached = max(idle, key=lambda place: snapshot.cached_on(fleet[place]))
+        found += [] if most_cached in found else [most_cached]
+    return found
 
 
 def by_fullness(
     snapshot: Snapshot, fleet: Fleet, cohort: str, at: float, fullest_first: bool
 ) -> list[tuple[int, Crowd]]:
     """Places of decode workers with a seat and blocks for the request at this time, and with whom it would share a step
-    there: the fullest first or the emptiest; where there is a choice, not who has just refused it."""
-    places, ask = fleet.places(Role.DECODE, cohort), snapshot.ask
-    num_left, tokens, tpots_s = fleet.num_decodes[places], fleet.tokens[places], fleet.tpot_s[places]
-    num_others = np.maximum(fleet.num_running[places] - num_left, 0)  # other gateways'
-    for index in np.flatnonzero(fleet.first_end[places] <= at).tolist():  # somebody ends there until then
-        num_left[index], tokens[index], tpots_s[index] = fleet[places.item(index)].decodes.at(at)
-    nums = num_left + num_others + ask.num_answers
-    has_blocks = slots_of(snapshot, nums.astype(np.float64), tokens) <= USABLE * fleet.num_blocks[places]
-    fits = (nums <= snapshot.limits.max_batch_seqs) & has_blocks
-    sign = -1 if fullest_first else 1
-    order = np.lexsort((fleet.turn[places], sign * tokens, sign * nums))
-    ranked = order[(fits | (nums <= ask.num_answers))[order]]  # an empty one takes whatever may come
-    crowds = zip(nums[ranked].tolist(), tokens[ranked].tolist(), tpots_s[ranked].tolist(), repeat(""), strict=False)
-    found = list(zip(places[ranked].tolist(), crowds, strict=True))
-    if ask.refused_by is not None:
-        found.sort(key=lambda one: fleet[one[0]].name == ask.refused_by)
-    return found
+    there, as `crowds_on` says it: the fullest first or the emptiest; where there is a choice, not who has just refused
+    it."""
+    ask, limits, sign = snapshot.ask, snapshot.limits, -1 if fullest_first else 1
+    num_known, num_growth, num_answers = ask.num_tokens, ask.num_output * ask.num_answers, ask.num_answers
+    most, size, first_end = limits.max_batch_seqs, limits.block_size, fleet.first_end
+    all_decodes, all_running, all_blocks = fleet.num_decodes, fleet.num_running, fleet.num_blocks
+    all_tokens, all_tpots_s, names = fleet.tokens, fleet.tpot_s, fleet.names(Role.DECODE, cohort)
+    ranked: list[tuple[bool, int, float, str, int, Crowd]] = []
+    for place, name in zip(fleet.places(Role.DECODE, cohort), names, strict=True):
+        num, tokens, tpot_s = all_decodes[place], all_tokens[place], all_tpots_s[place]
+        others = all_running[place] - num  # other gateways'
+        if first_end[place] <= at:
+            num, tokens, tpot_s = fleet[place].decodes.at(at)
+        num += others if others > 0 else 0
+        if num > 0:  # an empty one takes whatever may come
+            slots = (tokens + num_known + num_growth) / size + (num + num_answers) / 2
+            if num + num_answers > most or slots > USABLE * all_blocks[place]:
+                continue
+        crowd = (num + num_answers, tokens, tpot_s, "")
+        ranked.append((name == ask.refused_by, sign * num, sign * tokens, name[0], place, crowd))
+    ranked.sort()
+    return [(place, crowd) for *_, place, crowd in ranked]

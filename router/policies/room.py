@@ -11,9 +11,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeVar
 
-from router.policies.fleet import Floats
 from router.policies.snapshot import Snapshot, WorkerLoad
 
 SEATS, BLOCKS, TPOT = "seats", "blocks", "tpot"
@@ -23,8 +21,6 @@ USABLE = 0.98  # of the blocks: last blocks are full of half-used ones
 # Sequences with the request, tokens of the others, the tightest of their targets, and why it cannot be there: a bare
 # tuple, for there are hundreds in a decision.
 Crowd = tuple[int, float, float, str]
-
-Number = TypeVar("Number", float, Floats)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +41,8 @@ def room_on(snapshot: Snapshot, load: WorkerLoad, at: float, gap_s: float = 0.0)
 def crowds_on(snapshot: Snapshot, loads: Iterable[WorkerLoad], at: float) -> list[Crowd]:
     """Whom it would share a step with on each."""
     ask, limits = snapshot.ask, snapshot.limits
-    num_answers, most = ask.num_answers, limits.max_batch_seqs
+    num_answers, most, size = ask.num_answers, limits.max_batch_seqs, limits.block_size
+    num_known, num_growth = ask.num_tokens, ask.num_output * ask.num_answers
     crowds: list[Crowd] = []
     for load in loads:
         stats, decodes = load.stats, load.decodes
@@ -58,15 +55,10 @@ def crowds_on(snapshot: Snapshot, loads: Iterable[WorkerLoad], at: float) -> lis
         if count > most and not is_alone:
             crowds.append((count, tokens, tpot_s, SEATS))
             continue
-        is_full = not is_alone and slots_of(snapshot, count, tokens) > USABLE * stats.num_blocks
+        slots = (tokens + num_known + num_growth) / size + count / 2
+        is_full = not is_alone and slots > USABLE * stats.num_blocks
         crowds.append((count, tokens, tpot_s, BLOCKS if is_full else ""))
     return crowds
-
-
-def slots_of(snapshot: Snapshot, num: Number, tokens: Number) -> Number:
-    """Blocks that such a crowd takes with the request's growth, of one worker or of many."""
-    ask = snapshot.ask
-    return (tokens + ask.num_tokens + ask.num_output * ask.num_answers) / snapshot.limits.block_size + num / 2
 
 
 def room_in(snapshot: Snapshot, load: WorkerLoad, crowd: Crowd, gap_s: float) -> Room:

@@ -37,9 +37,9 @@ MOST_REHEARSED = 3  # each takes as many steps as it has prompts
 def slo(snapshot: Snapshot) -> Decision | None:
     fleet = fleet_of(snapshot.loads)
     prefill, decode = fleet.places(Role.PREFILL), fleet.places(Role.DECODE)
-    if not (prefill.size and decode.size and snapshot.ask.hand_off):
+    if not (prefill and decode and snapshot.ask.hand_off):
         return pair(snapshot, by_prefill_work(snapshot), by_decode_work(snapshot))
-    if yields(snapshot, (fleet[place] for place in prefill.tolist())):
+    if yields(snapshot, (fleet[place] for place in prefill)):
         return Wait(YIELDS)
     beside = min(_beside(snapshot, fleet), key=lambda one: one.rank, default=None)
     apart = [option for cohort in fleet.cohorts(Role.DECODE) if (option := _apart(snapshot, fleet, cohort))]

@@ -143,9 +143,9 @@ class Twins:
 def _arrays(fleet: Fleet) -> list[list[float] | list[int]]:
     columns = (
         fleet.last_due, fleet.done_at, fleet.first_end, fleet.tokens, fleet.tpot_s, fleet.num_decodes,
-        fleet.num_running, fleet.num_blocks, fleet.turn, fleet.places(Role.PREFILL), fleet.places(Role.DECODE),
+        fleet.num_running, fleet.num_blocks, fleet.places(Role.PREFILL), fleet.places(Role.DECODE),
     )  # fmt: skip
-    return [column.tolist() for column in columns]
+    return list(columns)
 
 
 STEPS = (
