@@ -5,8 +5,16 @@
 Ours is the real application (dispatcher, live requests, detokenising, events, uvicorn with our Connection) in a
 process of its own. Its workers are fakes inside it that make a step of tokens, one for each sequence, as soon as the
 step before has been taken. The yardstick is a bare ASGI application under the same server settings that sends the same
-events to the same clients, in turns (an event for each stream, and again) or at once (a stream's events one after the
-other). The clients are this process: it counts events and compares their text with what was asked. Rounds alternate.
+events to the same clients. The clients are this process: it counts events and compares their text with what was asked.
+Rounds alternate.
+
+The yardstick is the echo in turns: event k of every stream leaves before event k + 1 of any. So tokens come from an
+engine, a step at a time, and whoever relays them has one write for each stream and step. The echo at once sends a
+stream's events one after the other without a wait; the server makes a single write of them, which nobody can who does
+not yet have the next token. It is told beside, as what writing and waking cost, and judges nothing.
+
+Answers of two lengths tell apart what a token costs and what a request does, whatever its length: in CPU time of the
+server, since its share of a busy machine varies. The longer ones are judged.
 """
 
 from __future__ import annotations
@@ -27,64 +35,105 @@ import uvloop
 from benchmarks.report import Row, machine, median, print_table, print_targets, spread, target, write_json
 
 NUM_STREAMS = 256
-NUM_TOKENS = 256
-KINDS = ("ours", "echo in turns", "echo at once")
+LENGTHS = (64, 256)  # tokens of an answer; the last is judged
+OURS, IN_TURNS, AT_ONCE = KINDS = ("ours", "echo in turns", "echo at once")
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    tokens_per_s: float
-    cpu_us: float  # of the server, per token
+    num_tokens: int  # of an answer
+    took_s: float
+    cpu_s: float  # of the server
     num_events: int
     num_wrong: int  # streams that did not get what they had to
+
+    @property
+    def tokens_per_s(self) -> float:
+        return NUM_STREAMS * self.num_tokens / self.took_s
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """CPU time of the server."""
+
+    token_us: float
+    request_us: float  # beside its tokens
+
+
+Results = dict[tuple[str, int], list[Round]]  # by kind and length, in order of the rounds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two rounds of 64 tokens")
+    parser.add_argument("--quick", action="store_true", help="three rounds instead of seven")
     parser.add_argument("--json", metavar="FILE", help="write rows and targets there too")
     options = parser.parse_args()
-    rounds, num_tokens = (2, 64) if options.quick else (7, NUM_TOKENS)
-    results = uvloop.run(measure(rounds, num_tokens))
-    num_asked = rounds * NUM_STREAMS * num_tokens
-    rows: list[Row] = [
-        {
-            "kind": kind,
-            "tokens/s": spread([one.tokens_per_s for one in results[kind]], digits=0),
-            "server CPU, us per token": spread([one.cpu_us for one in results[kind]], digits=1),
-            "events per token": f"{sum(one.num_events for one in results[kind]) / num_asked:.3f}",
-            "wrong streams": sum(one.num_wrong for one in results[kind]),
-        }
-        for kind in KINDS
-    ]
-    print_table(f"Relay to {NUM_STREAMS} streams of {num_tokens} tokens; {machine()}", rows)
-    ratios = [
-        ours.tokens_per_s / max(turns.tokens_per_s, once.tokens_per_s)
-        for ours, turns, once in zip(*(results[kind] for kind in KINDS), strict=True)
-    ]
-    in_turns = [
-        ours.tokens_per_s / turns.tokens_per_s
-        for ours, turns in zip(*(results[kind] for kind in KINDS[:2]), strict=True)
-    ]
-    print(f"ours over the faster echo {spread(ratios, digits=2)}, over the one in turns {spread(in_turns, digits=2)}")
+    results = uvloop.run(measure(3 if options.quick else 7))
+    rows = [row(kind, num_tokens, results[kind, num_tokens]) for kind in KINDS for num_tokens in LENGTHS]
+    print_table(f"Relay to {NUM_STREAMS} streams; {machine()}", rows)
+    costs: list[Row] = [cost_row(kind, costs_of(results, kind)) for kind in KINDS]
+    print_table("CPU of the server: what a token costs, and what a request costs beside its tokens", costs)
+    for num_tokens in LENGTHS:
+        over = [f"over the {kind} {spread(ratios(results, kind, num_tokens), digits=2)}" for kind in KINDS[1:]]
+        print(f"ours, {num_tokens} tokens a stream: {', '.join(over)}")
+    judged = LENGTHS[-1]
     targets = [
-        target("relay", "over echo", median(ratios)),
-        target("relay", "tokens/s", median([one.tokens_per_s for one in results["ours"]])),
-        target("relay", "wrong streams", sum(one.num_wrong for kind in KINDS for one in results[kind])),
+        target("relay", "over echo in turns", median(ratios(results, IN_TURNS, judged))),
+        target("relay", "tokens/s", median([one.tokens_per_s for one in results[OURS, judged]])),
+        target("relay", "wrong streams", sum(one.num_wrong for rounds in results.values() for one in rounds)),
     ]
     print_targets(targets)
-    write_json(options.json, rows, targets)
+    write_json(options.json, rows + costs, targets)
 
 
-async def measure(rounds: int, num_tokens: int) -> dict[str, list[Round]]:
-    servers = {kind: start_server(kind, num_tokens) for kind in KINDS}
-    results: dict[str, list[Round]] = {kind: [] for kind in KINDS}
+def row(kind: str, num_tokens: int, rounds: list[Round]) -> Row:
+    num_asked = len(rounds) * NUM_STREAMS * num_tokens
+    cpu_us = [one.cpu_s / (NUM_STREAMS * num_tokens) * 1e6 for one in rounds]
+    return {
+        "kind": kind,
+        "tokens a stream": num_tokens,
+        "tokens/s": spread([one.tokens_per_s for one in rounds], digits=0),
+        "server CPU, us per token": spread(cpu_us, digits=1),
+        "events per token": f"{sum(one.num_events for one in rounds) / num_asked:.3f}",
+        "wrong streams": sum(one.num_wrong for one in rounds),
+    }
+
+
+def cost_row(kind: str, costs: list[Cost]) -> Row:
+    return {
+        "kind": kind,
+        "us per token": spread([one.token_us for one in costs], digits=1),
+        "us per request": spread([one.request_us for one in costs], digits=0),
+    }
+
+
+def costs_of(results: Results, kind: str) -> list[Cost]:
+    """Of each round: the line through its two lengths."""
+    few, many = LENGTHS
+    costs: list[Cost] = []
+    for short, long in zip(results[kind, few], results[kind, many], strict=True):
+        short_us, long_us = (one.cpu_s / NUM_STREAMS * 1e6 for one in (short, long))
+        token_us = (long_us - short_us) / (many - few)
+        costs.append(Cost(token_us, short_us - few * token_us))
+    return costs
+
+
+def ratios(results: Results, kind: str, num_tokens: int) -> list[float]:
+    """Ours over this echo, round by round."""
+    pairs = zip(results[OURS, num_tokens], results[kind, num_tokens], strict=True)
+    return [ours.tokens_per_s / echo.tokens_per_s for ours, echo in pairs]
+
+
+async def measure(num_rounds: int) -> Results:
+    servers = {kind: start_server(kind) for kind in KINDS}
+    results: Results = {(kind, num_tokens): [] for kind in KINDS for num_tokens in LENGTHS}
     try:
         for server in servers.values():
-            await one_round(*server, num_tokens)  # warm
-        for number in range(rounds):
-            for kind in (*KINDS[number % 3 :], *KINDS[: number % 3]):
-                results[kind].append(await one_round(*servers[kind], num_tokens))
+            await one_round(*server, LENGTHS[0])  # warm
+        for number in range(num_rounds):
+            for num_tokens in LENGTHS:
+                for kind in (*KINDS[number % 3 :], *KINDS[: number % 3]):
+                    results[kind, num_tokens].append(await one_round(*servers[kind], num_tokens))
     finally:
         for process, _ in servers.values():
             process.kill()
@@ -92,9 +141,9 @@ async def measure(rounds: int, num_tokens: int) -> dict[str, list[Round]]:
     return results
 
 
-def start_server(kind: str, num_tokens: int) -> tuple[subprocess.Popen[str], int]:
+def start_server(kind: str) -> tuple[subprocess.Popen[str], int]:
     """The process, and the port it listens on."""
-    command = [sys.executable, "-m", "benchmarks.relay_server", kind, str(num_tokens)]
+    command = [sys.executable, "-m", "benchmarks.relay_server", kind]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     return process, int(process.stdout.readline())
@@ -131,8 +180,7 @@ async def one_round(server: subprocess.Popen[str], port: int, num_tokens: int) -
     took_s, used_s = time.perf_counter() - begun, cpu_s(server.pid) - cpu_before_s
     told = [texts_of(answer) for answer in answers]
     wrong = sum("".join(texts) != "B" * num_tokens for texts in told)
-    count = NUM_STREAMS * num_tokens
-    return Round(count / took_s, used_s / count * 1e6, sum(len(texts) for texts in told), wrong)
+    return Round(num_tokens, took_s, used_s, sum(len(texts) for texts in told), wrong)
 
 
 def cpu_s(pid: int) -> float:

@@ -1,9 +1,10 @@
-"""The servers that benchmarks/relay.py compares: `python -m benchmarks.relay_server KIND NUM_TOKENS` prints a port."""
+"""The servers that benchmarks/relay.py compares: `python -m benchmarks.relay_server KIND` prints a port."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import sys
 import time
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
@@ -134,7 +135,8 @@ def our_app() -> object:
     return create_app(Door(dispatcher), model, CONFIG, steps=dispatcher.step_history, wall_clock=time.time)
 
 
-def echo_app(num_tokens: int, takes_turns: bool) -> object:
+def echo_app(takes_turns: bool) -> object:
+    """Sends as many events as tokens are asked for."""
     from router.answer import STREAM_HEADERS
     from router.replies import STREAM_END, CompletionReplies
 
@@ -143,8 +145,12 @@ def echo_app(num_tokens: int, takes_turns: bool) -> object:
     last = frame + replies.closing(0, FinishReason.LENGTH)
 
     async def app(scope, receive, send) -> None:
-        while (await receive()).get("more_body"):
-            pass
+        message = await receive()
+        body = message["body"]
+        while message.get("more_body"):
+            message = await receive()
+            body += message["body"]
+        num_tokens = json.loads(body)["max_tokens"]
         await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
         for _ in range(num_tokens - 1):
             await send({"type": "http.response.body", "body": frame, "more_body": True})
@@ -156,8 +162,8 @@ def echo_app(num_tokens: int, takes_turns: bool) -> object:
     return app
 
 
-async def serve(kind: str, num_tokens: int) -> None:
-    app = our_app() if kind == "ours" else echo_app(num_tokens, kind == "echo in turns")
+async def serve(kind: str) -> None:
+    app = our_app() if kind == "ours" else echo_app(takes_turns=kind == "echo in turns")
     listener = listen("127.0.0.1", 0)
     collect_seldom()
     print(listener.getsockname()[1], flush=True)
@@ -165,4 +171,4 @@ async def serve(kind: str, num_tokens: int) -> None:
 
 
 if __name__ == "__main__":
-    uvloop.run(serve(sys.argv[1], int(sys.argv[2])))
+    uvloop.run(serve(sys.argv[1]))

@@ -186,7 +186,7 @@ class Connection(HttpToolsProtocol):
         return (
             one is not None
             and writer is not None
-            and writer.num_waiting < MOST_PIECES
+            and len(writer.pieces) < MOST_PIECES
             and not self.flow.write_paused
             and one.chunked_encoding is True
             and not (one.response_complete or one.disconnected)

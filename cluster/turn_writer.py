@@ -36,33 +36,28 @@ class TurnWriter(asyncio.Transport):
         super().__init__()
         self._inner = inner
         self._turn = turn
-        self._pieces: list[bytes] = []
+        self.pieces: list[bytes] = []  # of this turn
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        if not self._pieces:
+        if not self.pieces:
             self._turn.add(self)
-        self._pieces.append(bytes(data))
+        self.pieces.append(bytes(data))
 
     def flush(self) -> None:
-        pieces, self._pieces = self._pieces, []
+        pieces, self.pieces = self.pieces, []
         if pieces and not self._inner.is_closing():
             self._inner.write(pieces[0] if len(pieces) == 1 else b"".join(pieces))
-
-    @property
-    def num_waiting(self) -> int:
-        """Pieces of this turn."""
-        return len(self._pieces)
 
     def close(self) -> None:
         self.flush()
         self._inner.close()
 
     def abort(self) -> None:
-        self._pieces = []
+        self.pieces = []
         self._inner.abort()
 
     def get_write_buffer_size(self) -> int:
-        return self._inner.get_write_buffer_size() + sum(map(len, self._pieces))
+        return self._inner.get_write_buffer_size() + sum(map(len, self.pieces))
 
     def is_closing(self) -> bool:
         return self._inner.is_closing()

@@ -13,7 +13,6 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -84,6 +83,8 @@ class Choice:
     def _echoed(self, piece: Piece, token_text: Callable[[int], str]) -> Piece:
         self.has_begun = True
         echoed = self.asked.echoed(token_text)
+        if not echoed and not self.asked.echo:
+            return piece
         num_chars = sum(len(one.text) for one in echoed)
         self.num_chars += num_chars
         tokens = (replace(one, offset=one.offset + num_chars) for one in piece.tokens)
@@ -192,7 +193,7 @@ class Generation:
             await self.outputs.aclose()  # its blocks are free before a slow client has read the end
         elif piece.finish is not None and output.finish is None:
             self.cancel(output.key.request_id)  # a stop string: the others go on
-        return piece if self.shows_logprobs else replace(piece, tokens=())
+        return piece if self.shows_logprobs or not piece.tokens else replace(piece, tokens=())
 
 
 class Answer(Response):
@@ -228,8 +229,9 @@ class Answer(Response):
             raise
         finally:
             one.ledger.close(_now_s())
-            self._metrics.count_end(one.ledger, one.usage, one.end)
-            one.ledger.tell(_outcome(one))
+            usage = one.usage
+            self._metrics.count_end(one.ledger, usage, one.end)
+            one.ledger.tell(_outcome(one, usage))
 
     async def _send_whole(self, choice: Choice, piece: Piece, send: Send) -> None:
         one = self._generation
@@ -277,8 +279,7 @@ class Answer(Response):
         if line is None or self._counts_on or not one.is_plain:
             return None
         first = one.first
-        event = partial(self._replies.text, first.index)
-        now_s = asyncio.get_running_loop().time
+        event, now_s = self._replies.plain(first.index), asyncio.get_running_loop().time
         tap = Tap(line, first.texts, one.ledger, event, self._metrics.count_next, one.charge, now_s)
         one.tap(one.request.request_id, tap.take)
         return tap
@@ -324,8 +325,7 @@ class Answer(Response):
             self._metrics.count_sent(ledger.sent(num_new, _now_s()), is_first=is_first)
 
 
-def _outcome(one: Generation) -> Outcome:
-    usage = one.usage
+def _outcome(one: Generation, usage: Usage) -> Outcome:
     num_cached = usage.prompt_tokens_details.cached_tokens
     return Outcome(one.request.request_id, one.end, usage.prompt_tokens, num_cached, usage.completion_tokens)
 

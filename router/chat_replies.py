@@ -6,7 +6,7 @@ know, and the calls: as `tool_calls`, or as `function_call` where the body used 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from typing import Literal
@@ -138,7 +138,10 @@ class ChatReplies:
 
     def text(self, index: int, text: str, tokens: Tokens[ScoredToken] = (), usage: Usage | None = None) -> bytes:
         changes = tokens or usage is not None
-        return self._text(index, text, tokens, usage) if changes else self._form.event(index, text)
+        return self._text(index, text, tokens, usage) if changes else self._form.event(index)(text)
+
+    def plain(self, index: int) -> Callable[[str], bytes]:
+        return self._form.event(index)
 
     def _text(self, index: int, text: str, tokens: Tokens[ScoredToken] = (), usage: Usage | None = None) -> bytes:
         return self._chunk(index, Delta(content=text), None, tokens, usage)

@@ -22,17 +22,20 @@ class ChunkForm:
 
     def __init__(self, sample: Callable[[int, str], bytes]) -> None:
         self._sample = sample
-        self._parts: dict[int, tuple[bytes, bytes]] = {}  # by choice: before the text, with its quote, and after it
+        self._events: dict[int, Callable[[str], bytes]] = {}  # by choice
 
-    def event(self, index: int, text: str) -> bytes:
-        """The event of this choice with this text."""
-        before, after = self._parts.get(index) or self._part(index)
-        return before + _encode_string(text).encode() + after
+    def event(self, index: int) -> Callable[[str], bytes]:
+        """Of this choice: from a text to its event."""
+        return self._events.get(index) or self._events.setdefault(index, self._new_event(index))
 
-    def _part(self, index: int) -> tuple[bytes, bytes]:
+    def _new_event(self, index: int) -> Callable[[str], bytes]:
         before, after = self._sample(index, _PLACE).split(_PLACE.encode())
-        parts = self._parts[index] = (before.removesuffix(b'"'), after.removeprefix(b'"'))
-        return parts
+        before, after = before.removesuffix(b'"'), after.removeprefix(b'"')  # the text comes with its quotes
+
+        def event(text: str) -> bytes:
+            return before + _encode_string(text).encode() + after
+
+        return event
 
 
 _encode_string = json.encoder.encode_basestring  # as pydantic writes it: only what JSON needs is escaped

@@ -6,6 +6,7 @@ off by a factor and long ones by seconds, so of one prediction the lesser counts
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections import deque
 
 from router.policies.snapshot import Margin
@@ -20,19 +21,37 @@ STEP_FACTOR = 1.05
 
 class TtftErrors:
     def __init__(self) -> None:
-        self._factors: deque[float] = deque(maxlen=WINDOW)
-        self._added: deque[float] = deque(maxlen=WINDOW)
+        self._factors = _Window()
+        self._added = _Window()
         self.margin = Margin(FIRST_FACTOR, FIRST_ADDED_S, STEP_FACTOR)
 
     def add(self, predicted_s: float, actual_s: float) -> None:
         if predicted_s <= 0:
             return
-        self._factors.append(actual_s / predicted_s)
-        self._added.append(actual_s - predicted_s)
+        self._factors.add(actual_s / predicted_s)
+        self._added.add(actual_s - predicted_s)
         if len(self._factors) >= FEWEST:
-            factor, added_s = _quantile(self._factors), _quantile(self._added)
+            factor, added_s = self._factors.covering, self._added.covering
             self.margin = Margin(max(LEAST_FACTOR, factor), max(LEAST_ADDED_S, added_s), STEP_FACTOR)
 
 
-def _quantile(values: deque[float]) -> float:
-    return sorted(values)[int(COVERED * (len(values) - 1))]
+class _Window:
+    """The last values, in order as well, so that each costs a search and not a sort."""
+
+    def __init__(self) -> None:
+        self._values: deque[float] = deque()
+        self._ordered: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def add(self, value: float) -> None:
+        if len(self._values) == WINDOW:
+            del self._ordered[bisect_left(self._ordered, self._values.popleft())]
+        self._values.append(value)
+        insort(self._ordered, value)
+
+    @property
+    def covering(self) -> float:
+        """The least that COVERED of them do not exceed."""
+        return self._ordered[int(COVERED * (len(self._ordered) - 1))]

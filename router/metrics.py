@@ -44,8 +44,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._model_name = model_name
         self._ttft = self._histogram("vllm:time_to_first_token_seconds", "Arrival to first token sent", TTFT_BUCKETS_S)
-        self._itl = Tally(TOKEN_BUCKETS_S)
-        self._tally("vllm:inter_token_latency_seconds", "Time between outputs sent", self._itl)
+        self._itl = self._histogram("vllm:inter_token_latency_seconds", "Time between outputs sent", TOKEN_BUCKETS_S)
         if step_tokens is not None:
             self._tally("vllm:iteration_tokens_total", "Tokens of a worker's step", step_tokens)
         self._queue_time = self._histogram(
@@ -161,8 +160,10 @@ class Metrics:
     def _by_carrier(self, name: str, words: str, buckets: tuple[float, ...] = TOKEN_BUCKETS_S) -> Histogram:
         return Histogram(name, words, ["model_name", "carrier"], buckets=buckets, registry=self.registry)
 
-    def _histogram(self, name: str, words: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, words, ["model_name"], buckets=buckets, registry=self.registry).labels(self._model_name)
+    def _histogram(self, name: str, words: str, buckets: tuple[float, ...]) -> Tally:
+        tally = Tally(buckets)
+        self._tally(name, words, tally)
+        return tally
 
     def _tally(self, name: str, words: str, tally: Tally) -> None:
         self.registry.register(TallyCollector(name, words, self._model_name, tally))

@@ -6,7 +6,7 @@ the usage; or all of it at once. A field that was not set is left out of the JSO
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar
@@ -109,6 +109,10 @@ class Replies(Protocol):
 
     def text(self, index: int, text: str, tokens: Tokens[ScoredToken] = (), usage: Usage | None = None) -> bytes: ...
 
+    def plain(self, index: int) -> Callable[[str], bytes]:
+        """Of this choice: from a text to its event, where nothing else is told with it."""
+        ...
+
     def part(self, index: int, part: Part, tokens: Tokens[ScoredToken] = (), usage: Usage | None = None) -> bytes:
         """What was found in the text, where one looks for that."""
         ...
@@ -178,7 +182,10 @@ class CompletionReplies:
 
     def text(self, index: int, text: str, tokens: Tokens[ScoredToken] = (), usage: Usage | None = None) -> bytes:
         changes = tokens or usage is not None
-        return self._text(index, text, tokens, usage) if changes else self._form.event(index, text)
+        return self._text(index, text, tokens, usage) if changes else self._form.event(index)(text)
+
+    def plain(self, index: int) -> Callable[[str], bytes]:
+        return self._form.event(index)
 
     def _text(self, index: int, text: str, tokens: Tokens[ScoredToken] = (), usage: Usage | None = None) -> bytes:
         return self._event([_completion(index, text, None, tokens)], usage)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -119,7 +119,7 @@ class TextModel:
         max_tokens = self._max_tokens(body, field, len(prompt_ids))
         self._check_ids(body, max_tokens)
         bad_words = await self._bad_words(body.bad_words or ())
-        sampling = replace(_sampling(body, max_tokens, seed), bad_words=bad_words, grammar=grammar)
+        sampling = _sampling(body, max_tokens, seed, bad_words, grammar)
         _check_prompt_logprobs(sampling.prompt_logprobs, body, len(prompt_ids))
         return Request(request_id, prompt_ids, sampling, timeout_s=timeout_s)
 
@@ -246,13 +246,17 @@ def _asked_tokens(body: ChatBody | CompletionBody) -> tuple[str, int | None]:
     return "max_tokens", body.max_tokens
 
 
-def _sampling(body: ChatBody | CompletionBody, max_tokens: int, seed: int) -> SamplingParams:
+def _sampling(
+    body: ChatBody | CompletionBody, max_tokens: int, seed: int, bad_words: tuple[tuple[int, ...], ...], grammar: str
+) -> SamplingParams:
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=1.0 if body.temperature is None else body.temperature,
         top_k=max(0, body.top_k or 0),
         top_p=1.0 if body.top_p is None else body.top_p,
+        bad_words=bad_words,
         seed=seed,
+        grammar=grammar,
         ignore_eos=bool(body.ignore_eos),
         min_tokens=body.min_tokens or 0,
         min_p=body.min_p or 0.0,

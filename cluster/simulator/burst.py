@@ -31,7 +31,7 @@ SHORTEST = 2  # steps
 LONGEST = 4096
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TimedOutput(TokenOutput):
     """Tokens of several steps. `times`: when each was made, or, at the gateway, came."""
 

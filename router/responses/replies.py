@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import count
 from typing import Literal
 
@@ -67,6 +68,9 @@ class ResponseReplies:
 
     def text(self, index: int, text: str, tokens: Sequence[ScoredToken] = (), usage: Usage | None = None) -> bytes:
         return _written(self._output.take((Content(text),), tuple(tokens)))
+
+    def plain(self, index: int) -> Callable[[str], bytes]:
+        return partial(self.text, index)
 
     def part(self, index: int, part: Part, tokens: Sequence[ScoredToken] = (), usage: Usage | None = None) -> bytes:
         return _written(self._output.take((part,), tuple(tokens)))
