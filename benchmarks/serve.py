@@ -144,7 +144,7 @@ class Cluster:
         config = Path(self._folder.name) / "bench.yaml"
         values = yaml.safe_load(Path("configs/local.yaml").read_text())
         for name, settings in self._sections.items():
-            values[name] |= settings
+            values[name] = values.get(name, {}) | settings
         values["router"]["port"] = 0
         config.write_text(yaml.safe_dump(values))
         begun = time.perf_counter()

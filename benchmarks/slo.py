@@ -4,9 +4,10 @@
 
 1. One prefill and one decode worker, a core each. Prompts of mixed lengths; each prompt's targets are 5 times its
    unloaded TTFT and 2 times the unloaded TPOT, and go along as headers.
-2. Capacity: the highest rate at which the best policy that refuses nothing keeps 90 %, by a ladder of rates.
-3. Each policy then meets the same arrivals (Poisson) at 0.5 to 2 times that rate, in a cluster of its own. What is
-   refused with 429 comes again once, after its Retry-After, and counts as a new arrival.
+2. Capacity: the highest rate at which the best policy that refuses nothing keeps 90 %, by a ladder of rates that each
+   policy climbs from where the best before it stopped. Workers refuse late prompts under ours alone.
+3. Each policy then meets the same arrivals (Poisson) at multiples of that rate, ours at 0.5 to 2 times, in a cluster of
+   its own. What is refused with 429 comes again once, after its Retry-After, and counts as a new arrival.
 4. Before and after each round the machine is measured with single requests: where these drifted by more than 10 %,
    the round is void, and printed as such.
 Greedy answers in float32: each must be what the unloaded cluster answered. With --against, see benchmarks/slo_peers.py.
@@ -35,10 +36,11 @@ ANSWER_TOKENS = (8, 40)
 TTFT_TIMES, TPOT_TIMES = 5.0, 2.0  # of unloaded latency: what is promised
 KEPT = 0.9
 LADDER = 1.25  # from one rate to the next
-RATES = (0.5, 0.8, 1.0, 1.5, 2.0)
+RATES, RIVALS_RATES = (0.5, 0.8, 1.0, 1.5, 2.0), (1.0, 2.0)
 MOST_DRIFT = 0.1
 NUM_PROBES = 3
-REFUSING = ("slo", "mooncake")  # policies that answer 429 by prediction
+OURS = "slo"
+REFUSING = (OURS, "mooncake")  # policies that answer 429 by prediction
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,22 +117,23 @@ def main() -> None:
 def measure(policies: Sequence[str], round_s: float, quick: bool) -> tuple[list[Row], list[Target]]:
     settled = [policy for policy in policies if policy not in REFUSING]
     if quick:
-        policies, settled, round_s = ["slo"], [], 8
+        policies, settled, round_s = [OURS], [], 8
     with _cluster(policies[0]) as cluster:
         load = asyncio.run(prepare(cluster.url, round_s))
     print(f"unloaded: {_told(load.prompts)}", flush=True)
-    ladders = {policy: _ladder(policy, load) for policy in settled}
-    capacity = max((_capacity(rounds) for rounds in ladders.values()), default=_first_rate(load))
+    capacity = _first_rate(load)
+    for policy in settled:
+        capacity = max(capacity, _capacity(_ladder(policy, load, capacity)))
     print(f"capacity: {capacity:.2f} requests/s", flush=True)
-    rates = (1.0,) if quick else RATES
-    rounds = [one for policy in policies for one in _rounds(policy, load, capacity, rates)]
+    rates = {policy: RATES if policy == OURS else RIVALS_RATES for policy in policies}
+    rounds = [one for policy in policies for one in _rounds(policy, load, capacity, (1.0,) if quick else rates[policy])]
     rows = [_row(one) for one in rounds]
     print_table(f"1 prefill + 1 decode worker, a core each, float32; {machine()}", rows)
     return [{"capacity": capacity}, *rows], [] if quick else _targets(rounds, capacity)
 
 
 def _cluster(policy: str) -> Cluster:
-    return Cluster(ENGINE, router={"policy": policy})
+    return Cluster(ENGINE, router={"policy": policy}, prefill={"refuse_late": policy == OURS})
 
 
 # --- the load ------------------------------------------------------------------------------------------------
@@ -177,9 +180,9 @@ def _first_rate(load: Load) -> float:
 # --- rounds --------------------------------------------------------------------------------------------------
 
 
-def _ladder(policy: str, load: Load) -> list[Round]:
-    """Rounds at rising rates, up to the first at which less than KEPT is kept."""
-    rounds, rate = list[Round](), _first_rate(load)
+def _ladder(policy: str, load: Load, rate: float) -> list[Round]:
+    """Rounds at rates that rise from this one, up to the first at which less than KEPT is kept."""
+    rounds = list[Round]()
     with _cluster(policy) as cluster:
         while not rounds or rounds[-1].attained >= KEPT:
             rounds.append(asyncio.run(play_round(cluster.url, policy, load, rate, 0.0)))
@@ -257,7 +260,7 @@ def _told(prompts: Sequence[Prompt]) -> str:
 
 def _targets(rounds: Sequence[Round], capacity: float) -> list[Target]:
     """Of our policy; the goodput at capacity is that of the best policy that refuses nothing."""
-    ours = {one.times: one for one in rounds if one.policy == "slo" and not one.is_void}
+    ours = {one.times: one for one in rounds if one.policy == OURS and not one.is_void}
     others = [one for one in rounds if one.policy not in REFUSING and one.times == 1.0 and not one.is_void]
     best = max((one.goodput for one in others), default=KEPT * capacity)
     found = [

@@ -151,6 +151,7 @@ def _vllm(python: str, model: Path, cores: str, more: Sequence[str]) -> Iterator
     env = os.environ | {
         "VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_KVCACHE_SPACE": "1", "LD_PRELOAD": ":".join(libraries),
         "VLLM_NIXL_SIDE_CHANNEL_PORT": str(_free_port()), "VLLM_LOGGING_LEVEL": "WARNING",
+        "UCX_TLS": "shm,tcp,self",
     }  # fmt: skip
     command = [
         python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--dtype", "bfloat16", "--host",
