@@ -1,9 +1,9 @@
 """Kept loads: those of all workers from one decision to the next, of which only those are made anew that are others.
 
-1. `touch` hears of a worker on which something else is filed now, `heard` of one that has reported or whose stream
-   broke, `members_changed` of all else;
-2. `all` makes the loads anew of those that were touched, and of those on which a sequence has outlived its prediction;
-   of those that were heard it takes the newest reports in. When the members are others, it makes all.
+1. `touch` hears of a worker on which something else is filed now; `heard` of one that has reported, and takes that in,
+   or whose stream broke; `members_changed` of all else;
+2. `all` makes the loads anew of those that were touched, and of those on which a sequence has outlived its prediction.
+   When the members are others, it makes all.
 
 So nothing is asked of a worker of which there is no news: in a large cluster a look at each would be the greatest part
 of a decision. Of some a report does not stand until the next one (`Link.stats_stand`); they are asked every time.
@@ -11,7 +11,7 @@ of a decision. Of some a report does not stand until the next one (`Link.stats_s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 from engine.types import EngineStats
@@ -48,14 +48,15 @@ class KeptLoads:
         self._changing: list[int] = []  # places of those whose stats do not stand
         self._fleet = Fleet()
         self._touched: dict[Name, None] = {}
-        self._heard: dict[Name, None] = {}
         self._are_others = True  # the members, since all loads were made
 
     def touch(self, worker: Name) -> None:
         self._touched[worker] = None
 
     def heard(self, worker: Name) -> None:
-        self._heard[worker] = None
+        place = self._places.get(worker)
+        if place is not None and not self._are_others:
+            self._hear(place)
 
     def members_changed(self) -> None:
         self._are_others = True
@@ -65,13 +66,11 @@ class KeptLoads:
         if self._are_others:
             self._begin(links, now)
         else:
-            for place in sorted({*self._placed(self._heard), *self._changing}):
+            for place in self._changing:
                 self._hear(place)
-            outlived = [place for place, end in enumerate(self._fleet.first_end) if end < now]
-            for place in sorted({*self._placed(self._touched), *outlived}):
+            for place in self._stale(now):
                 self._fleet.put(place, self._make(self._links[place], now))
         self._touched.clear()
-        self._heard.clear()
         return self._fleet.copy()
 
     def _begin(self, links: Collection[Link], now: float) -> None:
@@ -87,6 +86,6 @@ class KeptLoads:
         else:
             self._touched[link.member.name] = None
 
-    def _placed(self, workers: Iterable[Name]) -> list[int]:
-        """Of those that are no members any more, none."""
-        return [place for worker in workers if (place := self._places.get(worker)) is not None]
+    def _stale(self, now: float) -> list[int]:
+        touched = {self._places[worker] for worker in self._touched if worker in self._places}
+        return sorted(touched.union([place for place, end in enumerate(self._fleet.first_end) if end < now]))
