@@ -61,7 +61,6 @@ class _Running(NamedTuple):
     """What the rest of a request's life follows from, as of its last change: a decision asks it of dozens, and would
     look for it in five records of each."""
 
-    tokens: list[int]  # delivered ones: it grows
     num_known: int  # tokens of the request as it came
     max_tokens: int
     tpot_s: float  # its target
@@ -232,14 +231,14 @@ class Book:
 
     def _decodes(self, page: _Page, pool: Pool, now: float) -> Decodes:
         """How far each is follows from when it began and from the pace, as if nobody had counted: its tokens may be
-        told of later than they are made."""
+        told of later than they are made. A step is taken to find each in the middle of its life."""
         running, used_share = page.running.values(), self._used_share
         if not running:
             return NO_DECODES
-        num_tokens = sum([one.num_known + len(one.tokens) for one in running])
-        step_s = self._predictor.decode_step_s(pool, len(running), num_tokens)
+        num_tokens = sum([one.num_known + (one.num_done + one.max_tokens * used_share) / 2 for one in running])
+        step_s = self._predictor.decode_step_s(pool, len(running), round(num_tokens))
         decodes: list[tuple[float, float, float]] = []  # as Decode; there are dozens
-        for _, num_known, max_tokens, tpot_s, begins, num_done, began in running:
+        for num_known, max_tokens, tpot_s, begins, num_done, began in running:
             at, done = max(now, begins), float(num_done)
             if began < math.inf:
                 at, done = (now, done + max(0.0, now - began) / step_s) if step_s else (begins, done)
@@ -251,7 +250,7 @@ class Book:
 def _running(live: LiveRequest, forecast: _Forecast) -> _Running:
     request = live.request
     return _Running(
-        live.tokens, request.num_tokens, request.sampling.max_tokens, request.service.tpot_s,
+        request.num_tokens, request.sampling.max_tokens, request.service.tpot_s,
         forecast.placed + forecast.ttft_s, forecast.num_done, math.inf if live.is_prefilling else forecast.began,
     )  # fmt: skip
 

@@ -139,6 +139,17 @@ COMES_BACK_AS_DECODING = Plan(  # preempted alone, and found in the prefix cache
     (),
     ((0.36116691982563986, Role.PREFILL, True), (1.858536730676842, Role.DECODE, False)),
 )  # fmt: skip
+PLACED_BY_CONTEXTS = Plan(  # two decode workers are as full as each other, but for tokens that bursts tell of later
+    (
+        (2.6062972354833347, 166, 6, 1.1001388594030246, 1), (0.42000929621880523, 47, 136, 600.0, 1),
+        (0.0, 115, 66, 1.252982717355033, 1), (1.4617275272541561, 135, 67, 600.0, 1), (1.2e-07, 137, 43, 600.0, 1),
+        (2.941668264643322, 90, 143, 0.7970055913126708, 1), (2.9358621057385164, 122, 119, 0.6435211962133991, 1),
+        (2.523698356507867, 37, 87, 1.112490440603198, 3), (2.523698356507867, 37, 87, 1.112490440603198, 3),
+        (2.2706074120111066, 138, 75, 600.0, 1),
+    ),
+    (),
+    (),
+)  # fmt: skip
 NOT_SHRUNK = (Phase.explicit, Phase.reuse, Phase.generate)  # because that takes minutes
 
 
@@ -146,6 +157,7 @@ NOT_SHRUNK = (Phase.explicit, Phase.reuse, Phase.generate)  # because that takes
 @example(plan=DIES_AMONG_ITS_STEPS, num_decode=1, num_blocks=28, prefix_cache=False)
 @example(plan=LEAVES_WITH_THE_LAST_TOKEN, num_decode=1, num_blocks=28, prefix_cache=False)
 @example(plan=COMES_BACK_AS_DECODING, num_decode=1, num_blocks=28, prefix_cache=True)
+@example(plan=PLACED_BY_CONTEXTS, num_decode=2, num_blocks=40, prefix_cache=True)
 @given(plan=plans, num_decode=st.integers(1, 2), num_blocks=st.sampled_from([28, 40, 96]), prefix_cache=st.booleans())
 def test_the_event_log_is_the_same_with_and_without_bursts(
     plan: Plan, num_decode: int, num_blocks: int, prefix_cache: bool
