@@ -17,7 +17,7 @@ from cluster.simulator.faults.run import run_case
 # python -m cluster.simulator.faults --bug benchmarks.planted_bugs:NAME
 NEAR = {
     "skipped_epoch_fence": 76, "double_free": 0, "lost_release": 7, "reordered_token": 80, "ignored_deadline": 8,
-    "leaked_reservation": 395, "early_free": 0, "endless_lease": 124, "unverified_frame": 220, "dropped_abort": 7,
+    "leaked_reservation": 8, "early_free": 0, "endless_lease": 124, "unverified_frame": 220, "dropped_abort": 7,
 }  # fmt: skip
 MOST_TRIES = 40
 NUM_CLEAN_RUNS = 24
