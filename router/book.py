@@ -180,7 +180,7 @@ class Book:
         made, so that an error of one prediction is not one of all that come after it."""
         if not page.finished:
             return
-        done = [page.prompts.pop(name) for name in page.finished]
+        done = [page.prompts.pop(name) for name in sorted(page.finished)]
         page.finished.clear()
         work_s = page.ended - page.since - sum(one.left_s for one in done)
         ordered = sorted(page.prompts, key=lambda name: turn_of(page.prompts[name]))
