@@ -14,6 +14,7 @@ from engine.errors import SteelyardError
 from engine.types import Request, SamplingParams
 from router.api import Generator
 
+CANARY = "canary"  # the namespace of its requests, which go by least load whatever the policy (router/placer.py)
 CANARY_PROMPT = tuple(range(1, 9))  # any ids do
 CANARY_PARAMS = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
 RETRY_S = 0.5
@@ -67,7 +68,7 @@ class Canary:
 
     async def _send(self) -> None:
         request = Request(
-            self._generator.new_request_id(), CANARY_PROMPT, CANARY_PARAMS, namespace="canary", timeout_s=self._canary_s
+            self._generator.new_request_id(), CANARY_PROMPT, CANARY_PARAMS, namespace=CANARY, timeout_s=self._canary_s
         )
         before = self._proved_at
         try:

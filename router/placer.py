@@ -18,6 +18,7 @@ from dataclasses import replace
 from engine.errors import Overloaded, Unavailable
 from engine.types import MEAN
 from router.book import Book
+from router.canary import CANARY
 from router.config import RouterConfig
 from router.learnt import Learnt
 from router.live import LiveRequest
@@ -132,7 +133,8 @@ class Placer:
         return self._decide(live, cached)
 
     def _decide(self, live: LiveRequest, cached: Mapping[Name, int]) -> Decision:
-        decision = self._policy(self.snapshot(live, cached))
+        policy = POLICIES["least_load"] if live.request.namespace == CANARY else self._policy
+        decision = policy(self.snapshot(live, cached))
         if decision is None:
             raise Unavailable("no worker can be reached", retry_after_s=1)
         if isinstance(decision, Placement) and live.request.sampling.embed:  # nothing to hand off

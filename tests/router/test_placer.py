@@ -11,6 +11,7 @@ import pytest
 from engine.errors import Overloaded
 from engine.step_shape import Chunk, StepRecord, StepShape
 from engine.types import LAST, MEAN, EngineStats, ErrorInfo, FinishReason, Request, Service, TokenOutput
+from router.canary import CANARY
 from router.dispatch import Dispatcher
 from router.membership import Member
 from router.policies import POLICIES
@@ -195,6 +196,17 @@ async def test_health_tells_how_far_off_a_first_token_was_predicted() -> None:
 def embedding(name: str, embed: str, **size: int) -> Request:
     asked = request(name, max_tokens=1, **size)
     return replace(asked, sampling=replace(asked.sampling, embed=embed))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@in_virtual_time
+async def test_the_canary_is_handed_off_under_every_policy(policy: str) -> None:
+    """Also where so short a prompt would be computed where it decodes."""
+    cluster = await ready("p0", "d0", policy=policy)  # pyright: ignore[reportArgumentType]
+    await served(cluster, replace(request("c", num_prompt=8), namespace=CANARY))
+    ((submission, *_),) = (cluster["p0"].submissions,)
+    assert submission.decode is not None and submission.decode.worker_id == "d0"
+    await cluster.dispatcher.close()
 
 
 @pytest.mark.parametrize("policy", POLICIES)
