@@ -14,7 +14,7 @@ from operator import itemgetter
 from engine.types import Role
 from router.membership import Pool
 from router.policies.fleet import Fleet
-from router.policies.room import USABLE, Crowd
+from router.policies.room import Crowd, crowd_on, lacks
 from router.policies.snapshot import Snapshot, WorkerLoad
 
 Rank = tuple[bool, float, int, str]  # is anybody late, seconds, minus what is cached, worker id
@@ -84,25 +84,19 @@ def by_fullness(
     snapshot: Snapshot, fleet: Fleet, cohort: str, at: float, fullest_first: bool
 ) -> list[tuple[int, Crowd]]:
     """Places of decode workers with a seat and blocks for the request at this time, and with whom it would share a step
-    there, as `crowds_on` says it: the fullest first or the emptiest; where there is a choice, not who has just refused
-    it."""
-    ask, limits, sign = snapshot.ask, snapshot.limits, -1 if fullest_first else 1
-    num_known, num_growth, num_answers = ask.num_tokens, ask.num_output * ask.num_answers, ask.num_answers
-    most, size, first_end = limits.max_batch_seqs, limits.block_size, fleet.first_end
+    there: the fullest first or the emptiest; where there is a choice, not who has just refused it."""
+    ask, sign, first_end = snapshot.ask, -1 if fullest_first else 1, fleet.first_end
     all_decodes, all_running, all_blocks = fleet.num_decodes, fleet.num_running, fleet.num_blocks
     all_tokens, all_tpots_s, names = fleet.tokens, fleet.tpot_s, fleet.names(Role.DECODE, cohort)
     ranked: list[tuple[bool, int, float, str, int, Crowd]] = []
     for place, name in zip(fleet.places(Role.DECODE, cohort), names, strict=True):
-        num, tokens, tpot_s = all_decodes[place], all_tokens[place], all_tpots_s[place]
-        others = all_running[place] - num  # other gateways'
-        if first_end[place] <= at:
-            num, tokens, tpot_s = fleet[place].decodes.at(at)
-        num += others if others > 0 else 0
-        if num > 0:  # an empty one takes whatever may come
-            slots = (tokens + num_known + num_growth) / size + (num + num_answers) / 2
-            if num + num_answers > most or slots > USABLE * all_blocks[place]:
-                continue
-        crowd = (num + num_answers, tokens, tpot_s, "")
-        ranked.append((name == ask.refused_by, sign * num, sign * tokens, name[0], place, crowd))
+        if first_end[place] <= at:  # who ends there by then shows in its load alone
+            crowd = crowd_on(snapshot, fleet[place], at)
+        else:
+            num = max(all_decodes[place], all_running[place]) + ask.num_answers
+            crowd = num, all_tokens[place], all_tpots_s[place]
+        num, tokens, _ = crowd
+        if not lacks(snapshot, num, tokens, all_blocks[place]):
+            ranked.append((name == ask.refused_by, sign * num, sign * tokens, name[0], place, crowd))
     ranked.sort()
     return [(place, crowd) for *_, place, crowd in ranked]

@@ -8,8 +8,6 @@ left of their lives.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from router.policies.snapshot import Snapshot, WorkerLoad
@@ -18,9 +16,9 @@ SEATS, BLOCKS, TPOT = "seats", "blocks", "tpot"
 USABLE = 0.98  # of the blocks: last blocks are full of half-used ones
 
 
-# Sequences with the request, tokens of the others, the tightest of their targets, and why it cannot be there: a bare
-# tuple, for there are hundreds in a decision.
-Crowd = tuple[int, float, float, str]
+# Sequences with the request, tokens of the others, and the tightest of their targets: a bare tuple, for there are
+# hundreds in a decision.
+Crowd = tuple[int, float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,38 +31,33 @@ class Room:
 
 def room_on(snapshot: Snapshot, load: WorkerLoad, at: float, gap_s: float = 0.0) -> Room:
     """For the request of the snapshot, that gets there at this time; `gap_s`: its hand-off's."""
-    (crowd,) = crowds_on(snapshot, (load,), at)
-    problem = crowd[-1]
+    crowd = crowd_on(snapshot, load, at)
+    problem = lacks(snapshot, crowd[0], crowd[1], load.stats.num_blocks)
     return Room(problem, math.inf) if problem else room_in(snapshot, load, crowd, gap_s)
 
 
-def crowds_on(snapshot: Snapshot, loads: Iterable[WorkerLoad], at: float) -> list[Crowd]:
-    """Whom it would share a step with on each."""
+def crowd_on(snapshot: Snapshot, load: WorkerLoad, at: float) -> Crowd:
+    """With whom it would share a step there."""
+    num, tokens, tpot_s = load.decodes.at(at)
+    num_others = max(0, load.stats.num_running - len(load.decodes.ends))  # other gateways'
+    return num + num_others + snapshot.ask.num_answers, tokens, tpot_s
+
+
+def lacks(snapshot: Snapshot, num: int, tokens: float, num_blocks: int) -> str:
+    """What keeps the request out of such a crowd on a worker with so many blocks: a seat, or blocks. Empty: nothing."""
     ask, limits = snapshot.ask, snapshot.limits
-    num_answers, most, size = ask.num_answers, limits.max_batch_seqs, limits.block_size
-    num_known, num_growth = ask.num_tokens, ask.num_output * ask.num_answers
-    crowds: list[Crowd] = []
-    for load in loads:
-        stats, decodes = load.stats, load.decodes
-        ends = decodes.ends
-        place = bisect_right(ends, at)  # as in decodes.at
-        tokens, tpot_s = decodes.tokens[place], decodes.tpots_s[place]
-        others = stats.num_running - len(ends)  # other gateways'
-        count = len(ends) - place + (others if others > 0 else 0) + num_answers
-        is_alone = count <= num_answers  # an empty one takes whatever may come: answers beyond its seats take turns
-        if count > most and not is_alone:
-            crowds.append((count, tokens, tpot_s, SEATS))
-            continue
-        slots = (tokens + num_known + num_growth) / size + count / 2
-        is_full = not is_alone and slots > USABLE * stats.num_blocks
-        crowds.append((count, tokens, tpot_s, BLOCKS if is_full else ""))
-    return crowds
+    if num <= ask.num_answers:
+        return ""  # an empty one takes whatever may come: answers beyond its seats take turns
+    if num > limits.max_batch_seqs:
+        return SEATS
+    slots = (tokens + ask.num_tokens + ask.num_output * ask.num_answers) / limits.block_size + num / 2
+    return BLOCKS if slots > USABLE * num_blocks else ""
 
 
 def room_in(snapshot: Snapshot, load: WorkerLoad, crowd: Crowd, gap_s: float) -> Room:
     """Is such a step quick enough for everybody?"""
     ask, margin = snapshot.ask, snapshot.margin
-    num, tokens, tpot_s, _ = crowd
+    num, tokens, tpot_s = crowd
     context = round(tokens + ask.num_answers * (ask.num_tokens + ask.expected_output / 2))
     step_s = snapshot.predictor.decode_step_s(load.member.pool, num, context)
     late_s = step_s * margin.step_factor

@@ -13,9 +13,9 @@ from cluster.simulator.service_times.roofline import Roofline
 from engine.types import EngineStats, Role
 from router.policies.fleet import Fleet
 from router.policies.occupancy import Decode, decodes_of, prompts_of
-from router.policies.rankings import Option, by_fullness, quickest
+from router.policies.rankings import Option, by_fullness, quickest, slackest
 from router.policies.rehearsal import Prompt
-from router.policies.room import Crowd, crowds_on
+from router.policies.room import Crowd, crowd_on, lacks
 from router.policies.snapshot import Ask, Snapshot, WorkerLoad
 from tests.router.fake_workers import member
 from tests.router.test_policies import LIMITS, TIMES
@@ -72,8 +72,9 @@ def crowd_by_crowd(snapshot: Snapshot, cohort: str, at: float, fullest_first: bo
     sign = -1 if fullest_first else 1
     ranked = sorted(
         (load.name == snapshot.ask.refused_by, sign * crowd[0], sign * crowd[1], load.member.worker_id, crowd)
-        for load, crowd in zip(mates, crowds_on(snapshot, mates, at), strict=True)
-        if not crowd[-1]
+        for load in mates
+        for crowd in [crowd_on(snapshot, load, at)]
+        if not lacks(snapshot, crowd[0], crowd[1], load.stats.num_blocks)
     )
     return [(worker_id, crowd) for *_, worker_id, crowd in ranked]
 
@@ -96,3 +97,18 @@ def test_the_fullest_are_those_that_have_room_one_by_one(
     found = by_fullness(snapshot, Fleet(known), cohort, at, fullest_first)
     named = [(known[place].member.worker_id, crowd) for place, crowd in found]
     assert named == crowd_by_crowd(snapshot, cohort, at, fullest_first)
+
+
+@settings(max_examples=200, deadline=None)
+@given(loads(), ASKS)
+def test_the_slackest_have_no_prompt_and_the_fewest_sequences_or_the_most_of_it_cached(
+    known: list[WorkerLoad], ask: Ask
+) -> None:
+    snapshot = Snapshot(NOW, known, ask, TIMES, LIMITS)
+    idle = [load for load in snapshot.pool(Role.DECODE) if not load.prompts.all]
+    fewest = sorted(idle, key=lambda load: (len(load.decodes.ends), load.decodes.tokens[0], load.name))[:MOST]
+    found = [known[place] for place in slackest(snapshot, Fleet(known), MOST)]
+    assert found[: len(fewest)] == fewest
+    most_cached = max([snapshot.cached_on(load) for load in idle], default=0)
+    assert max([snapshot.cached_on(load) for load in found], default=0) == most_cached
+    assert len(found) <= len(fewest) + 1
