@@ -8,18 +8,12 @@ Authorities of clients that come anew are believed beside the old ones; to forge
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import ssl
 from pathlib import Path
 
-from cluster.file_stamps import Stamp, stamps_of
+from cluster.file_watch import FileWatch, Stamp, stamps_of
 from engine.errors import ConfigError
 from router.face import FaceTls
-
-RELOAD_S = 2.0
-
-log = logging.getLogger(__name__)
 
 
 def check_tls(files: FaceTls) -> None:
@@ -48,11 +42,10 @@ class Certificates:
         self._context = context
         self._paths = [Path(one) for one in (files.cert_file, files.key_file, files.client_ca_file) if one]
         self._stamps = self._present()
-        self._task = asyncio.create_task(self._watch(), name="certificates")
+        self._watch = FileWatch(self.reload, "router.tls")
 
     async def stop(self) -> None:
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        await self._watch.stop()
 
     def reload(self) -> bool:
         """Take the files if they have changed; whether that was done. ConfigError, once for each state of them, where
@@ -71,12 +64,3 @@ class Certificates:
             return stamps_of(self._paths)
         except OSError:
             return ()
-
-    async def _watch(self) -> None:
-        while True:
-            await asyncio.sleep(RELOAD_S)
-            try:
-                if await asyncio.to_thread(self.reload):
-                    log.info("the files of router.tls were read again")
-            except ConfigError as error:
-                log.warning("%s; what was read before is served on", error.message)

@@ -9,21 +9,17 @@ tenants' files, and it is renewed in one turn of a link.
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import secrets
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import TypeVar
 
-from cluster.file_stamps import Stamp, stamps_of
+from cluster.file_watch import FileWatch, Stamp, stamps_of
 from engine.errors import ConfigError
 from router.tenants import KEY_PREFIX, KeyRing, Tenant, hash_of, parse_tenant, parse_tenants, ring_of
 
 KEY_VARIABLE = "STEELYARD_API_KEY"
-RELOAD_S = 2.0
-
-log = logging.getLogger(__name__)
 
 Read = TypeVar("Read")
 
@@ -39,7 +35,7 @@ class KeySource:
         self._own = (Tenant(name="default", keys=(hash_of(variable),)),) if variable else ()
         self._ring: KeyRing | None = ring_of(self._own) if self._own else None
         self._stamps: tuple[Stamp, ...] = ()
-        self._task: asyncio.Task[None] | None = None
+        self._watch: FileWatch | None = None
 
     def ring(self) -> KeyRing | None:
         """None: nobody has keys, everyone may ask."""
@@ -49,12 +45,11 @@ class KeySource:
         """ConfigError if something cannot be read or is wrong."""
         if self._file is not None or self._folder is not None:
             await asyncio.to_thread(self.reload)
-            self._task = asyncio.create_task(self._watch(), name="keys")
+            self._watch = FileWatch(self.reload, "API keys")
 
     async def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        if self._watch is not None:
+            await self._watch.stop()
 
     def reload(self) -> bool:
         """Read anew if something has changed; whether it had. ConfigError, once for each state of the files, and what
@@ -89,15 +84,6 @@ class KeySource:
             if unknown := [name for name in named if name not in self._classes]:
                 words = f"{self._place}: {tenant.name}: router.classes has no '{unknown[0]}'"
                 raise ConfigError(words, param=self._place)
-
-    async def _watch(self) -> None:
-        while True:
-            await asyncio.sleep(RELOAD_S)
-            try:
-                if await asyncio.to_thread(self.reload):
-                    log.info("API keys were read again")
-            except ConfigError as error:
-                log.warning("%s; the keys that were read before stay valid", error.message)
 
 
 def _text(path: Path, place: str) -> str:
