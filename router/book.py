@@ -107,7 +107,9 @@ class Book:
         """It is about to get this placement. `num_cached` positions of its beginning are where it is computed."""
         first = placement.first
         num_new = max(1, live.request.num_tokens + len(live.tokens) - num_cached)
-        compute_s = self._predictor.prefill_s(first.pool, num_new, num_cached, self._limits.prefill_chunk)
+        compute_s = placement.own_s  # beside others that decode it takes longer than alone
+        if compute_s is None:
+            compute_s = self._predictor.prefill_s(first.pool, num_new, num_cached, self._limits.prefill_chunk)
         prompt = Prompt(live.first_due, now, num_new, compute_s, num_new)
         ttft_s = placement.ttft_s
         if ttft_s is None:

@@ -24,9 +24,10 @@ NEVER_S = 60.0  # no load is so low that it would help: come back when the clust
 MOST_LOOKED_AT = 8  # decode workers, the least loaded: each takes a few predictions
 
 
-def admitted(snapshot: Snapshot, placement: Placement, own_s: float, is_kind: bool = True) -> Decision:
-    """With its first token in time, and those of others (`is_kind`); or refused. `own_s`: what its prefill takes."""
-    assert placement.ttft_s is not None
+def admitted(snapshot: Snapshot, placement: Placement, is_kind: bool = True) -> Decision:
+    """With its first token in time, and those of others (`is_kind`); or refused."""
+    own_s = placement.own_s
+    assert placement.ttft_s is not None and own_s is not None
     late_s = snapshot.margin.ttft_s(placement.ttft_s) - snapshot.ask.ttft_s
     if snapshot.margin.ttft_s(own_s) > snapshot.ask.ttft_s:
         return Refuse(TTFT, NEVER_S)

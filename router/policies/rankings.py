@@ -12,10 +12,10 @@ from heapq import nsmallest
 from operator import itemgetter
 
 from engine.types import Role
-from router.membership import Pool
+from router.membership import Member, Pool
 from router.policies.fleet import Fleet
 from router.policies.room import Crowd, crowd_on, lacks
-from router.policies.snapshot import Snapshot, WorkerLoad
+from router.policies.snapshot import Placement, Snapshot, WorkerLoad
 
 Rank = tuple[bool, float, int, str]  # is anybody late, seconds, minus what is cached, worker id
 
@@ -33,6 +33,9 @@ class Option:
     @property
     def rank(self) -> Rank:
         return not self.is_kind, self.ttft_s, -self.num_cached, self.first.member.worker_id
+
+    def placed(self, decode: Member | None) -> Placement:
+        return Placement(self.first.member, decode, self.ttft_s, self.own_s)
 
 
 def quickest(snapshot: Snapshot, fleet: Fleet, cohort: str, most: int) -> list[Option]:

@@ -27,7 +27,7 @@ from router.policies.rankings import Option, by_fullness, quickest, slackest
 from router.policies.rehearsal import Prompt
 from router.policies.room import gap_s, room_in, room_on
 from router.policies.slack import slack_tokens
-from router.policies.snapshot import Decision, Placement, Snapshot, Wait, WorkerLoad
+from router.policies.snapshot import Decision, Snapshot, Wait, WorkerLoad
 
 SOONER = 0.8  # times as late: a prompt beside those that decode takes of their slack, and has to gain by it
 MOST_BESIDE = 3  # decode workers that are looked at for a prompt, those with the fewest sequences
@@ -47,16 +47,15 @@ def slo(snapshot: Snapshot) -> Decision | None:
         return pair(snapshot, by_prefill_work(snapshot), by_decode_work(snapshot))
     best = min(apart, key=lambda one: one.rank)
     if beside is not None and (not best.is_kind or beside.ttft_s < SOONER * best.ttft_s):
-        return admitted(snapshot, Placement(beside.first.member, None, beside.ttft_s), beside.own_s)
+        return admitted(snapshot, beside.placed(None))
     if snapshot.ask.is_prompt_only:
-        return admitted(snapshot, Placement(best.first.member, None, best.ttft_s), best.own_s, best.is_kind)
+        return admitted(snapshot, best.placed(None), best.is_kind)
     for option in sorted(apart, key=lambda one: one.rank):
         target = _decode_worker(snapshot, fleet, option)
         if target is not None:
-            placement = Placement(option.first.member, target.member, option.ttft_s)
-            return admitted(snapshot, placement, option.own_s, option.is_kind)
+            return admitted(snapshot, option.placed(target.member), option.is_kind)
     if beside is not None:
-        return admitted(snapshot, Placement(beside.first.member, None, beside.ttft_s), beside.own_s)
+        return admitted(snapshot, beside.placed(None))
     mates = fleet.at(fleet.places(Role.DECODE, best.first.member.cohort))
     return without_room(snapshot, best.first, best.ttft_s, best.own_s, mates)
 

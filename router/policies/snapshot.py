@@ -162,11 +162,12 @@ class Snapshot:
 @dataclass(frozen=True, slots=True)
 class Placement:
     """`first` computes the prompt; `decode` goes on, or None when `first` does it all. `ttft_s`: until its first token
-    as predicted, where the policy predicts."""
+    as predicted, and `own_s` what of that its prompt takes, where the policy predicts."""
 
     first: Member
     decode: Member | None
     ttft_s: float | None = None
+    own_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -171,3 +172,33 @@ def test_a_load_is_the_same_record_until_something_of_its_worker_changes() -> No
     twins.report(3)
     after = twins.kept.loads(twins.links.values(), 0.0)
     assert [name for name, one, two in zip(NAMES, before, after, strict=True) if one is not two] == ["d1"]
+
+
+def test_a_prompt_takes_as_long_as_its_policy_predicted_and_ends_with_the_first_token() -> None:
+    """Beside others that decode, which the book knows nothing of."""
+    book, link = Book(Predictor(), LIMITS), Link(member("d0"))
+    live = LiveRequest(Request("r", tuple(range(50)), SamplingParams(max_tokens=4)), 1e9, 9.0, lambda _live: None)
+    placement = Placement(link.member, None, 0.5, 0.4)
+    book.placed(live, placement, 0, 1.0)
+    live.place(placement)
+    book.note(live, 1.0)
+    assert book.load(link, 1.0).prompts.ends == (1.4,)
+    live.take(TokenOutput(live.key, 0, (1,)), "d0")
+    book.note(live, 1.3)
+    assert book.load(link, 1.3).prompts.all == ()
+
+
+def test_what_of_a_step_was_not_its_own_prompts_was_the_next_ones() -> None:
+    """Two prompts of 0.4 s; the first is done after 0.7 s, so the other has 0.1 s left."""
+    book, link, lives = Book(Predictor(), LIMITS), Link(member("p0")), []
+    for name in ("a", "b"):
+        live = LiveRequest(Request(name, tuple(range(50)), SamplingParams(max_tokens=4)), 1e9, 9.0, lambda _live: None)
+        placement = Placement(link.member, member("d0"), 0.5, 0.4)
+        book.placed(live, placement, 0, 1.0)
+        live.place(placement)
+        book.note(live, 1.0)
+        lives.append(live)
+    lives[0].take(TokenOutput(lives[0].key, 0, (1,)), "p0")
+    book.note(lives[0], 1.7)
+    (left,) = book.load(link, 1.7).prompts.all
+    assert left.left_s == pytest.approx(0.1, abs=0.4 / 50)
