@@ -122,7 +122,7 @@ def measure(
     if quick:
         policies, settled, round_s = [OURS], [], 8
     with _cluster(policies[0]) as cluster:
-        load = asyncio.run(prepare(cluster.url, round_s))
+        load = asyncio.run(prepare(cluster.url, round_s, 1 if quick else 3))
     print(f"unloaded: {_told(load.prompts)}", flush=True)
     capacity = _capacity(settled, load) if settled else _first_rate(load)
     print(f"capacity: {capacity:.2f} requests/s", flush=True)
@@ -140,11 +140,11 @@ def _cluster(policy: str) -> Cluster:
 # --- the load ------------------------------------------------------------------------------------------------
 
 
-async def prepare(url: str, duration_s: float) -> Load:
+async def prepare(url: str, duration_s: float, num_each: int) -> Load:
     """Measures unloaded latencies of an otherwise idle server, and promises multiples of them."""
     model = await served_model(url)
-    texts, _ = prompt_texts(len(LENGTHS_CHARS) * 3, max(LENGTHS_CHARS))
-    chars = LENGTHS_CHARS * 3
+    chars = LENGTHS_CHARS * num_each
+    texts, _ = prompt_texts(len(chars), max(LENGTHS_CHARS))
     plain = [Prompt(number, text[: chars[number]]) for number, text in enumerate(texts)]
     await unloaded(url, model, plain[:2])  # warm
     measured = await unloaded(url, model, plain)
