@@ -183,8 +183,11 @@ async def play_pair(prefill: str, decode: str, model: str, arrivals: Sequence[Ar
             remote = {"do_remote_decode": True, "do_remote_prefill": False}
             first = body | {"max_tokens": 1, "stream": False, "kv_transfer_params": remote}
             del first["stream_options"]
-            async with client.post(f"{prefill}/v1/completions", json=first) as reply:
-                told = await reply.json()
+            try:
+                async with client.post(f"{prefill}/v1/completions", json=first) as reply:
+                    told = await reply.json()
+            except (aiohttp.ClientError, TimeoutError):
+                return  # its status stays 0
             later = body | {"kv_transfer_params": told["kv_transfer_params"]}
             await _stream(client, f"{decode}/v1/completions", later, {}, outcome)
 

@@ -6,9 +6,9 @@
 1. The default model is written as a folder that vLLM reads: bfloat16, from the very weights that ours serves.
 2. Set-ups, one after the other: ours with one prefill and one decode worker; ours with both workers for both phases;
    vLLM on both cores; vLLM's prefill and decode on a core each, KV over NIXL, the client making both calls itself.
-3. All get the same prompts, arrivals and targets: 5 times TTFT and 2 times TPOT, unloaded, of the slowest set-up that could
-   keep such targets of the fastest's; one that is slower yet would make them so wide that nobody misses them. The
-   second token is judged, since with vLLM's pair the first one comes after the transfer.
+3. All get the same prompts, arrivals and targets: 5 times TTFT and 2 times TPOT, unloaded, of the slowest set-up that
+   could keep such targets of the fastest's; one that is slower yet would make them so wide that nobody misses them.
+   The second token is judged, since with vLLM's pair the first one comes after the transfer.
 4. Of each: the highest rate at which 90 % keep their targets; and TPOT of short prompts while bursts of long ones come.
 """
 
@@ -74,7 +74,7 @@ def compare(vllm_python: str | None, round_s: float, quick: bool) -> tuple[list[
         openers = _set_ups(vllm_python, model)
         unloaded = [_unloaded(open_one, plain) for open_one in openers]
         prompts = _promised(plain, unloaded)
-        results = [_measure(open_one, prompts, round_s, quick) for open_one in openers]
+        results = [one for open_one in openers if (one := _measured(open_one, prompts, round_s, quick)) is not None]
     rows = [_row(result) for result in results]
     print_table(f"bfloat16, both cores; {machine()}", rows)
     return rows, _targets(results, FEWEST / round_s, quick)
@@ -229,6 +229,15 @@ def _able(unloaded: Sequence[Latencies]) -> list[Latencies]:
     """Those whose own unloaded TPOT is within TPOT_TIMES of the fastest's."""
     tpots = [median([tpot for _, tpot in one.values()]) for one in unloaded]
     return [one for one, tpot in zip(unloaded, tpots, strict=True) if tpot <= TPOT_TIMES * min(tpots)]
+
+
+def _measured(open_one: Open, prompts: Sequence[Prompt], round_s: float, quick: bool) -> Result | None:
+    """None of a set-up that breaks: what the others did is not lost with it."""
+    try:
+        return _measure(open_one, prompts, round_s, quick)
+    except SystemExit as error:
+        print(f"  left out: {error}", flush=True)
+        return None
 
 
 def _measure(open_one: Open, prompts: Sequence[Prompt], round_s: float, quick: bool) -> Result:
