@@ -20,7 +20,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup serve chat status test test-oracle test-gpu bench bench-gpu check fix protos protos-check clean
+.PHONY: help setup serve chat status demo-flip test test-oracle test-gpu bench bench-gpu check fix protos protos-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -45,6 +45,9 @@ chat: $(INSTALLED) ## talk to the model that is being served: make chat [PORT=81
 
 status: $(INSTALLED) ## show pools, workers and load: make status [PORT=8123]
 	@exec .venv/bin/steelyard status $(if $(PORT),--url http://127.0.0.1:$(PORT))
+
+demo-flip: $(INSTALLED) ## watch the controller flip live workers under a load that swings; four minutes
+	@exec $(PYTHON) -m benchmarks.flip --show
 
 test: $(INSTALLED) ## everything that CI runs, a file per core, then what starts a Ray: make test [PYTEST_ARGS="tests/router -x"]
 	$(PYTHON) -m pytest -m "not gpu and not oracle and not ray $(PYTEST_MARKS)" -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) || $(NONE_CHOSEN)

@@ -177,6 +177,19 @@ def report(
 
 
 @app.command()
+def explain(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="a journal: controller.journal_file")],
+    flips_only: Annotated[bool, typer.Option("--flips", help="only decisions to flip a worker")] = False,
+) -> None:
+    """Say what the controller decided and why, and make each decision again; exit code 1 if one comes out otherwise."""
+    with _told_plainly():
+        from cluster.explain import run_explain
+
+        agrees = run_explain(file, _console(), flips_only=flips_only)
+    raise typer.Exit(0 if agrees else FAILED)
+
+
+@app.command()
 def profile(
     url: UrlOption = DEFAULT_URL,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="what to write")] = Path(
@@ -389,6 +402,12 @@ def _print_health(health: HealthView) -> None:
         row = (worker.role, worker.worker_id, worker.incarnation[:8], worker.address, link)
         table.add_row(*row, str(worker.num_running), str(worker.num_waiting), used + leaked)
     console.print(table, soft_wrap=True)
+    if health.control is not None:
+        control = health.control
+        took = f", the last one in {control.last_flip_s:.2f} s" if control.last_flip_s is not None else ""
+        console.print(
+            f"controller ({control.mode}): {control.num_flips} flips{took} · {control.reason}", soft_wrap=True
+        )
 
 
 def _terms(model: CatalogueModel) -> str:

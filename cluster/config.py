@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from cluster.control.rules import ControllerConfig
 from decode_worker.config import DecodeConfig
 from engine.config import EngineConfig, ModelSource, StrictModel
 from engine.errors import ConfigError
@@ -97,6 +98,7 @@ class ClusterConfig(StrictModel):
     prefill: PrefillConfig = PrefillConfig()
     decode: DecodeConfig = DecodeConfig()
     router: RouterConfig = RouterConfig()
+    controller: ControllerConfig = ControllerConfig()
     pools: PoolsSection = PoolsSection()
 
     @property

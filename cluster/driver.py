@@ -139,6 +139,8 @@ class Driver:
             for old, new in units:
                 if (old.state, old.incarnation) != (new.state, new.incarnation):
                     self._steps.say(_describe(new))
+                elif old.role and new.role and old.role != new.role:
+                    self._steps.say(f"{new.name} now serves the {new.role} pool")
             if status.phase in (Phase.STOPPING, Phase.STOPPED) and status.failure is None:
                 self._steps.say("the cluster was stopped")
                 return

@@ -46,6 +46,7 @@ from engine.models.loader import load_config
 from engine.models.pooling import pooling_of
 from engine.models.store import resolve
 from engine.models.tokenizer import Tokenizer, load_tokenizer
+from router.api import ControlView
 from router.block_names import Naming
 from router.chat_style import chat_style
 from router.config import RouterConfig
@@ -53,6 +54,8 @@ from router.dispatch import Dispatcher
 from router.door import Door
 from router.gateway import create_app
 from router.membership import Membership
+from router.policies.snapshot import Name
+from router.report import GatewayReport
 from router.text import TextModel
 
 log = logging.getLogger(__name__)
@@ -125,6 +128,14 @@ class Gateway:
     def apply(self, membership: Membership) -> None:
         self._num_gateways = membership.num_gateways
         self._dispatcher.apply(membership)
+
+    def report(self, control: ControlView) -> GatewayReport:
+        """What has come since the last one, and how the workers stand."""
+        return self._dispatcher.report(control)
+
+    async def evacuate(self, worker: Name, limit_s: float) -> int:
+        """See Dispatcher.evacuate."""
+        return await self._dispatcher.evacuate(worker, limit_s)
 
     async def ready(self) -> None:
         """Returns when a request has gone through prefill, wire and decode. The caller bounds the wait."""

@@ -13,13 +13,20 @@ from cluster.garbage import collect_seldom
 from cluster.incarnation import Incarnation, Part
 from cluster.spec import load_part
 from engine.types import ErrorInfo
+from router.api import ControlView
 from router.membership import Membership
+from router.policies.snapshot import Name
+from router.report import GatewayReport
 
 
 class GatewayPart(Part[str], Protocol):
     """What the shell needs of cluster.gateway.Gateway; it starts with its base URL."""
 
     def apply(self, membership: Membership) -> None: ...
+
+    def report(self, control: ControlView) -> GatewayReport: ...
+
+    async def evacuate(self, worker: Name, limit_s: float) -> int: ...
 
     async def ready(self) -> None: ...
 
@@ -53,6 +60,12 @@ class GatewayActor:
         if membership.version > self._version:
             self._gateway.apply(membership)
             self._version = membership.version
+
+    async def report(self, control: ControlView) -> GatewayReport:
+        return self._gateway.report(control)
+
+    async def evacuate(self, worker: Name, limit_s: float) -> int:
+        return await self._gateway.evacuate(worker, limit_s)
 
     async def ready(self) -> None:
         await self._gateway.ready()

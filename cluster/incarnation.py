@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Generic, Protocol, TypeVar
 
 from engine.errors import SteelyardError
@@ -20,6 +20,7 @@ from engine.types import ErrorInfo
 LAST_WORDS_S = 1.0  # for `failed` to reach the supervisor before the process ends
 
 Started = TypeVar("Started", covariant=True)
+Answer = TypeVar("Answer")
 
 
 class Part(Protocol[Started]):
@@ -30,6 +31,14 @@ class Part(Protocol[Started]):
     async def failed(self) -> str: ...
 
     async def stop(self) -> None: ...
+
+
+async def told(work: Awaitable[Answer]) -> Answer | ErrorInfo:
+    """Its answer, or the fault that the part names itself, as a record."""
+    try:
+        return await work
+    except SteelyardError as error:
+        return ErrorInfo(error.code, error.message)
 
 
 class Incarnation(Generic[Started]):
@@ -54,10 +63,9 @@ class Incarnation(Generic[Started]):
         await self._part.stop()
 
     async def _start(self) -> Started | ErrorInfo:
-        try:
-            started = await self._part.start()
-        except SteelyardError as error:
-            return ErrorInfo(error.code, error.message)
+        started = await told(self._part.start())
+        if isinstance(started, ErrorInfo):
+            return started
         self._failing = asyncio.create_task(self._end_when_failed())
         return started
 

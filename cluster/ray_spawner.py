@@ -26,8 +26,11 @@ from cluster.ray_actors import Actor, call, kill, kill_by_prefix, make_actor, th
 from cluster.spec import NAME_PREFIX, SUPERVISOR_NAME, Parts, WorkerSpec, actor_name
 from cluster.worker_actor import WorkerActor
 from engine.errors import Unavailable, WorkerLost, error_from_code
-from engine.types import ErrorInfo
+from engine.types import ErrorInfo, Role
+from router.api import ControlView
 from router.membership import Member, Membership
+from router.policies.snapshot import Name
+from router.report import GatewayReport
 
 Answer = TypeVar("Answer")
 
@@ -67,6 +70,12 @@ class RayWorker(RayProcess):
     async def start(self) -> Member:
         return await self._ask("start")
 
+    async def relabel(self, role: Role, role_epoch: int) -> None:
+        await self._ask("relabel", role, role_epoch)
+
+    async def member(self) -> Member:
+        return await self._ask("member")
+
 
 class RayGateway(RayProcess):
     async def start(self) -> str:
@@ -77,6 +86,12 @@ class RayGateway(RayProcess):
 
     async def apply(self, membership: Membership) -> None:
         await self._ask("apply", membership)
+
+    async def report(self, control: ControlView) -> GatewayReport:
+        return await self._ask("report", control)
+
+    async def evacuate(self, worker: Name, limit_s: float) -> int:
+        return await self._ask("evacuate", worker, limit_s)
 
     async def ready(self) -> None:
         await self._ask("ready")

@@ -118,6 +118,14 @@ class WorkerSides:
 
     # --- calls ---------------------------------------------------------------------------------------------
 
+    def relabel(self, role: Role, role_epoch: int) -> None:
+        """From now on its pool is another; what it has goes on. Raises StaleEpoch for an order that is overtaken."""
+        if (role, role_epoch) == (self._role, self._role_epoch):
+            return
+        if role_epoch <= self._role_epoch:
+            raise StaleEpoch(f"role epoch {role_epoch} is not newer than {self._role_epoch}")
+        self._role, self._role_epoch = role, role_epoch
+
     def submit(self, submission: Submission, role_epoch: int) -> None:
         if role_epoch < self._role_epoch:
             raise StaleEpoch(f"role epoch {role_epoch} is older than {self._role_epoch}")

@@ -6,7 +6,11 @@ from typing import Protocol
 
 from cluster.config import PoolConfig
 from cluster.spec import WorkerSpec
+from engine.types import Role
+from router.api import ControlView
 from router.membership import Member, Membership
+from router.policies.snapshot import Name
+from router.report import GatewayReport
 
 
 class Process(Protocol):
@@ -29,6 +33,14 @@ class WorkerProcess(Process, Protocol):
         """Raises SteelyardError when the worker could not start."""
         ...
 
+    async def relabel(self, role: Role, role_epoch: int) -> None:
+        """Raises SteelyardError."""
+        ...
+
+    async def member(self) -> Member:
+        """What it is now, by its own word."""
+        ...
+
 
 class GatewayProcess(Process, Protocol):
     async def start(self) -> str:
@@ -40,6 +52,12 @@ class GatewayProcess(Process, Protocol):
         ...
 
     async def apply(self, membership: Membership) -> None: ...
+
+    async def report(self, control: ControlView) -> GatewayReport: ...
+
+    async def evacuate(self, worker: Name, limit_s: float) -> int:
+        """Move what generates on a worker elsewhere; how many are still there after about this time."""
+        ...
 
     async def ready(self) -> None:
         """Return when a canary went through prefill, wire and decode."""

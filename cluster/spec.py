@@ -61,6 +61,7 @@ class UnitStatus:
     incarnation: str
     num_restarts: int
     reason: str  # why the last incarnation ended, "" before that
+    role: str = ""  # of a worker that is listed
 
 
 class Phase(StrEnum):

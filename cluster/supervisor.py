@@ -19,16 +19,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 from cluster.config import ClusterConfig, PoolConfig
+from cluster.control.controller import Controller
+from cluster.control.journal import Journal
+from cluster.control.rules import ControllerConfig
 from cluster.end_limits import KEEPERS_S, SWEEP_S, EndLimits, end_limits
+from cluster.line_file import LineFile
+from cluster.slot import Slot
 from cluster.spawner import GatewayProcess, Process, Spawner
-from cluster.spec import ClusterStatus, Phase, UnitState, UnitStatus, WorkerSpec
+from cluster.spec import ClusterStatus, Phase, UnitState, WorkerSpec
+from cluster.supervised_fleet import SupervisedFleet
 from engine.errors import ConfigError, DeadlineExceeded, ModelError, SteelyardError
 from engine.types import ErrorInfo, Role
-from router.membership import Member, Membership
+from router.membership import Membership
 
 log = logging.getLogger(__name__)
 
@@ -39,26 +47,6 @@ STEADY_S = 60.0  # an incarnation that served this long clears the backoff
 ABANDONED_S = 3.0  # a job cluster's driver is heard every second
 SETTLE_S = 5.0  # how long an adopted gateway keeps its last membership while we look for its workers
 APPLY_S = 10.0  # a gateway that has not taken a membership by then is replaced
-
-
-@dataclass(slots=True)
-class Slot:
-    """One process that should be there, whichever incarnation it is."""
-
-    name: str
-    state: UnitState = UnitState.STARTING
-    process: Process | None = None
-    member: Member | None = None  # listed, if set
-    num_starts: int = 0
-    num_failures: int = 0  # in a row; see STEADY_S
-    settled: bool = False  # its first incarnation has started or failed
-    proved: bool = False  # of a gateway: a canary has come back
-    serving_since: float | None = None  # loop time
-    reason: str = ""
-
-    def status(self) -> UnitStatus:
-        incarnation = self.process.incarnation if self.process else ""
-        return UnitStatus(self.name, self.state, incarnation, max(0, self.num_starts - 1), self.reason)
 
 
 def backoff_s(num_failures: int) -> float:
@@ -100,6 +88,7 @@ class Supervisor:
         self._keepers: list[asyncio.Task[None]] = []
         self._stopping: asyncio.Task[None] | None = None
         self._stopped = asyncio.Event()
+        self.controller: Controller | None = None
 
     async def run(self) -> None:
         """Keep the cluster until it has been stopped."""
@@ -109,6 +98,8 @@ class Supervisor:
             for slot, role, pool in self._workers:
                 self._keep(self._keep_worker(slot, role, pool))
             self._keep(self._watch_start())
+            if self._config.controller.mode != "off" and len(self._workers) > 2:
+                self._keep(self._control())
             self._heard_at = asyncio.get_running_loop().time()
             if self._config.cluster.lifetime == "job":
                 self._keep(self._watch_lease())
@@ -165,7 +156,8 @@ class Supervisor:
                     spec = WorkerSpec(slot.name, self._new_incarnation(), role, self._host, pool.tensor_parallel)
                     process = await self._spawner.worker(spec, pool)
                     self._begin(slot, process)
-                    slot.member = await process.start()
+                    await process.start()
+                    slot.member = await process.member()  # one that is adopted may have changed its pool
                 self._begin_serving(slot)
                 self._list_members()
                 slot.reason = await process.failed()
@@ -223,6 +215,22 @@ class Supervisor:
         await asyncio.sleep(backoff_s(slot.num_failures))
         slot.state = UnitState.STARTING
         self._announce()
+
+    async def _control(self) -> None:
+        """From when the cluster is ready. A controller that fails is made anew: it finds all that it needs again."""
+        fleet = SupervisedFleet([slot for slot, _, _ in self._workers], self._gateways, self._list_members)
+        rules = self._config.controller
+        while self._phase == Phase.STARTING:
+            await self._changed.wait()
+        with _opened(rules) as write:
+            while True:
+                self.controller = Controller(fleet, rules, Journal(rules, write) if write is not None else None)
+                try:
+                    await self.controller.run()
+                except Exception:
+                    log.exception("the controller failed, and begins anew")
+                fleet.list_leaving()
+                await asyncio.sleep(rules.tick_s)
 
     # --- membership -----------------------------------------------------------------------------------------------
 
@@ -337,6 +345,19 @@ class Supervisor:
 
     def _keep(self, life: Coroutine[None, None, None]) -> None:
         self._keepers.append(asyncio.create_task(life))
+
+
+@contextmanager
+def _opened(rules: ControllerConfig) -> Iterator[Callable[[str], None] | None]:
+    """What writes the controller's journal, if there is to be one."""
+    if not rules.journal_file:
+        yield None
+        return
+    file = LineFile(Path(rules.journal_file), rules.journal_file_bytes)
+    try:
+        yield file.put
+    finally:
+        file.close()
 
 
 async def _first(*lives: Coroutine[None, None, str]) -> str:

@@ -28,7 +28,7 @@ from engine.rank_pools import RankPools, pools_of, worker_pool
 from engine.ring import RingPool, new_ring
 from engine.setup import EngineSetup, plan_engine
 from engine.step_runner import ProcessStepRunner, StepRunner, ThreadStepRunner
-from engine.types import Endpoint
+from engine.types import Endpoint, Role
 from kv_transfer.carriers.choice import ChosenCarriers
 from kv_transfer.carriers.distributed.porters import Porters
 from kv_transfer.carriers.distributed.records import PorterSetup
@@ -113,6 +113,14 @@ class Worker:
             self._pool.close()
         if isinstance(self._block_bytes, RingPool):
             self._block_bytes.close()
+
+    async def relabel(self, role: Role, role_epoch: int) -> None:
+        """See WorkerSides.relabel."""
+        self._sides.relabel(role, role_epoch)
+
+    async def member(self) -> Member:
+        """What it is now."""
+        return self._sides.member
 
     async def status(self) -> dict[str, object]:
         """For operators: load, leases and transfers."""

@@ -9,14 +9,18 @@ from typing import Protocol, cast
 import ray
 
 from cluster.config import ClusterConfig
-from cluster.incarnation import Incarnation, Part
+from cluster.incarnation import Incarnation, Part, told
 from cluster.spec import WorkerSpec, load_part
-from engine.types import ErrorInfo
+from engine.types import ErrorInfo, Role
 from router.membership import Member
 
 
 class WorkerPart(Part[Member], Protocol):
     """What the shell needs of cluster.worker.Worker."""
+
+    async def relabel(self, role: Role, role_epoch: int) -> None: ...
+
+    async def member(self) -> Member: ...
 
     async def status(self) -> dict[str, object]: ...
 
@@ -38,6 +42,12 @@ class WorkerActor:
 
     async def failed(self) -> str:
         return await self._incarnation.failed()
+
+    async def relabel(self, role: Role, role_epoch: int) -> ErrorInfo | None:
+        return await told(self._worker.relabel(role, role_epoch))
+
+    async def member(self) -> Member:
+        return await self._worker.member()
 
     async def status(self) -> dict[str, object]:
         return await self._worker.status()

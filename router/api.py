@@ -37,10 +37,30 @@ class WorkerView:
 
 
 @dataclass(frozen=True, slots=True)
+class ControlView:
+    """The controller's word on itself, as the gateways were told last. `attained`: the share of requests that is
+    predicted to keep its targets with the split as it is, and `best_attained` with the best one; `forecast_error`: of
+    the rate, relative, by the `forecast_model` that is believed."""
+
+    mode: str
+    reason: str  # of the last decision
+    num_flips: int = 0
+    num_undone: int = 0  # flips that failed
+    last_flip_s: float | None = None  # from its decision until the worker was listed
+    num_prefill: int | None = None
+    best_prefill: int | None = None
+    attained: float | None = None
+    best_attained: float | None = None
+    forecast_model: str = ""
+    forecast_error: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class HealthView:
     """Healthy means: a canary went through prefill, wire and decode within the last `canary_s`. `retries`: how often
     requests were placed again, by the code of the error that ended the placement before; `migrations`: how often one
     was to move to another worker while it generated, by what came of it ("moved", an error's code, "in doubt");
+    `control`: of who keeps the ratio of the pools, if somebody does;
     `prediction`: how far off predicted times were, by what they were of; `admissions`: decisions on requests, as
     (outcome, reason, count); `num_waiting`: those that wait here for room."""
 
@@ -56,6 +76,7 @@ class HealthView:
     admissions: tuple[tuple[str, str, int], ...] = ()
     num_waiting: int = 0
     gateway_id: str = ""  # of the gateway that says so
+    control: ControlView | None = None
 
 
 class Generator(Protocol):

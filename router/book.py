@@ -209,13 +209,15 @@ class Book:
         member, stats = link.member, link.stats
         page = self._pages.get(member.name)
         if page is None:
-            return WorkerLoad(member, link.connected, 0, 0, stats)
+            return WorkerLoad(member, link.takes_requests, 0, 0, stats)
         self._end_step(page)
         queue = self._queue(page)
         if not page.decodes_are_current or (page.decodes.ends and page.decodes.ends[0] < now):
             page.decodes = self._decodes(page, member.pool, now)
             page.decodes_are_current = True
-        return WorkerLoad(member, link.connected, len(page.lives), page.num_prompt_tokens, stats, queue, page.decodes)
+        return WorkerLoad(
+            member, link.takes_requests, len(page.lives), page.num_prompt_tokens, stats, queue, page.decodes
+        )
 
     def _page(self, worker: Name) -> _Page:
         page = self._pages.get(worker)

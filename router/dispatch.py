@@ -34,23 +34,26 @@ from engine.errors import (
 )
 from engine.streams import StreamBatch
 from engine.types import Endpoint, Key, Request, Submission, TokenOutput
-from router.api import HealthView, WorkerView
+from router.api import ControlView, HealthView, WorkerView
 from router.block_names import UNNAMED, Naming
 from router.canary import Canary
 from router.config import RouterConfig
+from router.evacuation import Evacuation
 from router.fan_in import fan_in
 from router.learnt import Learnt
 from router.live import LiveRequest
 from router.membership import Member, Membership
 from router.moves import Moves
 from router.placer import Placer
-from router.policies.snapshot import DEFAULT_LIMITS, EngineLimits, Placement, Predictor, WorkerLoad, has_targets
+from router.policies.snapshot import DEFAULT_LIMITS, EngineLimits, Name, Placement, Predictor, WorkerLoad, has_targets
 from router.rebalance import Rebalancer
+from router.report import GatewayReport, gateway_report
 from router.step_history import StepHistory
 from router.workers import Connector, WorkerLink
 
 REFUSED_PAUSE_S = 0.05  # doubled at each refusal, up to
 LONGEST_PAUSE_S = 1.0
+SHORT_TOKENS = 8  # one that generates no more is not worth a move
 MOST_REFUSALS = 1  # of workers, for a request with targets; then its client hears of it
 
 log = logging.getLogger(__name__)
@@ -87,6 +90,7 @@ class Dispatcher:
         self._strays: dict[tuple[str, Key], None] = {}  # placements being aborted because their tokens still come
         self._closed = asyncio.Event()
         self._news = asyncio.Event()  # a worker has reported, or the membership has changed
+        self._control: ControlView | None = None
         self.canary = Canary(self, config.canary_s)
         self.moves = Moves(self._live, self._links)
         self.rebalancer = Rebalancer(self.moves, self.loads, config.migrate_below, config.back_up_below)
@@ -368,12 +372,31 @@ class Dispatcher:
         """Every linked worker's load."""
         return self.placer.loads()
 
+    def report(self, control: ControlView) -> GatewayReport:
+        """To the controller, which says how it is: what has come since the last one, and how the workers stand."""
+        self._control = control
+        arrived, fared = self.placer.arrivals.take()
+        return gateway_report(self._gateway_id, self._now(), arrived, fared, self.loads(), self.placer.times)
+
+    async def evacuate(self, worker: Name, limit_s: float) -> int:
+        """Move what generates on a worker elsewhere; how many are still there after about this time."""
+        evacuation = Evacuation(self.moves, self.loads, worker, self._is_short)
+        try:
+            return await evacuation.run(limit_s)
+        finally:
+            for task in evacuation.tasks:
+                self._in_background(_ended(task))
+
+    def _is_short(self, request_id: str) -> bool:
+        live = self._live.get(request_id)
+        return live is None or self.placer.expected_left(live) <= SHORT_TOKENS
+
     def health(self) -> HealthView:
         healthy, reason, age_s = self.canary.verdict()
         workers = tuple(_view(link) for link in self._links.values())
         return HealthView(
             healthy, reason, age_s, self._membership.version, workers, len(self._live), self.retries, self.moves.counts,
-            self.learnt.predictor.view(), self.placer.counts, self.placer.num_waiting, self._gateway_id,
+            self.learnt.predictor.view(), self.placer.counts, self.placer.num_waiting, self._gateway_id, self._control,
         )  # fmt: skip
 
     @property
@@ -392,6 +415,11 @@ class Dispatcher:
 def _count(error: SteelyardError, num_refusals: int, num_failures: int) -> tuple[int, int]:
     """A refusal for lack of room is no failure of the placement."""
     return (num_refusals + 1, num_failures) if isinstance(error, Overloaded) else (num_refusals, num_failures + 1)
+
+
+async def _ended(task: asyncio.Future[None]) -> None:
+    """Returns when it is over, whatever came of it."""
+    await asyncio.wait([task])
 
 
 def _view(link: WorkerLink) -> WorkerView:

@@ -27,7 +27,9 @@ class Link(Protocol):
     def member(self) -> Member: ...
 
     @property
-    def connected(self) -> bool: ...
+    def takes_requests(self) -> bool:
+        """Can it be reached, and does its pool route to it?"""
+        ...
 
     @property
     def stats(self) -> EngineStats: ...
@@ -81,7 +83,7 @@ class KeptLoads:
 
     def _hear(self, place: int) -> None:
         link = self._links[place]
-        if link.connected is self._fleet.is_connected(place):
+        if link.takes_requests is self._fleet.is_connected(place):
             self._fleet.report(place, link.stats)
         else:
             self._touched[link.member.name] = None

@@ -53,10 +53,13 @@ class LiveRequest:
     shuns_wire: bool = False  # the last placement failed in its transfer: the next one makes none
     leader: LiveRequest | None = None  # that it follows
     followers: list[LiveRequest] = field(default_factory=list)
+    is_sibling: bool = False  # it has followed one
     migration: Migration | None = None  # the last one of this placement, until tokens have come of its end alone
     last_token_at: float = 0.0  # while it moves
     names: BlockNames | None = None  # once they were asked for
     is_finished: bool = False  # its last token has come
+    began_at: float | None = None  # when its first token came
+    refused: str = ""  # by admission, for lack of what
     tap: Callable[[TokenOutput], bool] | None = None  # takes outputs while its reader waits; False: the reader's
     stages: tuple[tuple[str, float], ...] = ()  # of this gateway, to be told with the next output
     last_heard: float = 0.0  # when it was placed, or when tokens of this placement last came
@@ -166,7 +169,7 @@ class LiveRequest:
     # --- tokens --------------------------------------------------------------------------------------------
 
     def follow(self, leader: LiveRequest) -> None:
-        self.leader = leader
+        self.leader, self.is_sibling = leader, True
         leader.followers.append(self)
 
     def leave(self) -> None:

@@ -20,7 +20,8 @@ class Pool(NamedTuple):
 class Member:
     """One worker that may be routed to. `incarnation` names this life of it; a new process is a new one.
 
-    Workers of unequal `cohort` (the layout hash) are never paired. `role_epoch` rises with every flip.
+    Workers of unequal `cohort` (the layout hash) are never paired. `role_epoch` rises with every flip. One that
+    `is_leaving` its pool gets no new requests; what it has goes on.
     """
 
     worker_id: str
@@ -30,6 +31,7 @@ class Member:
     address: str  # host:port of its gRPC server
     cohort: str
     kv_token_bytes: int = 0  # KV of one token, over all layers
+    is_leaving: bool = False
     name: tuple[str, str] = field(init=False, repr=False, compare=False)  # this life: its id and its incarnation
     pool: Pool = field(init=False, repr=False, compare=False)
 

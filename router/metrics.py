@@ -15,7 +15,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 from engine.types import CarrierTotals, FinishReason, KvTransfer
-from router.api import HealthView, WorkerView
+from router.api import ControlView, HealthView, WorkerView
 from router.ledger import Ledger
 from router.replies import Usage
 from router.tally import Tally, TallyCollector
@@ -237,6 +237,8 @@ class _HealthCollector(Collector):
         yield from _prediction_errors(view)
         yield _admissions(view)
         yield GaugeMetricFamily("steelyard_waiting_requests", "Requests that wait here for room", view.num_waiting)
+        if view.control is not None:
+            yield from _control(view.control)
         if view.canary_age_s is not None:
             yield GaugeMetricFamily(
                 "steelyard_canary_age_seconds", "Since a canary last went through", view.canary_age_s
@@ -296,6 +298,22 @@ def _admissions(view: HealthView) -> CounterMetricFamily:
     for outcome, reason, count in view.admissions:
         counter.add_metric([outcome, reason], count)
     return counter
+
+
+def _control(view: ControlView) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+    """Every gateway tells the same."""
+    words = "Workers that changed their pool, and flips that were undone"
+    yield _counts("steelyard_flips", words, "outcome", (("done", view.num_flips), ("undone", view.num_undone)))
+    gauges = (
+        ("steelyard_flip_seconds", "Of the last flip, from its decision until it was listed", view.last_flip_s),
+        ("steelyard_predicted_attainment", "Share that keeps its targets as pools are now", view.attained),
+        ("steelyard_best_predicted_attainment", "The same with the best split", view.best_attained),
+        ("steelyard_wanted_prefill_workers", "Of the best split", view.best_prefill),
+        ("steelyard_forecast_error_ratio", "Of the forecast of the rate of requests", view.forecast_error),
+    )
+    for name, text, value in gauges:
+        if value is not None:
+            yield GaugeMetricFamily(name, text, value)
 
 
 def _kv_usage(worker: WorkerView) -> float:

@@ -73,7 +73,8 @@ class Moves:
         live = self._live.get(request_id)
         source = live.decoder if live is not None else None
         link = self._links.get((source.worker_id, source.incarnation)) if source is not None else None
-        if live is None or link is None or live.migration is not None or source == target:
+        is_there = source is not None and source.name == target.name
+        if live is None or link is None or live.migration is not None or is_there:
             raise InvalidRequest(f"request {request_id} does not generate on a worker that it could leave")
         return live, link
 

@@ -4,7 +4,8 @@
 2. a request that is to wait takes a seat in the waiting room, and is decided on again when it is called;
 3. a refusal is Overloaded, with the time at which a client that comes back is expected to be taken;
 4. `changed` hears of each change in where live requests are: the book files it, and who waits is called.
-It holds what decisions rest on: the book, the policy's memory, and by how much predictions were off.
+It holds what decisions rest on: the book, the policy's memory, and by how much predictions were off; and notes what
+comes and how it fares, for whoever sizes the pools.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from engine.errors import Overloaded, Unavailable
-from engine.types import MEAN
+from engine.types import MEAN, Role
+from router.arrivals import Arrivals, Arrived, Fared
 from router.book import Book
 from router.canary import CANARY
 from router.config import RouterConfig
 from router.learnt import Learnt
 from router.live import LiveRequest
 from router.margin import TtftErrors
+from router.membership import Pool
 from router.policies import POLICIES
 from router.policies.fleet import Fleet
 from router.policies.snapshot import (
@@ -39,6 +42,7 @@ from router.policies.snapshot import (
     Wait,
     has_targets,
 )
+from router.report import Times
 from router.waiting_room import Ticket, WaitingRoom
 from router.workers import WorkerLink
 
@@ -67,6 +71,7 @@ class Placer:
         self._now = now
         self._book = Book(self._predictor, limits)
         self._errors = TtftErrors()
+        self.arrivals = Arrivals()
         self._room = WaitingRoom(config.max_waiting)
         self._memory = Memory()
         self._promised_at = -math.inf
@@ -86,11 +91,20 @@ class Placer:
         now = self._now()
         return self._book.loads(self._links.values(), now)
 
+    @property
+    def times(self) -> Times:
+        return Times(self._predictor, self._limits)
+
+    def expected_left(self, live: LiveRequest) -> float:
+        """Tokens still to come."""
+        return self._book.expected_output(live)
+
     # --- one request ------------------------------------------------------------------------------------------
 
     async def choose(self, live: LiveRequest) -> Placement:
         """May wait; the caller bounds that. Raises Overloaded, or Unavailable if nobody can be reached."""
         cached = self.cached(live)
+        self._note_arrival(live, cached)
         if has_targets(live.request.service):
             self._promised_at = self._now()
         decision: Decision = self._first_decision(live, cached)
@@ -112,6 +126,21 @@ class Placer:
         self._num_decided["admitted", "targets" if has_targets(live.request.service) else "no targets"] += 1
         self._remember(live, decision)
         return decision
+
+    def _note_arrival(self, live: LiveRequest, cached: Mapping[Name, int]) -> None:
+        """The first time that it is to be placed."""
+        if live.num_refusals or live.num_failures or live.tokens or not self._links or not _counts(live):
+            return
+        request, now = live.request, self._now()
+        num_cached = min(max(cached.values(), default=0), request.num_tokens - 1)
+        pool = Pool(next(iter(self._links.values())).member.cohort, Role.PREFILL)
+        chunk = self._limits.prefill_chunk
+        compute_s = self._predictor.prefill_s(pool, request.num_tokens - num_cached, num_cached, chunk)
+        num_output = self._book.expected_output(live) * len(live.placed_together)
+        service = request.service
+        self.arrivals.came(
+            Arrived(now, request.num_tokens, num_cached, num_output, compute_s, service.ttft_s, service.tpot_s)
+        )
 
     def _first_decision(self, live: LiveRequest, cached: Mapping[Name, int]) -> Decision:
         """Without targets nobody goes before those who wait already."""
@@ -189,7 +218,10 @@ class Placer:
     def changed(self, live: LiveRequest) -> None:
         """Its workers or its phase may be others now."""
         now = self._now()
-        foretold = self._book.foretold(live) if live.placement is not None and not live.is_prefilling else None
+        has_token = live.placement is not None and not live.is_prefilling
+        if has_token and live.began_at is None:
+            live.began_at = now
+        foretold = self._book.foretold(live) if has_token else None
         if foretold is not None:
             predicted_s, measured_s = foretold.at - foretold.placed, now - foretold.placed
             self._errors.add(predicted_s, measured_s)
@@ -199,7 +231,10 @@ class Placer:
 
     def ended(self, live: LiveRequest) -> None:
         """Nobody wants more of it."""
-        self._book.ended(live, self._now())
+        now = self._now()
+        self._book.ended(live, now)
+        if (live.is_finished or live.refused or now > live.first_due) and _counts(live):
+            self.arrivals.fared(_fared(live, now))
         self._room.call()
 
     def heard(self, worker: Name) -> None:
@@ -220,10 +255,25 @@ class Placer:
         return self._refusal(live, Refuse(WORKER, decision.retry_after_s if isinstance(decision, Refuse) else 1.0))
 
     def _refusal(self, live: LiveRequest, refuse: Refuse) -> Overloaded:
+        live.refused = refuse.reason
         self._num_decided["refused", refuse.reason] += 1
         retry_after_s = float(max(1, math.ceil(refuse.retry_after_s)))  # as HTTP tells it, in whole seconds
-        pool = next(iter(self._links.values())).member.pool
+        pool = Pool(next(iter(self._links.values())).member.cohort, Role.PREFILL)
         compute_s = self._predictor.prefill_s(pool, live.request.num_tokens, 0, self._limits.prefill_chunk)
         back = Return(self._now() + retry_after_s, compute_s)
         self._memory = replace(self._memory, returns=(*self._memory.returns, back)[-MOST_RETURNS:])
         return Overloaded(f"{WORDS[refuse.reason]}; come back in {retry_after_s:g} s", retry_after_s=retry_after_s)
+
+
+def _counts(live: LiveRequest) -> bool:
+    """Is it of a client's, and the first of its answers?"""
+    return live.request.namespace != CANARY and not live.is_sibling
+
+
+def _fared(live: LiveRequest, now: float) -> Fared:
+    """`now`: its last token has just come, or none will."""
+    if live.began_at is None:
+        return Fared(now, live.refused, not has_targets(live.request.service), True)
+    num_more = max(1, len(live.tokens) - 1)
+    tpot_s = (now - live.began_at) / num_more
+    return Fared(now, live.refused, live.began_at <= live.first_due, tpot_s <= live.request.service.tpot_s)

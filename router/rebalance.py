@@ -102,7 +102,7 @@ def choose_move(loads: Sequence[WorkerLoad], running: Sequence[Running], below: 
     for source in sorted(decode, key=_free_share):
         if _free_share(source) >= below:
             return None
-        mine = [one for one in running if one.worker == source.member]
+        mine = [one for one in running if one.worker.name == source.name]
         targets = [one for one in decode if one is not source and one.member.cohort == source.member.cohort]
         total = sum(one.num_tokens for one in mine)
         used = source.stats.num_blocks - source.stats.num_free_blocks

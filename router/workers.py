@@ -72,6 +72,10 @@ class WorkerLink:
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     @property
+    def takes_requests(self) -> bool:
+        return self.connected and not self.member.is_leaving
+
+    @property
     def stats(self) -> EngineStats:
         """The worker's load as far as it is known here."""
         return self.client.stats_by_now(self._told)

@@ -212,7 +212,7 @@ def _refusal(layer: Layer, package: str, each: Import, heavy: set[str]) -> str |
 SIMULATED = (
     "engine/types.py", "engine/errors.py", "engine/planes.py", "engine/sequence.py", "engine/block_manager.py",
     "engine/scheduler.py", "engine/engine.py", "engine/prefix*.py", "engine/streams.py", "cluster/sides.py",
-    "kv_transfer/*", "prefill_worker/*", "decode_worker/*", "router/*", "cluster/simulator/*",
+    "kv_transfer/*", "prefill_worker/*", "decode_worker/*", "router/*", "cluster/simulator/*", "cluster/control/*",
 )  # fmt: skip
 REAL = tuple(f"kv_transfer/carriers/{name}*.py" for name in ("grpc", "shm", "dist", "door", "sample"))
 

@@ -43,8 +43,9 @@ class WorldSpec:
     the config says; larger ones are fewer, and several pulls share a link less evenly. `tells_layers`: in states, each
     of their layers leaves when its part of the step has passed; else, and in plain tokens, all do at its end.
     `slowdown`: all workers share one host, and this is what they do to each other's steps; None: each has its own.
-    `gateway_s`, `token_s`: what a client waits for outside of all this, before its first token and for each one
-    after."""
+    `is_controlled`: the configured controller runs and flips workers. `believed`: by which service times gateways
+    predict, if not by the true ones. `gateway_s`, `token_s`: what a client waits for outside of all this, before its
+    first token and for each one after."""
 
     seed: int
     config: ClusterConfig = field(default_factory=ClusterConfig)
@@ -61,6 +62,8 @@ class WorldSpec:
     tells_layers: bool = False
     roles: Mapping[Role, RoleSpec] = field(default_factory=dict)
     slowdown: Slowdown | None = None
+    is_controlled: bool = False
+    believed: ServiceTimes | None = None
     gateway_s: float = 0.0
     token_s: float = 0.0
 

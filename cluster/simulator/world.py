@@ -16,9 +16,13 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from cluster.config import ClusterConfig
+from cluster.control.controller import Controller
+from cluster.control.flip import Flipped
+from cluster.control.planner import Flip
 from cluster.sides import Cache, Links, WorkerSides
 from cluster.simulator.chance import Chance, SeededNames
 from cluster.simulator.clock import virtual_loop
+from cluster.simulator.fleet import SimulatedFleet
 from cluster.simulator.host import Host
 from cluster.simulator.known_times import KnownTimes
 from cluster.simulator.links import (
@@ -102,11 +106,12 @@ class World:
         self.gateway_port = self.network.attach(GATEWAY, GATEWAY, "1", None)
         names = SeededNames(self._chance.fork("names"))
         connector = SimulatedConnector(self.network, self.gateway_port, self._port_and_steps)
-        predictor = KnownTimes(lambda role: spec.role(role).steps, spec.links)
+        predictor = KnownTimes(lambda role: spec.believed or spec.role(role).steps, spec.links)
         self.dispatcher = Dispatcher(
             spec.config.router, GATEWAY, connector, names, self._retried, spec.naming, spec.config.engine_limits,
             predictor,
         )  # fmt: skip
+        self._controlling: asyncio.Task[None] | None = None
 
     # --- life ----------------------------------------------------------------------------------------------
 
@@ -118,6 +123,12 @@ class World:
         while not all(worker.connected for worker in self.dispatcher.health().workers):  # noqa: ASYNC110
             await asyncio.sleep(self.spec.links.latency_s)
         self.dispatcher.rebalancer.start()
+        if self.spec.is_controlled:
+            self.control(Controller(SimulatedFleet(self), self.spec.config.controller, on_flipped=self.flipped))
+
+    def control(self, controller: Controller) -> None:
+        """From now on it decides who is in which pool."""
+        self._controlling = self._loop.create_task(controller.run(), name="controller")
 
     @property
     def now(self) -> float:
@@ -128,6 +139,11 @@ class World:
         return self._loop.num_calls
 
     async def close(self) -> None:
+        if self._controlling is not None:
+            self._controlling.cancel()
+            await asyncio.gather(self._controlling, return_exceptions=True)
+            if not self._controlling.cancelled():
+                self._controlling.result()
         await self.dispatcher.close()
         for worker in self.all_workers:
             await worker.stop()
@@ -219,15 +235,39 @@ class World:
         self._note(worker_id, "left")
         self._list(worker_id, listed=False)
 
+    def relist(self, member: Member) -> None:
+        """The membership goes on with this record of a worker."""
+        if member.worker_id in self.workers:
+            self._publish(member)
+
+    def worker(self, worker_id: str) -> SimulatedWorker | None:
+        """If it lives."""
+        return self.workers.get(worker_id)
+
+    def members(self) -> tuple[Member, ...]:
+        return self._membership.members
+
+    def flipped(self, _wished: Flip, done: Flipped) -> None:
+        """A flip is over."""
+        self._note(done.worker_id, f"became {done.role}" if not done.problem else f"stayed {done.role}")
+
     # --- parts ---------------------------------------------------------------------------------------------
 
     def _note(self, worker_id: str, what: str) -> None:
         self.happenings.append(Happening(asyncio.get_running_loop().time(), worker_id, what))
 
     def _list(self, worker_id: str, listed: bool) -> None:
-        members = [member for member in self._membership.members if member.worker_id != worker_id]
         if listed:
-            members.append(self.workers[worker_id].sides.member)
+            self._publish(self.workers[worker_id].sides.member)
+        else:
+            self._apply([member for member in self._membership.members if member.worker_id != worker_id])
+
+    def _publish(self, member: Member) -> None:
+        """In its place, or as the last one."""
+        others = {one.worker_id: one for one in self._membership.members}
+        self._apply(list((others | {member.worker_id: member}).values()))
+
+    def _apply(self, members: list[Member]) -> None:
         self._membership = Membership(self._membership.version + 1, tuple(members))
         self.dispatcher.apply(self._membership)
 

@@ -95,7 +95,7 @@ class WorkerLoad:
     changes one. It is not frozen: to make a frozen one takes five times as long, and one is made for every report."""
 
     member: Member
-    connected: bool
+    connected: bool  # and its pool routes to it
     num_sequences: int  # live requests placed here
     num_prompt_tokens: int  # of those still without a first token
     stats: EngineStats

@@ -12,13 +12,17 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from cluster.config import ClusterConfig
 from cluster.spec import Parts, WorkerSpec
 from engine.errors import ConfigError, ModelError
+from engine.types import Role
+from router.api import ControlView
 from router.membership import Member, Membership
+from router.policies.snapshot import Name
+from router.report import GatewayReport
 
 PARTS = Parts(
     worker="tests.cluster.fakes:FakeWorker",
@@ -48,7 +52,15 @@ class FakeWorker:
         self._server = await asyncio.start_server(_hang_up, self._spec.host, 0)
         port = self._server.sockets[0].getsockname()[1]
         spec = self._spec
-        return Member(spec.worker_id, spec.incarnation, spec.role, 0, f"{spec.host}:{port}", cohort=str(os.getpid()))
+        address = f"{spec.host}:{port}"
+        self._member = Member(spec.worker_id, spec.incarnation, spec.role, 0, address, cohort=str(os.getpid()))
+        return self._member
+
+    async def relabel(self, role: Role, role_epoch: int) -> None:
+        self._member = replace(self._member, role=role, role_epoch=role_epoch)
+
+    async def member(self) -> Member:
+        return self._member
 
     async def failed(self) -> str:
         return await asyncio.get_running_loop().create_future()
@@ -90,6 +102,12 @@ class FakeGateway:
         self._versions.append(membership.version)
         if len({member.role for member in membership.members}) == 2:
             self._ready.set()
+
+    def report(self, control: ControlView) -> GatewayReport:
+        return GatewayReport(self._gateway_id, 0.0, (), (), (), (), 0.0, 16, 16)
+
+    async def evacuate(self, worker: Name, limit_s: float) -> int:
+        return 0
 
     async def ready(self) -> None:
         await self._ready.wait()

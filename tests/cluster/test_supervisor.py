@@ -5,19 +5,25 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from itertools import count
 
 import pytest
 
 from cluster.config import ClusterConfig, ClusterSection, PoolConfig, PoolsSection
+from cluster.control.rules import ControllerConfig
 from cluster.end_limits import EndLimits, end_limits
 from cluster.incarnation import Incarnation
 from cluster.spec import Phase, UnitState, WorkerSpec
 from cluster.supervisor import MAX_BACKOFF_S, MAX_FIRST_ATTEMPTS, Supervisor, backoff_s
 from engine.errors import ConfigError, ModelError, WorkerLost
 from engine.types import ErrorInfo, Role
+from router.api import ControlView
 from router.config import RouterConfig
 from router.membership import Member, Membership
+from router.policies.snapshot import Name
+from router.report import GatewayReport
+from tests.cluster.control.cases import pools, steady, table
 
 
 class FakeProcess:
@@ -46,12 +52,23 @@ class FakeWorkerProcess(FakeProcess):
     def __init__(self, spec: WorkerSpec, fault: Exception | None) -> None:
         super().__init__(spec.incarnation)
         self.spec = spec
+        self.now: Member | None = None  # by its own word
         self._fault = fault
 
     async def start(self) -> Member:
         if self._fault is not None:
             raise self._fault
-        return Member(self.spec.worker_id, self.incarnation, self.spec.role, 0, "127.0.0.1:1", "same")
+        begun = Member(self.spec.worker_id, self.incarnation, self.spec.role, 0, "127.0.0.1:1", "same")
+        self.now = self.now or begun
+        return begun
+
+    async def relabel(self, role: Role, role_epoch: int) -> None:
+        assert self.now is not None
+        self.now = replace(self.now, role=role, role_epoch=role_epoch)
+
+    async def member(self) -> Member:
+        assert self.now is not None
+        return self.now
 
 
 class FakeGatewayProcess(FakeProcess):
@@ -65,6 +82,9 @@ class FakeGatewayProcess(FakeProcess):
         self.applied: list[Membership] = []
         self._fault = fault
         self._canary = asyncio.Event()
+        self.views: list[ControlView] = []
+        self.told: Callable[[], GatewayReport] | None = None
+        self.evacuated: list[Name] = []
         self.on_stop: Callable[[float], None] = lambda polite_s: None
 
     async def start(self) -> str:
@@ -79,6 +99,14 @@ class FakeGatewayProcess(FakeProcess):
         self.applied.append(membership)
         if len(membership.members) >= 2:
             self._canary.set()
+
+    async def report(self, control: ControlView) -> GatewayReport:
+        self.views.append(control)
+        return self.told() if self.told is not None else GatewayReport("g", 0.0, (), (), (), (), 0.0, 16, 16)
+
+    async def evacuate(self, worker: Name, limit_s: float) -> int:
+        self.evacuated.append(worker)
+        return 2
 
     async def ready(self) -> None:
         await self._canary.wait()
@@ -115,10 +143,24 @@ class FakeSpawner:
         return [worker for worker in self.workers if worker.spec.worker_id == worker_id][-1]
 
 
+class AdoptingSpawner(FakeSpawner):
+    """Hands back what another one has made."""
+
+    def __init__(self, other: FakeSpawner) -> None:
+        super().__init__()
+        self._other = other
+
+    async def worker(self, spec: WorkerSpec, pool: PoolConfig) -> FakeWorkerProcess:
+        self.workers.append(self._other.latest(spec.worker_id))
+        return self.workers[-1]
+
+
 def make_config(gateways: int = 1, **cluster: object) -> ClusterConfig:
     section = ClusterSection.model_validate({"start_timeout_s": 5.0, **cluster})
     pools = PoolsSection(prefill=PoolConfig(workers=1), decode=PoolConfig(workers=2))
-    return ClusterConfig(cluster=section, router=RouterConfig(port=0, gateways=gateways), pools=pools)
+    controller = ControllerConfig(tick_s=0.02, fewest=5, cooldown_s=0.2, confirmations=2)
+    router = RouterConfig(port=0, gateways=gateways)
+    return ClusterConfig(cluster=section, router=router, pools=pools, controller=controller)
 
 
 @asynccontextmanager
@@ -217,6 +259,65 @@ async def test_a_restarted_supervisor_goes_above_the_version_that_its_gateway_ho
         first = spawner.gateways[0].applied[0]
         assert first.version > 17
         assert len(first.members) == 3, "no worker that lives is unlisted for a moment"
+
+
+def long_prompts(supervisor: Supervisor) -> GatewayReport:
+    """What a gateway tells of that calls for more prefill workers: more prompts than one can compute."""
+    now = asyncio.get_running_loop().time()
+    came = steady(4.0, now - 0.02, now + 0.5, num_prompt=8000, num_output=5.0, ttft_s=5.0)
+    workers = tuple(
+        replace(stand, worker_id=member.worker_id, incarnation=member.incarnation, cohort=member.cohort)
+        for stand, member in zip(pools(1, 2), supervisor.membership().members, strict=False)
+    )
+    return GatewayReport("g", now, came, (), workers, (("same", table()),), 0.0, 16, 128)
+
+
+async def test_the_controller_flips_a_worker_and_every_gateway_gets_to_know() -> None:
+    spawner = FakeSpawner()
+    async with running(spawner) as supervisor:
+        await until(is_ready(supervisor))
+        spawner.gateways[0].told = lambda: long_prompts(supervisor)
+        await until(lambda: len(supervisor.membership().by_role(Role.PREFILL)) == 2)
+        flipped = next(one for one in supervisor.membership().members if one.role_epoch)
+        assert flipped.worker_id.startswith("decode-")
+        assert spawner.latest(flipped.worker_id).now == flipped
+        assert spawner.gateways[0].evacuated == [flipped.name]
+        await until(lambda: spawner.gateways[0].applied[-1] == supervisor.membership())
+        left = [one for each in spawner.gateways[0].applied for one in each.members if one.is_leaving]
+        assert {one.worker_id for one in left} == {flipped.worker_id}
+        await until(lambda: spawner.gateways[0].views[-1].num_flips == 1)
+        await asyncio.sleep(0.3)
+        assert len(supervisor.membership().by_role(Role.DECODE)) == 1, "each pool keeps one"
+
+
+async def test_a_restarted_supervisor_takes_a_flipped_worker_for_what_it_is() -> None:
+    """Its actor lives and answers as it began; only its own word now says the role."""
+    spawner = FakeSpawner()
+    async with running(spawner) as supervisor:
+        await until(is_ready(supervisor))
+        worker = spawner.latest("decode-1")
+        await worker.relabel(Role.PREFILL, 1)
+        adopted = AdoptingSpawner(spawner)
+        async with running(adopted) as second:
+            await until(is_ready(second))
+            assert [one.worker_id for one in second.membership().by_role(Role.PREFILL)] == ["prefill-0", "decode-1"]
+
+
+async def test_a_controller_that_fails_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    spawner = FakeSpawner()
+    async with running(spawner) as supervisor:
+        await until(is_ready(supervisor))
+        monkeypatch.setattr("cluster.control.controller.plan", _fails)
+        await until(lambda: supervisor.controller is not None)
+        first = supervisor.controller
+        await until(lambda: supervisor.controller is not first)
+        monkeypatch.undo()
+        spawner.gateways[0].told = lambda: long_prompts(supervisor)
+        await until(lambda: len(supervisor.membership().by_role(Role.PREFILL)) == 2)
+
+
+def _fails(*_: object) -> None:
+    raise RuntimeError("planted")
 
 
 def test_the_backoff_doubles_and_is_bounded() -> None:

@@ -30,6 +30,10 @@ class Link:
     stats: EngineStats = field(default_factory=EngineStats)
     stats_stand: bool = True
 
+    @property
+    def takes_requests(self) -> bool:
+        return self.connected and not self.member.is_leaving
+
 
 class Twins:
     """Two books that hear the same: `kept` is asked for all loads, `anew` for one after the other."""

@@ -16,6 +16,7 @@ from cluster.simulator.world import GATEWAY, SimulatedWorker, World
 from engine.engine import Engine, EngineSpec
 from engine.step_shape import StepShape
 from engine.types import Role, StepOutputs
+from router.membership import Member
 
 
 class FaultyWorld(World):
@@ -67,9 +68,9 @@ class FaultyWorld(World):
 
     # --- parts, each within its process --------------------------------------------------------------------
 
-    def _list(self, worker_id: str, listed: bool) -> None:
+    def _apply(self, members: list[Member]) -> None:
         with within(GATEWAY):
-            super()._list(worker_id, listed)
+            super()._apply(members)
 
     def _make_worker(self, worker_id: str, incarnation: str, role: Role) -> SimulatedWorker:
         with within(worker_id):

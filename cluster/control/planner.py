@@ -1,0 +1,231 @@
+"""The planner: whether a worker should change its pool now, and which. Pure: what was seen and what is remembered in, a
+plan and what to remember out.
+
+1. what is missing, stale or absurd means hold, and so does a flip that is under way;
+2. demand is that of the window, at the rate and with the lengths that are forecast a horizon ahead (forecast.py); in
+   need, when refusals or queues say that a pool is short now, that of the last seconds;
+3. all splits are rated (sizing.py), with demand corrected by what was observed (bias.py);
+4. a step towards the best one is wished for when its gain over the horizon exceeds its cost by a margin, and it is done
+   when it was wished for several times in a row, in need at once, and no earlier flip is too recent;
+5. the victim is who costs least: from prefill the one with the shortest queue, from decode the one with the fewest
+   tokens stored.
+Each pool keeps one worker. A pool that is empty gets one at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from cluster.control.bias import NO_FEEDBACK, Feedback
+from cluster.control.demand import Demand
+from cluster.control.forecast import Forecast
+from cluster.control.rules import ControllerConfig
+from cluster.control.seen import Need, Seen, absurd, need_of
+from cluster.control.sizing import Machine, Split, best, over_horizon, splits
+from engine.types import Role
+from router.report import WorkerStand
+
+FLIP_S = 0.3  # that a worker serves neither pool
+CACHE_LOST = 0.25  # of what a worker has cached: the rest is fetched from it
+RATE, COMPUTE, OUTPUT = range(3)  # the series that are forecast
+
+
+@dataclass(frozen=True, slots=True)
+class Flip:
+    """This life of a worker is to serve another pool. `cost` and `gain` in requests that keep their targets."""
+
+    worker_id: str
+    incarnation: str
+    to: Role
+    gain: float
+    cost: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """`flip` is None when all stays; `reason` says why in either case. `now`: the split as it is, and `best` as it
+    should be, by what was predicted; None when that was not asked."""
+
+    reason: str
+    flip: Flip | None = None
+    now: Split | None = None
+    best: Split | None = None
+    rate: float = 0.0
+    need: Need = Need.NONE
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What one decision leaves to the next."""
+
+    series: tuple[Forecast, ...] = (Forecast(), Forecast(), Forecast())
+    bucket_until: float = -math.inf
+    feedback: Feedback = NO_FEEDBACK
+    wish: tuple[str, str] = ("", "")  # a cohort, and the role that it is to have more of
+    num_wishes: int = 0  # in a row
+    flipped_at: float = -math.inf
+
+
+def plan(seen: Seen, memory: Memory, rules: ControllerConfig) -> tuple[Plan, Memory]:
+    if fault := absurd(seen, rules):
+        return Plan(f"hold: {fault}"), replace(memory, num_wishes=0)
+    memory = _with_buckets(seen, memory, rules)
+    if seen.is_flipping:
+        frozen = memory.feedback.frozen(seen, rules)
+        return Plan("hold: a flip is under way"), replace(memory, num_wishes=0, feedback=frozen)
+    for cohort in seen.cohorts:
+        found = _empty_pool(seen, memory, rules, cohort)
+        if found is not None:
+            return found, replace(memory, num_wishes=0, flipped_at=seen.now)
+    plans = [_plan_cohort(seen, memory, rules, cohort) for cohort in seen.cohorts]
+    if not plans:
+        return Plan("hold: no cohort has two workers"), replace(memory, num_wishes=0)
+    chosen, feedback = max(plans, key=lambda one: one[0].flip.gain - one[0].flip.cost if one[0].flip else -math.inf)
+    memory = replace(memory, feedback=feedback)
+    if chosen.flip is None:
+        return chosen, replace(memory, wish=("", ""), num_wishes=0)
+    return _confirmed(seen, memory, rules, chosen, chosen.flip)
+
+
+def _confirmed(seen: Seen, memory: Memory, rules: ControllerConfig, wished: Plan, flip: Flip) -> tuple[Plan, Memory]:
+    """Is it time? A wish that is not the same as before begins to count anew."""
+    wish = seen.cohort_of(flip.worker_id), str(flip.to)
+    num_wishes = memory.num_wishes + 1 if wish == memory.wish else 1
+    memory = replace(memory, wish=wish, num_wishes=num_wishes)
+    left_s = memory.flipped_at + rules.cooldown_s - seen.now
+    if left_s > 0:
+        return replace(wished, flip=None, reason=f"hold: {left_s:.1f} s since the last flip are missing"), memory
+    if wished.need is Need.NONE and num_wishes < rules.confirmations:
+        return replace(wished, flip=None, reason=f"hold: wished {num_wishes} of {rules.confirmations} times"), memory
+    return wished, replace(memory, wish=("", ""), num_wishes=0, flipped_at=seen.now)
+
+
+# --- one cohort -----------------------------------------------------------------------------------------------
+
+
+def _plan_cohort(seen: Seen, memory: Memory, rules: ControllerConfig, cohort: str) -> tuple[Plan, Feedback]:
+    workers = seen.workers_of(cohort)
+    prefill, decode = _pool(workers, Role.PREFILL), _pool(workers, Role.DECODE)
+    feedback = memory.feedback
+    if not prefill or not decode:
+        return Plan("hold: a pool has no worker, and may get its own back"), feedback
+    machine, share = seen.machine(cohort), len(workers) / seen.num_workers
+    window = seen.demand(rules.window_s)
+    if machine is None or window is None or seen.num_arrived(rules.window_s) < rules.fewest:
+        return Plan("hold: too few requests to judge by"), feedback
+    need = need_of(seen, workers, rules)
+    present, ahead = (replace(one, rate=one.rate * share) for one in _demands(seen, memory, rules, window, need))
+    demand = max(present, ahead, key=lambda one: one.rate)
+    rated = over_horizon(
+        splits(present, machine, len(workers), feedback.bias), splits(ahead, machine, len(workers), feedback.bias)
+    )
+    now = rated[len(prefill) - 1]
+    feedback = _with_observed(seen, feedback, rules, machine, share, len(prefill))
+    wanted = best(rated, len(prefill))
+    known = Plan("", None, now, wanted, demand.rate, need)
+    if wanted.num_prefill == now.num_prefill or wanted.attained - now.attained < rules.dead_band:
+        return replace(known, reason="hold: the split is right"), feedback
+    to = Role.PREFILL if wanted.num_prefill > now.num_prefill else Role.DECODE
+    if need not in (Need.NONE, Need.of(to)):
+        return replace(known, reason=f"hold: {need} is short, and the forecast wishes for {to}"), feedback
+    giver = [one for one in (decode if to is Role.PREFILL else prefill) if one.takes_requests]
+    if len(giver) < 2:
+        return replace(known, reason="hold: each pool keeps one worker"), feedback
+    victim = min(giver, key=lambda one: (_burden(one), one.worker_id))
+    num_steps = abs(wanted.num_prefill - now.num_prefill)
+    gain = (wanted.attained - now.attained) / num_steps * demand.rate * rules.horizon_s
+    cost = _cost(victim, demand, machine, len(workers))
+    if gain <= rules.margin * cost:
+        return replace(known, reason=f"hold: a gain of {gain:.2f} requests is not worth a cost of {cost:.2f}"), feedback
+    flip = Flip(victim.worker_id, victim.incarnation, to, gain, cost)
+    return replace(known, reason=f"flip towards {wanted.num_prefill} + {wanted.num_decode}", flip=flip), feedback
+
+
+def _with_observed(
+    seen: Seen, feedback: Feedback, rules: ControllerConfig, machine: Machine, share: float, num_prefill: int
+) -> Feedback:
+    """Against what is predicted of the demand that there has just been."""
+    recent = seen.demand(rules.recent_s)
+    if recent is None:
+        return feedback
+    rated = splits(replace(recent, rate=recent.rate * share), machine, round(seen.num_workers * share), feedback.bias)
+    return feedback.after(seen, rated[num_prefill - 1], rules)
+
+
+def _demands(seen: Seen, memory: Memory, rules: ControllerConfig, window: Demand, need: Need) -> tuple[Demand, Demand]:
+    """What there is, by the last seconds if these tell enough, and what is forecast a horizon ahead; in need what there
+    is counts alone."""
+    recent = seen.demand(rules.recent_s)
+    if recent is None or seen.num_arrived(rules.recent_s) < rules.fewest:
+        recent = window
+    recent = replace(recent, burstiness=window.burstiness)
+    ahead = [forecast.ahead() for forecast in memory.series]
+    rate = window.rate if ahead[RATE] is None else ahead[RATE]
+    compute = _ratio(ahead[COMPUTE], window.compute_s)
+    output = _ratio(ahead[OUTPUT], window.num_output)
+    if need is not Need.NONE:
+        return recent, recent
+    return recent, window.scaled(rate or 0.0, compute, output)
+
+
+def _ratio(ahead: float | None, seen: float) -> float:
+    """Of lengths forecast to lengths seen, within what is sane."""
+    return min(4.0, max(0.25, ahead / seen)) if ahead is not None and ahead > 0 and seen > 0 else 1.0
+
+
+def _cost(victim: WorkerStand, demand: Demand, machine: Machine, num_workers: int) -> float:
+    """In requests: service lost, KV moved, cache lost."""
+    rate = demand.rate / num_workers
+    moved_s = victim.num_tokens * machine.transfer_token_s
+    block_tokens = machine.kv_tokens / max(1, victim.num_blocks)
+    mean_prompt = sum(kind.share * kind.num_prompt for kind in demand.kinds)
+    lost = CACHE_LOST * demand.cached_share * victim.num_cached_blocks * block_tokens / max(1.0, mean_prompt)
+    return rate * (FLIP_S + moved_s) + min(lost, rate * FLIP_S * 10)
+
+
+def _burden(worker: WorkerStand) -> tuple[float, float]:
+    """What a flip would have to move or wait for."""
+    if worker.role is Role.PREFILL:
+        return worker.queued_s, worker.num_tokens
+    return worker.num_tokens, worker.queued_s
+
+
+def _empty_pool(seen: Seen, memory: Memory, rules: ControllerConfig, cohort: str) -> Plan | None:
+    """A pool without a worker, for longer than one takes to come back."""
+    workers = seen.workers_of(cohort)
+    if seen.now - memory.flipped_at < rules.cooldown_s or seen.is_incomplete:
+        return None
+    for role, giver in ((Role.PREFILL, Role.DECODE), (Role.DECODE, Role.PREFILL)):
+        givers = _pool(workers, giver)
+        if not _pool(workers, role) and len(givers) > 1:
+            victim = min(givers, key=lambda one: (_burden(one), one.worker_id))
+            return Plan(
+                f"flip: no worker is left to {role}", Flip(victim.worker_id, victim.incarnation, role, 0.0, 0.0)
+            )
+    return None
+
+
+def _pool(workers: Sequence[WorkerStand], role: Role) -> list[WorkerStand]:
+    return [worker for worker in workers if worker.role is role]
+
+
+# --- series ---------------------------------------------------------------------------------------------------
+
+
+def _with_buckets(seen: Seen, memory: Memory, rules: ControllerConfig) -> Memory:
+    """The values of the buckets that have become full since."""
+    until, size = memory.bucket_until, rules.bucket_s
+    if not math.isfinite(until) or seen.now - until > rules.window_s:
+        return replace(memory, bucket_until=seen.now)
+    horizon = max(1, round(rules.horizon_s / size))
+    series = [replace(one, horizon=horizon) for one in memory.series]
+    for _ in range(int((seen.now - until) / size)):
+        arrived = seen.sample_between(until, until + size)
+        series[RATE] = series[RATE].then(seen.num_between(until, until + size) / size)
+        if arrived:
+            series[COMPUTE] = series[COMPUTE].then(sum(one.compute_s for one in arrived) / len(arrived))
+            series[OUTPUT] = series[OUTPUT].then(sum(one.num_output for one in arrived) / len(arrived))
+        until += size
+    return replace(memory, series=tuple(series), bucket_until=until)
