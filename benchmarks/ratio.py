@@ -1,0 +1,433 @@
+"""The ratio of prefill to decode workers: ours against rivals on the same engine, in the simulator. Virtual time.
+
+    python -m benchmarks.ratio [--quick] [--json FILE] [--loads A,B] [--workers 8] [--targets 0,1] [--systems X,Y]
+        [--scaled] [--goodput] [--processes N]
+
+Simulated H200 with Qwen3 32B in bfloat16 (published tables), links of 25 GB/s: a smaller model has so many more
+requests and tokens at its capacity that the matrix would take days. Loads, targets and rivals' constants that
+are searched stand in benchmarks/ratio.yaml, fixed before the first result; ours has one set of constants for all. The
+first third of each load is for the search; results come from the rest. A request that is refused has missed its
+targets.
+- `static N`: so many prefill workers, all the time. The best of them is the static oracle; the best of each window of
+  60 s, one after the other, is the bound of what rebalancing can gain (windows are taken from runs that stay static, so
+  it is about a bound, not one);
+- `--scaled`: the table again with service times 20 % longer and shorter than planned for;
+- `--goodput`: the highest rate at which 90 and 99 % keep their targets, by bisection, of four systems.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import logging
+import math
+import multiprocessing
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from rich.progress import Progress
+
+from benchmarks.ratio_systems import SYSTEMS, System, searched
+from benchmarks.report import Row, Target, machine, print_table, print_targets, target, write_json
+from benchmarks.simulator import DATA
+from cluster.config import ClusterConfig
+from cluster.control.controller import Controller
+from cluster.simulator.fleet import RestartingFleet, SimulatedFleet
+from cluster.simulator.log import EventLog
+from cluster.simulator.network import LinkTimes
+from cluster.simulator.play import simulate
+from cluster.simulator.results import RequestResult, SimulationResult
+from cluster.simulator.service_times.load import load_service_times
+from cluster.simulator.service_times.model import ServiceTimes
+from cluster.simulator.spec import WorldSpec
+from cluster.simulator.workloads.load import load_workload
+from cluster.simulator.workloads.shape import cut, mix, shift, speed_up
+from cluster.simulator.workloads.workload import Workload
+from cluster.simulator.world import World
+from engine.errors import Overloaded
+from engine.step_shape import StepShape
+
+PLAN = Path(__file__).with_suffix(".yaml")
+SEED = 1
+BLOCK_SIZE = 64
+WINDOW_S = 60.0
+AROUND_FLIP_S = 30.0
+QUICK_S = 60.0
+LONGEST_S = 180.0  # interval of a rival
+FLIP_TIMEOUT_S = 600.0  # of those who start anew
+OURS = "ours"
+BISECTED = (OURS, "aggregated", "static", "DOPD corrected")
+PRECISION = 1.08  # of a goodput
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One load, on so many workers, with these targets; `times`: service times, as parts of the table's."""
+
+    load: str
+    num_workers: int
+    ttft_s: float
+    tpot_s: float
+    times: float = 1.0
+    rate: float = 1.0  # as part of the load's
+    seconds: float = 600.0
+    begin_s: float = 200.0  # what arrives before is not counted
+    end_s: float = math.inf  # what arrives after that does not
+
+    @property
+    def name(self) -> str:
+        return f"{self.load}, {self.num_workers} workers, {self.ttft_s:g} s / {1e3 * self.tpot_s:g} ms"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Of one system in one cell. `windows`: of each window, requests that came and requests that kept their targets."""
+
+    system: str
+    cell: Cell
+    num_requests: int
+    num_kept: int
+    num_refused: int
+    ttfts_s: tuple[float, ...]  # quantiles 50, 90, 99
+    tt2t_s: tuple[float, ...]
+    gaps_s: tuple[float, ...]
+    tpots_s: tuple[float, ...]
+    num_flips: int
+    kept_around_flips: float | None
+    windows: tuple[tuple[int, int], ...]
+    cpu_s: float
+
+    @property
+    def attained(self) -> float:
+        return self.num_kept / max(1, self.num_requests)
+
+
+# --- one run --------------------------------------------------------------------------------------------------
+
+
+class Scaled:
+    """Service times so many times as long. Implements ServiceTimes."""
+
+    def __init__(self, steps: ServiceTimes, times: float) -> None:
+        self._steps, self._times = steps, times
+
+    def step_s(self, shape: StepShape) -> float:
+        return self._times * self._steps.step_s(shape)
+
+    def decode_steps_s(self, num_decoding: int, num_context: int, num_steps: int) -> list[float]:
+        return [self._times * step_s for step_s in self._steps.decode_steps_s(num_decoding, num_context, num_steps)]
+
+    def extrapolates(self, shape: StepShape) -> bool:
+        return self._steps.extrapolates(shape)
+
+
+@cache
+def table() -> ServiceTimes:
+    return load_service_times(str(DATA / plan()["service_times"]), tensor_parallel=1)
+
+
+def play(system: System, cell: Cell) -> Found:
+    """In this process."""
+    logging.disable(logging.WARNING)
+    begun = time.process_time()
+    workload = cut(workload_of(cell.load, cell.num_workers, cell.rate, cell.seconds), max_s=cell.end_s)
+    spec = spec_of(system, cell)
+
+    def on_start(world: World) -> None:
+        if system.rival is None:
+            return
+        fleet = RestartingFleet(world, system.start_s) if system.start_s else SimulatedFleet(world)
+        rules = spec.config.controller.model_copy(update={"flip_timeout_s": FLIP_TIMEOUT_S, "window_s": LONGEST_S})
+        world.control(Controller(fleet, rules, on_flipped=world.flipped, rival=system.rival()))
+
+    result = simulate(spec, workload, EventLog(keep=False, detailed=False), on_start=on_start)
+    return _found(system.name, cell, result, time.process_time() - begun)
+
+
+def spec_of(system: System, cell: Cell) -> WorldSpec:
+    num_prefill = system.num_prefill or max(1, cell.num_workers // 2)
+    config = ClusterConfig.model_validate(
+        {
+            "engine": {
+                "num_blocks": plan()["kv_tokens"] // BLOCK_SIZE, "block_size": BLOCK_SIZE,
+                "max_batch_tokens": 8192, "prefill_chunk": 8192, "max_batch_seqs": 256, "prefix_cache": True,
+            },
+            "pools": {"prefill": {"workers": num_prefill}, "decode": {"workers": cell.num_workers - num_prefill}},
+            "router": {
+                "policy": system.policy, "ttft_s": cell.ttft_s, "tpot_s": cell.tpot_s, "max_live_requests": 10**6,
+                "max_waiting": 10**5, "deadline_s": 120.0,
+            },
+            "prefill": {"refuse_late": system.policy == "slo"},
+        }
+    )  # fmt: skip
+    steps = table() if cell.times == 1.0 else Scaled(table(), cell.times)
+    return WorldSpec(
+        SEED, config, steps, LinkTimes(bytes_per_s=25e9), plain=True, frame_bytes=2**27, max_context=250_000,
+        kv_token_bytes=plan()["kv_token_bytes"], is_controlled=system.is_ours,
+        believed=table(),
+    )  # fmt: skip
+
+
+def workload_of(load: str, num_workers: int, rate: float, seconds: float) -> Workload:
+    wanted = plan()["loads"][load]
+    per_s = wanted["rate"] * rate * num_workers / 8
+    if wanted["source"] == "ratio-sine":
+        return _against_each_other(per_s, seconds)
+    text = wanted["source"].format(
+        traces=DATA / "traces", rate=per_s, half=per_s / 2, middle=0.55 * seconds, seconds=seconds
+    )
+    workload = load_workload(text, SEED)
+    if text.startswith("trace:"):
+        own = len(workload.arrivals) / workload.span_s
+        workload = _again_until(speed_up(workload, per_s / own), seconds)
+    return cut(workload, max_s=seconds)
+
+
+def _again_until(workload: Workload, seconds: float) -> Workload:
+    """A trace that is over before that begins again, with the same prefixes."""
+    arrivals = list(workload.arrivals)
+    span_s = workload.span_s + workload.span_s / len(arrivals)
+    while arrivals[-1].at_s < seconds:
+        turn = len(arrivals) // len(workload.arrivals)
+        arrivals += shift(workload, turn * span_s).arrivals
+    return replace(workload, arrivals=tuple(arrivals))
+
+
+def _against_each_other(per_s: float, seconds: float) -> Workload:
+    """Long prompts with short answers and short prompts with long answers, whose rates swing in opposite phases."""
+    half, period_s = per_s / 2, seconds / 2.5
+    shapes = "max_prompt=16000,max_output=1500"
+    heavy = load_workload(
+        f"sine:rate={half},amplitude=0.9,period_s={period_s},seconds={seconds + period_s / 2},"
+        f"prompt=lognormal:6000:0.6,output=lognormal:40:0.5,{shapes}", SEED,
+    )  # fmt: skip
+    light = load_workload(
+        f"sine:rate={half},amplitude=0.9,period_s={period_s},seconds={seconds + period_s / 2},"
+        f"prompt=lognormal:800:0.6,output=lognormal:400:0.5,{shapes}", SEED + 1,
+    )  # fmt: skip
+    later = [arrival for arrival in heavy.arrivals if arrival.at_s >= period_s / 2]
+    return cut(mix("sine", [shift(replace(heavy, arrivals=tuple(later)), -period_s / 2), light]), max_s=seconds)
+
+
+@cache
+def plan() -> Mapping[str, Any]:
+    return yaml.safe_load(PLAN.read_text())
+
+
+# --- what came of it ------------------------------------------------------------------------------------------
+
+
+def keeps(one: RequestResult, cell: Cell) -> bool:
+    if one.error or one.ttft_s is None or one.num_output < one.num_wanted:
+        return False
+    return one.ttft_s <= cell.ttft_s and (one.tpot_s or 0.0) <= cell.tpot_s
+
+
+def _found(name: str, cell: Cell, result: SimulationResult, cpu_s: float) -> Found:
+    counted = [one for one in result.requests if one.arrived_s >= cell.begin_s]
+    assert counted, "the load goes on for as long as is counted"
+    kept = [keeps(one, cell) for one in counted]
+    flips = [one.at_s for one in result.happenings if one.what.startswith("became") and one.at_s >= cell.begin_s]
+    near = [good for one, good in zip(counted, kept, strict=True) if _is_near(one.arrived_s, flips)]
+    num_windows = math.ceil((cell.seconds - cell.begin_s) / WINDOW_S)
+    windows = [[0, 0] for _ in range(num_windows)]
+    for one, good in zip(counted, kept, strict=True):
+        window = windows[min(num_windows - 1, int((one.arrived_s - cell.begin_s) / WINDOW_S))]
+        window[0] += 1
+        window[1] += good
+    return Found(
+        name, cell, len(counted), sum(kept), sum(one.error == Overloaded.code for one in counted),
+        _quantiles(one.ttft_s for one in counted),
+        _quantiles(one.ttft_s + one.gap_s for one in counted if one.ttft_s is not None and one.gap_s is not None),
+        _quantiles(one.gap_s for one in counted), _quantiles(one.tpot_s for one in counted), len(flips),
+        sum(near) / len(near) if near else None, tuple((came, good) for came, good in windows), cpu_s,
+    )  # fmt: skip
+
+
+def _is_near(at_s: float, flips: Sequence[float]) -> bool:
+    return any(abs(at_s - flip) <= AROUND_FLIP_S for flip in flips)
+
+
+def _quantiles(values: Iterable[float | None]) -> tuple[float, ...]:
+    known = [value for value in values if value is not None]
+    return tuple(float(value) for value in np.quantile(known, (0.5, 0.9, 0.99))) if known else ()
+
+
+# --- the matrix -----------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    options = _options()
+    if not DATA.exists():
+        raise SystemExit(f"{DATA} is not here: nothing to run")
+    cells = list(_cells(options))
+    rows: list[Row] = []
+    founds: list[Found] = []
+    spawn = multiprocessing.get_context("spawn")  # a fork would copy the bar that is being drawn
+    with ProcessPoolExecutor(options.processes, spawn) as pool, Progress(transient=True) as progress:
+        bar = progress.add_task("simulating", total=len(cells))
+        for cell in cells:
+            found = _measure(cell, options.systems, pool, options.search)
+            founds += found
+            rows += [_row(one, found) for one in found]
+            print_table(cell.name, [_row(one, found) for one in found])
+            progress.advance(bar)
+        goodputs = list(_goodputs(cells, pool)) if options.goodput else []
+    if goodputs:
+        print_table("requests/s at which so many keep their targets", goodputs)
+    targets = _targets(founds) if not options.quick else []
+    print(f"service times: {plan()['service_times']}; {machine()}")
+    print_targets(targets)
+    write_json(options.json, [*rows, *goodputs], targets)
+
+
+def _cells(options: argparse.Namespace) -> Iterator[Cell]:
+    wanted = plan()
+    loads = options.loads.split(",") if options.loads else list(wanted["loads"])
+    workers = [int(one) for one in options.workers.split(",")] if options.workers else wanted["workers"]
+    pairs = wanted["targets"]
+    if options.target_pairs:
+        pairs = [pairs[int(index)] for index in options.target_pairs.split(",")]
+    seconds, begin_s = (QUICK_S, QUICK_S / 3) if options.quick else (wanted["seconds"], wanted["tuned_s"])
+    if options.quick:
+        loads, workers, pairs = [options.loads or "stationary"], workers[:1], pairs[:1]
+    for times in (1.0, 1.2, 0.8) if options.scaled else (1.0,):
+        for num_workers, load, (ttft_s, tpot_s) in itertools.product(workers, loads, pairs):
+            yield Cell(load, num_workers, ttft_s, tpot_s, times, 1.0, seconds, begin_s)
+
+
+def _measure(cell: Cell, names: Sequence[str], pool: ProcessPoolExecutor, is_searched: bool) -> list[Found]:
+    """All systems in one cell; the static ones are all splits, of which the best is shown."""
+    systems = [system for system in SYSTEMS if not names or system.name in names]
+    if is_searched:
+        systems = [_searched(system, cell, pool) for system in systems]
+    static = [System(f"static {count}", num_prefill=count) for count in range(1, cell.num_workers)]
+    runs = list(pool.map(play, [*systems, *static], itertools.repeat(cell)))
+    ours, splits = runs[: len(systems)], runs[len(systems) :]
+    best = max(splits, key=lambda one: one.num_kept)
+    return [*ours, best, _windowed(splits, best)]
+
+
+def _searched(system: System, cell: Cell, pool: ProcessPoolExecutor) -> System:
+    """With those of its constants that do best on the first third."""
+    choices = searched(system)
+    if len(choices) < 2:
+        return system
+    first = replace(cell, begin_s=0.0, end_s=cell.begin_s)
+    found = list(pool.map(play, choices, itertools.repeat(first)))
+    return choices[max(range(len(choices)), key=lambda index: found[index].num_kept)]
+
+
+def _windowed(splits: Sequence[Found], best: Found) -> Found:
+    windows = [
+        max((one.windows[place] for one in splits), key=lambda each: each[1]) for place in range(len(best.windows))
+    ]
+    return replace(
+        best, system="oracle per window", num_kept=sum(good for _, good in windows), windows=tuple(windows), ttfts_s=(),
+        tt2t_s=(), gaps_s=(), tpots_s=(), num_refused=0, cpu_s=sum(one.cpu_s for one in splits),
+    )  # fmt: skip
+
+
+def _goodputs(cells: Sequence[Cell], pool: ProcessPoolExecutor) -> Iterator[Row]:
+    for cell in cells:
+        row: Row = {"cell": cell.name}
+        for name in BISECTED:
+            for kept in (0.9, 0.99):
+                row[f"{name} {kept:.0%}"] = f"{_goodput(name, cell, kept, pool):.1f}"
+        yield row
+
+
+def _goodput(name: str, cell: Cell, kept: float, pool: ProcessPoolExecutor) -> float:
+    """Requests/s of this system, or of the best static split."""
+    systems = [system for system in SYSTEMS if system.name == name]
+    systems = systems or [System(f"static {count}", num_prefill=count) for count in range(1, cell.num_workers)]
+    low, high = 0.0, math.inf
+    rate = 1.0
+    while low == 0.0 or high / low > PRECISION:
+        share = max(one.attained for one in pool.map(play, systems, itertools.repeat(replace(cell, rate=rate))))
+        low, high = (rate, high) if share >= kept else (low, rate)
+        rate = math.sqrt(low * high) if low and math.isfinite(high) else (2 * low if low else high / 2)
+        if rate < 1 / 64 or rate > 16:
+            break
+    return low * plan()["loads"][cell.load]["rate"] * cell.num_workers / 8
+
+
+# --- the table ------------------------------------------------------------------------------------------------
+
+
+def _row(one: Found, all_: Sequence[Found]) -> Row:
+    oracle = next(each for each in all_ if each.system == "oracle per window")
+    return {
+        "system": one.system, "kept": f"{one.attained:.1%}",
+        "of oracle": f"{one.num_kept / max(1, oracle.num_kept):.3f}",
+        "TTFT P50/90/99 s": _told(one.ttfts_s, 1, 2), "TT2T s": _told(one.tt2t_s, 1, 2),
+        "gap ms": _told(one.gaps_s, 1e3, 0), "TPOT ms": _told(one.tpots_s, 1e3, 1),
+        "refused": f"{one.num_refused / max(1, one.num_requests):.1%}", "flips": one.num_flips,
+        "kept near flips": "-" if one.kept_around_flips is None else f"{one.kept_around_flips:.1%}",
+        "device s": round(one.cell.num_workers * (one.cell.seconds - one.cell.begin_s)), "CPU s": round(one.cpu_s, 1),
+    }  # fmt: skip
+
+
+def _told(values: Sequence[float], scale: float, digits: int) -> str:
+    return "/".join(f"{scale * value:.{digits}f}" for value in values) or "-"
+
+
+def _targets(founds: Sequence[Found]) -> list[Target]:
+    """Of ours, the worst and the mean over cells, and ratios to rivals over all requests."""
+    by_cell: dict[Cell, dict[str, Found]] = {}
+    for one in founds:
+        by_cell.setdefault(one.cell, {})[
+            one.system.split(" ")[0] if one.system.startswith("static ") else one.system
+        ] = one
+    moving = [each for cell, each in by_cell.items() if cell.load in plan()["moving"] and OURS in each]
+    still = [each for cell, each in by_cell.items() if cell.load in plan()["stationary"] and OURS in each]
+    found: list[Target] = []
+    if moving:
+        found.append(target("ratio", "of the oracle per window, moving", _ratio(moving, "oracle per window")))
+        found += [
+            target("ratio", f"over {name}", _ratio(moving, name))
+            for name in ("aggregated", "DistServe replan", "DOPD corrected", "Arrow")
+            if all(name in each for each in moving)
+        ]
+    if still:
+        found.append(target("ratio", "of the static oracle, stationary", _ratio(still, "static")))
+        flips = [each[OURS].num_flips / each[OURS].cell.num_workers / _ten_minutes(each[OURS].cell) for each in still]
+        found.append(target("ratio", "flips per worker and 10 minutes, stationary", max(flips)))
+    return found
+
+
+def _ten_minutes(cell: Cell) -> float:
+    return (cell.seconds - cell.begin_s) / 600
+
+
+def _ratio(cells: Sequence[Mapping[str, Found]], name: str) -> float:
+    """The mean over cells of what ours kept over what that one did."""
+    return float(np.mean([each[OURS].num_kept / max(1, each[name].num_kept) for each in cells]))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=f"one load of {QUICK_S:g} s")
+    parser.add_argument("--json", metavar="FILE", help="write rows and targets there too")
+    parser.add_argument("--loads", metavar="A,B", help="only these")
+    parser.add_argument("--workers", metavar="N,M", help="only so many")
+    parser.add_argument(
+        "--targets", dest="target_pairs", metavar="I,J", help="only these pairs, by their places from 0"
+    )
+    parser.add_argument("--systems", type=lambda text: text.split(","), default=[], metavar="X,Y", help="only these")
+    parser.add_argument("--no-search", dest="search", action="store_false", help="rivals as published")
+    parser.add_argument("--scaled", action="store_true", help="again with service times 20 %% longer and shorter")
+    parser.add_argument("--goodput", action="store_true", help="bisect the highest rates")
+    parser.add_argument("--processes", type=int, default=2)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
