@@ -8,7 +8,7 @@
 3. every answer must be complete and the very one of before, whatever changed its pool meanwhile (the golden law);
 4. the controller's journal says when it flipped whom, and how long that took from the decision until it was listed.
 TPOT during a flip is that of tokens that came between its decision and a second after its end; the usual one is that of
-all others of the same phase. `--show` draws the pools as they change: `make demo-flip`. Also timed, without a cluster:
+all other tokens. `--show` draws the pools as they change: `make demo-flip`. Also timed, without a cluster:
 one decision for 1,000 workers.
 """
 
@@ -72,9 +72,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         journal = Path(folder) / "journal.jsonl"
         with _cluster(journal) as cluster:
-            outcomes, begun_s = asyncio.run(_play(cluster.url, phase_s, num_phases, options.show))
+            outcomes = asyncio.run(_play(cluster.url, phase_s, num_phases, options.show))
         changes = _changes(list(read_lines(journal)))
-    rows, targets = _judge(outcomes, changes, begun_s)
+    rows, targets = _judge(outcomes, changes)
     decision_ms = decide_ms()
     print(f"one decision for {NUM_WORKERS} workers: {decision_ms:.1f} ms")
     targets.append(target("flip", "decision for 1,000 workers, ms", decision_ms))
@@ -97,7 +97,7 @@ def _cluster(journal: Path) -> Cluster:
 # --- the load ------------------------------------------------------------------------------------------------
 
 
-async def _play(url: str, phase_s: float, num_phases: int, shows: bool) -> tuple[list[Outcome], float]:
+async def _play(url: str, phase_s: float, num_phases: int, shows: bool) -> list[Outcome]:
     model = await served_model(url)
     long, short = _prompts()
     answers = await _unloaded(url, model, [*long, *short])
@@ -109,7 +109,6 @@ async def _play(url: str, phase_s: float, num_phases: int, shows: bool) -> tuple
             SHORT_ANSWER if heavy else LONG_ANSWER, seed=phase,
         )  # fmt: skip
         arrivals += [replace(one, at_s=one.at_s + phase * phase_s) for one in found]
-    begun_s = time.time() - time.perf_counter()
     showing = asyncio.create_task(_show(url)) if shows else None
     outcomes = await play(url, model, arrivals)
     if showing is not None:
@@ -118,7 +117,7 @@ async def _play(url: str, phase_s: float, num_phases: int, shows: bool) -> tuple
         expected = answers[one.arrival.prompt.number]
         if one.is_whole and not expected.startswith(one.text.rstrip("\ufffd")):
             raise SystemExit(f"wrong: {one.text!r} where {expected!r} was answered before")
-    return outcomes, begun_s
+    return outcomes
 
 
 def _prompts() -> tuple[list[Prompt], list[Prompt]]:
@@ -167,7 +166,7 @@ def _changes(lines: Sequence[Line]) -> list[Change]:
     return changes
 
 
-def _judge(outcomes: Sequence[Outcome], changes: Sequence[Change], _begun_s: float) -> tuple[list[Row], list[Target]]:
+def _judge(outcomes: Sequence[Outcome], changes: Sequence[Change]) -> tuple[list[Row], list[Target]]:
     failed = [one for one in outcomes if one.status not in (200, 429) or (one.status == 200 and not one.is_whole)]
     for one in failed:
         print(

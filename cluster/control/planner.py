@@ -118,11 +118,10 @@ def _plan_cohort(seen: Seen, memory: Memory, rules: ControllerConfig, cohort: st
     need = need_of(seen, workers, rules)
     present, ahead = (replace(one, rate=one.rate * share) for one in _demands(seen, memory, rules, window, need))
     demand = max(present, ahead, key=lambda one: one.rate)
-    rated = over_horizon(
-        splits(present, machine, len(workers), feedback.bias), splits(ahead, machine, len(workers), feedback.bias)
-    )
+    at_present, later = (splits(one, machine, len(workers), feedback.bias) for one in (present, ahead))
+    rated = over_horizon(at_present, later)
     now = rated[len(prefill) - 1]
-    feedback = _with_observed(seen, feedback, rules, machine, share, len(prefill))
+    feedback = feedback.after(seen, at_present[len(prefill) - 1], rules)
     wanted = best(rated, len(prefill))
     known = Plan("", None, now, wanted, demand.rate, need)
     if wanted.num_prefill == now.num_prefill or wanted.attained - now.attained < rules.dead_band:
@@ -141,17 +140,6 @@ def _plan_cohort(seen: Seen, memory: Memory, rules: ControllerConfig, cohort: st
         return replace(known, reason=f"hold: a gain of {gain:.2f} requests is not worth a cost of {cost:.2f}"), feedback
     flip = Flip(victim.worker_id, victim.incarnation, to, gain, cost)
     return replace(known, reason=f"flip towards {wanted.num_prefill} + {wanted.num_decode}", flip=flip), feedback
-
-
-def _with_observed(
-    seen: Seen, feedback: Feedback, rules: ControllerConfig, machine: Machine, share: float, num_prefill: int
-) -> Feedback:
-    """Against what is predicted of the demand that there has just been."""
-    recent = seen.demand(rules.recent_s)
-    if recent is None:
-        return feedback
-    rated = splits(replace(recent, rate=recent.rate * share), machine, round(seen.num_workers * share), feedback.bias)
-    return feedback.after(seen, rated[num_prefill - 1], rules)
 
 
 def _demands(seen: Seen, memory: Memory, rules: ControllerConfig, window: Demand, need: Need) -> tuple[Demand, Demand]:

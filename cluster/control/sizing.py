@@ -1,10 +1,10 @@
 """Sizing: what share of requests is predicted to keep its targets, for every split of the workers. Pure.
 
-For each number of prefill workers (research in brief: DistServe, OSDI 2024, section 3, takes M/D/1 for a pool of equal
-prompts; lengths are not equal, so here it is M/G/k over the histogram):
+For each number of prefill workers (DistServe, OSDI 2024, section 3, takes M/D/1 for a pool of equal prompts; lengths
+are not equal, so here it is M/G/k over the histogram):
 1. prefill: waits by Sakasegawa's formula for M/M/k, with the arrivals' and the services' variability (Allen and
    Cunneen), exponential given that there is a wait; a kind keeps its target if wait and service do. More than the pool
-   can compute is refused, and never gets to decode;
+   can compute is refused, and never gets to decode. The slack of decode workers counts as prefill workers;
 2. decode: those that are there at a time by Little's law, with the step that so many sequences take; bounded by blocks,
    by seats *and* by what a step may take, whichever is least; how many there are fluctuates like a Poisson count;
 3. the link into each decode worker is one more such bound.
@@ -26,7 +26,7 @@ from router.report import StepTable
 Floats = NDArray[np.float64]
 
 MOST_BUSY = 0.97  # of a prefill pool: a queue for more has no end
-LINK_BUSY = 0.6  # of a link: then a transfer waits as long as it takes (research: P99 of 5 transfers)
+LINK_BUSY = 0.6  # of a link: beyond, transfers wait for several others
 USABLE = 0.9  # of the blocks
 DEFLECTED = 0.7  # of the slack that there is on average: a chunk needs it at its time
 STEP_MARGIN = 0.97  # of a TPOT target

@@ -1,6 +1,6 @@
 """DOPD (arXiv 2511.20982): a ratio at which prefill just keeps decode busy. As released, and corrected.
 
-As released (liao4s/DOPD, planner_dopd.py; research: serving.md 1.3):
+As released (liao4s/DOPD, planner_dopd.py):
   C = blocks // blocks of one sequence;  n_P = ceil(C ttft / (osl tpot(C)));  n_D = ceil(requests of an interval / C)
 Known defects, kept: n_P is what one decode worker keeps busy, and is not multiplied by n_D; n_D divides a count by a
 concurrency; C knows memory alone, and no target; requests are counted when they end; lengths are means.

@@ -1,4 +1,4 @@
-"""Dynamo's planners: by load, and by service level (research: serving.md 4.14).
+"""Dynamo's planners: by load, and by service level (ai-dynamo/dynamo, components/planner).
 
 Known defects, kept: one worker is added or removed at a time, by a start or an end, and none changes its role; the
 SLA planner counts requests when they end (issue 8861) and sizes on means.
