@@ -20,6 +20,7 @@ BLOCK = 8
 WINDOW = 20
 FIRST = tuple(7 + token % 90 for token in range(61))
 SAMPLING = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+# All of these run under a policy that computes no prompt where it is decoded: nothing would move.
 
 
 def write_windowed_model(folder: Path) -> Path:
@@ -57,7 +58,7 @@ async def test_a_second_turn_moves_only_what_decode_has_not_kept(tmp_path: Path,
     model = (write_windowed_model if windowed else write_tiny_model)(tmp_path / "model")
     overrides = {
         "model.name": str(model), "engine.runner": "thread", "engine.block_size": BLOCK, "kv_transfer.carrier": carrier,
-        "router.canary_s": 600.0, "prefill.fetch_prefixes": False,
+        "router.canary_s": 600.0, "router.policy": "prefix_aware", "prefill.fetch_prefixes": False,
     }  # fmt: skip
     async with local_cluster(overrides) as cluster, httpx.AsyncClient(base_url=cluster.url, timeout=60) as client:
         block_bytes = cluster.workers["decode-0"]._sides._intake._layout.bytes_per_block
@@ -96,7 +97,7 @@ async def test_the_next_turn_fetches_what_decode_has_of_the_last_one(tmp_path: P
     """Whether that is quicker is measured; the tokens are the same in any case."""
     overrides = {
         "model.name": str(write_tiny_model(tmp_path / "model")), "engine.runner": "thread", "engine.block_size": BLOCK,
-        "router.canary_s": 600.0,
+        "router.canary_s": 600.0, "router.policy": "prefix_aware",
     }  # fmt: skip
     async with local_cluster(overrides) as cluster:
         said, _ = await answer(cluster, Request("first", FIRST, replace(SAMPLING, max_tokens=150)))
