@@ -54,9 +54,14 @@ class Batch:
 
     @property
     def shape(self) -> StepShape:
-        contexts = [item.start + item.num_new for item in self.scheduled if item.sequence.is_decoding]
-        chunks = [Chunk(item.start, item.num_new) for item in self.scheduled if not item.sequence.is_decoding]
-        return StepShape(tuple(chunks), len(contexts), sum(contexts))
+        num_decoding, num_context, chunks = 0, 0, list[Chunk]()
+        for item in self.scheduled:
+            if item.sequence.is_decoding:
+                num_decoding += 1
+                num_context += item.start + item.num_new
+            else:
+                chunks.append(Chunk(item.start, item.num_new))
+        return StepShape(tuple(chunks), num_decoding, num_context)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +147,10 @@ class Scheduler:
         picked: list[Scheduled] = []
         oldest_in_prompt = bool(self.running) and not self.running[0].is_decoding
         max_decodes = min(max_tokens, max_seqs) - oldest_in_prompt  # else these could shut it out for ever
+        num_preemptions = self.num_preemptions
         for sequence in self.decoding:
-            if len(picked) < max_decodes and sequence in self.running and self._grow(sequence):
+            is_here = self.num_preemptions == num_preemptions or sequence in self.running
+            if len(picked) < max_decodes and is_here and self._grow(sequence):
                 picked.append(Scheduled(sequence, sequence.computed, 1, samples=True))
         prompts = [seq for seq in self.running if not seq.is_decoding]
         next_prompt = next(iter(prompts or self.waiting), None)

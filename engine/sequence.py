@@ -57,7 +57,7 @@ class Sequence:
 
     @property
     def num_generated(self) -> int:
-        return len(self.tokens) - self.num_prompt
+        return len(self.tokens) - len(self.request.prompt_ids)
 
     @property
     def num_pending(self) -> int:
@@ -71,7 +71,8 @@ class Sequence:
 
     @property
     def is_decoding(self) -> bool:
-        return self.num_pending == 1 and self.num_generated > 0
+        num_tokens = len(self.tokens)
+        return num_tokens == self.computed + 1 and num_tokens > len(self.request.prompt_ids)
 
     def finish_reason(self, eos_token_ids: frozenset[int], max_context: int) -> FinishReason | None:
         """Why the sequence ends with its newest token, or None. (Before `min_tokens` no such token is sampled.)"""

@@ -99,6 +99,8 @@ class SequenceBlocks:
     def extend(self, sequence: Sequence, num_tokens: int) -> bool:
         """Blocks for this many positions in all, or none if there are not enough."""
         stop = self._num_blocks_for(num_tokens)
+        if all(table.stop >= stop for table in sequence.tables):  # nearly always
+            return True
         missing = [max(stop - table.stop, 0) for table in sequence.tables]
         fresh = self._blocks.allocate(holder_of(sequence), sum(missing))
         for table, count in zip(sequence.tables, missing, strict=True):
@@ -109,14 +111,14 @@ class SequenceBlocks:
 
     def name_full(self, sequence: Sequence) -> None:
         """So that the prefix cache finds the blocks that the step has filled."""
-        if not self._prefix_cache:
+        num_full = sequence.computed // self._block_size
+        if not self._prefix_cache or num_full <= sequence.num_named:
             return
         self.update_hashes(sequence)
-        num_full = sequence.computed // self._block_size
         for group, table in enumerate(sequence.tables):
             for index in range(max(sequence.num_named, table.first), num_full):
                 self._blocks.name(table[index], group_name(sequence.hashes[index], group))
-        sequence.num_named = max(sequence.num_named, num_full)
+        sequence.num_named = num_full
 
     def shrink(self, sequence: Sequence) -> None:
         """Give back the blocks past the last known token."""

@@ -150,7 +150,7 @@ class KvTransfer:
 
 @dataclass(slots=True)  # not frozen: one is made of each token in each process, and takes a sixth of the time so
 class TokenOutput:
-    """New tokens of one request: the unit of the token stream. Nobody alters one.
+    """New tokens of one request: the unit of the token stream. Nobody alters one but the gateway that it is for.
 
     `first_index` counts generated tokens from 0. The owner takes only `first_index == next`.
     `logprobs` are those of `token_ids`, one each, and `prompt_logprobs` those of the prompt's tokens after the first,

@@ -277,7 +277,7 @@ class LiveRequest:
         else:  # nearly every token
             self._count(output)
         if output.cached_tokens != self.cached_tokens:
-            output = replace(output, cached_tokens=self.cached_tokens)
+            output.cached_tokens = self.cached_tokens
         self._hand_on(output)
         if not self._held:
             return

@@ -128,7 +128,8 @@ def fast_forward(
             engine.scheduler.holdings.name_full(burst.sequences[order])
         for order in crossed if goes_on or first + step < num_steps else ():
             sequence = burst.sequences[order]
-            assert engine.scheduler.holdings.extend(sequence, sequence.computed + 1), "the blocks were counted"
+            is_there = engine.scheduler.holdings.extend(sequence, sequence.computed + 1)
+            assert is_there, "the blocks were counted"
     for sequence, new, start in zip(burst.sequences, fresh, starts, strict=True):
         _advance(sequence, new, start, num_steps - first)
     _pass_time(engine, burst, range(first, num_steps))

@@ -241,6 +241,6 @@ def times_of(output: TokenOutput, now: float, before: float) -> list[float]:
 
 
 def _arrived(output: TokenOutput, latency_s: float) -> TokenOutput:
-    if not isinstance(output, TimedOutput):
-        return output
-    return replace(output, times=tuple([time + latency_s for time in output.times]))
+    if isinstance(output, TimedOutput):  # made for this stream, and never sent again
+        output.times = tuple([time + latency_s for time in output.times])
+    return output

@@ -23,7 +23,7 @@ from cluster.simulator.workloads.prompts import prompt_of
 from cluster.simulator.workloads.workload import Arrival, Workload
 from cluster.simulator.world import World
 from engine.errors import SteelyardError
-from engine.types import Request, SamplingParams
+from engine.types import Request, SamplingParams, TokenOutput
 
 SAMPLE_S = 1.0
 OBJECTS_BETWEEN_COLLECTIONS = 50_000
@@ -103,9 +103,10 @@ class _Client:
     gaps: Gaps
     _times: list[float] = field(default_factory=list)  # of its tokens
     _cached_tokens: int = 0
+    _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
 
     async def run(self) -> RequestResult:
-        loop, spec = asyncio.get_running_loop(), self.world.spec
+        loop, spec = self._loop, self.world.spec
         arrived, request = loop.time(), self._request()
         error = ""
         if spec.gateway_s:
@@ -113,8 +114,9 @@ class _Client:
         try:
             async with aclosing(self.world.generate(request)) as outputs:
                 async for output in outputs:
-                    self._times += times_of(output, loop.time(), self._times[-1] if self._times else 0.0)
-                    self._cached_tokens = output.cached_tokens
+                    if not (self._times or self.world.log.detailed):
+                        self.world.dispatcher.tap(request.request_id, self._take)
+                    self._take(output)
         except SteelyardError as failure:
             error = failure.code
         arrival, times = self._arrival, self._times
@@ -124,6 +126,12 @@ class _Client:
             self._cached_tokens, times[0] - arrived if times else None, times[1] - times[0] if times[1:] else None,
             loop.time() - self.begun + spec.token_s * max(0, len(times) - 1), error,
         )  # fmt: skip
+
+    def _take(self, output: TokenOutput) -> bool:
+        """From the second on mostly past the iterator, which takes longer to hand one on than all else here."""
+        self._times += times_of(output, self._loop.time(), self._times[-1] if self._times else 0.0)
+        self._cached_tokens = output.cached_tokens
+        return True
 
     @property
     def _arrival(self) -> Arrival:
