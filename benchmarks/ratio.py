@@ -48,14 +48,19 @@ def main() -> None:
     cells = list(_cells(options))
     rows: list[Row] = []
     founds: list[Found] = []
+    tuned: dict[str, list[System]] = {}  # by load: one set of a rival's constants for all targets and sizes
     spawn = multiprocessing.get_context("spawn")  # a fork would copy the bar that is being drawn
     with ProcessPoolExecutor(options.processes, spawn) as pool, Progress(transient=True) as progress:
         bar = progress.add_task("simulating", total=len(cells))
         for cell in cells:
-            found = _measure(cell, options.systems, pool, options.search)
+            if cell.load not in tuned:
+                tuned[cell.load] = _tuned(cell, options.systems, pool, options.search)
+            found = _measure(cell, tuned[cell.load], pool)
             founds += found
-            rows += [_row(one, found) for one in found]
-            print_table(cell.name, [_row(one, found) for one in found])
+            table = [_row(one, found) for one in found]
+            print_table(cell.name, table)
+            rows += [{"cell": cell.name, "times": cell.times, **row} for row in table]
+            write_json(options.json, rows, _targets(founds) if not options.quick else [])  # it takes hours
             progress.advance(bar)
         goodputs = list(_goodputs(cells, pool)) if options.goodput else []
     if goodputs:
@@ -77,30 +82,37 @@ def _cells(options: argparse.Namespace) -> Iterator[Cell]:
     if options.quick:
         loads, workers, pairs = [options.loads or "stationary"], workers[:1], pairs[:1]
     for times in (1.0, 1.2, 0.8) if options.scaled else (1.0,):
-        for num_workers, load, (ttft_s, tpot_s) in itertools.product(workers, loads, pairs):
+        for num_workers, (ttft_s, tpot_s), load in itertools.product(workers, pairs, loads):
             yield Cell(load, num_workers, ttft_s, tpot_s, times, 1.0, seconds, begin_s)
 
 
-def _measure(cell: Cell, names: Sequence[str], pool: ProcessPoolExecutor, is_searched: bool) -> list[Found]:
-    """All systems in one cell; the static ones are all splits, of which the best is shown."""
+def _tuned(cell: Cell, names: Sequence[str], pool: ProcessPoolExecutor, is_searched: bool) -> list[System]:
+    """The systems of these names (none: all), each with those of its constants that do best on the cell's first third.
+    All choices of all systems are played side by side."""
     systems = [system for system in SYSTEMS if not names or system.name in names]
-    if is_searched:
-        systems = [_searched(system, cell, pool) for system in systems]
-    static = [System(f"static {count}", num_prefill=count) for count in range(1, cell.num_workers)]
-    runs = list(pool.map(play, [*systems, *static], itertools.repeat(cell)))
-    ours, splits = runs[: len(systems)], runs[len(systems) :]
+    if not is_searched:
+        return systems
+    choices = [searched(system) for system in systems]
+    first = replace(cell, begin_s=0.0, end_s=cell.begin_s)
+    played = pool.map(play, [one for each in choices if len(each) > 1 for one in each], itertools.repeat(first))
+    return [_best(each, list(itertools.islice(played, len(each)))) if len(each) > 1 else each[0] for each in choices]
+
+
+def _best(choices: Sequence[System], found: Sequence[Found]) -> System:
+    return choices[max(range(len(choices)), key=lambda index: found[index].num_kept)]
+
+
+def _measure(cell: Cell, systems: Sequence[System], pool: ProcessPoolExecutor) -> list[Found]:
+    """All systems in one cell; the static ones are those splits of which one may be the best, and that one is shown."""
+    runs = list(pool.map(play, [*_static(cell), *systems], itertools.repeat(cell)))
+    splits, ours = runs[: len(_static(cell))], runs[len(_static(cell)) :]
     best = max(splits, key=lambda one: one.num_kept)
     return [*ours, best, _windowed(splits, best)]
 
 
-def _searched(system: System, cell: Cell, pool: ProcessPoolExecutor) -> System:
-    """With those of its constants that do best on the first third."""
-    choices = searched(system)
-    if len(choices) < 2:
-        return system
-    first = replace(cell, begin_s=0.0, end_s=cell.begin_s)
-    found = list(pool.map(play, choices, itertools.repeat(first)))
-    return choices[max(range(len(choices)), key=lambda index: found[index].num_kept)]
+def _static(cell: Cell) -> list[System]:
+    counts = [max(1, round(share * cell.num_workers)) for share in plan()["static_shares"]]
+    return [System(f"static {count}", num_prefill=count) for count in dict.fromkeys(counts)]
 
 
 def _windowed(splits: Sequence[Found], best: Found) -> Found:
@@ -125,7 +137,7 @@ def _goodputs(cells: Sequence[Cell], pool: ProcessPoolExecutor) -> Iterator[Row]
 def _goodput(name: str, cell: Cell, kept: float, pool: ProcessPoolExecutor) -> float:
     """Requests/s of this system, or of the best static split."""
     systems = [system for system in SYSTEMS if system.name == name]
-    systems = systems or [System(f"static {count}", num_prefill=count) for count in range(1, cell.num_workers)]
+    systems = systems or _static(cell)
     low, high = 0.0, math.inf
     rate = 1.0
     while low == 0.0 or high / low > PRECISION:
