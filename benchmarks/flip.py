@@ -48,7 +48,7 @@ PHASE_S, NUM_PHASES = 45.0, 3
 SETTLES_S = 1.0
 RULES: dict[str, object] = {
     "window_s": 20.0, "bucket_s": 2.0, "horizon_s": 30.0, "fewest": 8, "confirmations": 2, "cooldown_s": 8.0,
-    "recent_s": 6.0,
+    "recent_s": 6.0, "together": False,
 }  # fmt: skip
 NUM_DECIDED, NUM_WORKERS = 20, 1000
 

@@ -107,6 +107,18 @@ class ClusterConfig(StrictModel):
         one = self.engine
         return EngineLimits(one.block_size, one.prefill_chunk, one.max_batch_tokens, one.max_batch_seqs)
 
+    @property
+    def controller_rules(self) -> ControllerConfig:
+        """Only our own policy serves both phases on every worker with targets in view."""
+        may_join = self.controller.together and self.router.policy == "slo"
+        return self.controller.model_copy(update={"together": may_join})
+
+    @property
+    def is_controlled(self) -> bool:
+        """Is there anything to decide?"""
+        fewest = 2 if self.controller_rules.together else 3
+        return self.controller.mode != "off" and self.pools.prefill.workers + self.pools.decode.workers >= fewest
+
     @model_validator(mode="after")
     def _parts_fit(self) -> ClusterConfig:
         if conflicts := list(_conflicts(self)):

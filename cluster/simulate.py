@@ -100,9 +100,13 @@ def run_simulation(config: ClusterConfig, options: SimulateOptions, console: Con
 def _spec(config: ClusterConfig, options: SimulateOptions) -> WorldSpec:
     """A request may be as long as the blocks of a worker, unless the configuration says less."""
     capacity = config.engine.num_blocks * config.engine.block_size
-    controlled = config.controller.mode != "off" and config.pools.prefill.workers + config.pools.decode.workers > 2
     spec = WorldSpec(
-        options.seed, config, max_context=capacity, plain=True, frame_bytes=FRAME_BYTES, is_controlled=controlled
+        options.seed,
+        config,
+        max_context=capacity,
+        plain=True,
+        frame_bytes=FRAME_BYTES,
+        is_controlled=config.is_controlled,
     )
     if Path(options.service_times).suffix in (".yaml", ".yml"):
         return profiled_world(spec, read_profile(Path(options.service_times)), options.one_host)

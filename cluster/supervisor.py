@@ -98,7 +98,7 @@ class Supervisor:
             for slot, role, pool in self._workers:
                 self._keep(self._keep_worker(slot, role, pool))
             self._keep(self._watch_start())
-            if self._config.controller.mode != "off" and len(self._workers) > 2:
+            if self._config.is_controlled:
                 self._keep(self._control())
             self._heard_at = asyncio.get_running_loop().time()
             if self._config.cluster.lifetime == "job":
@@ -219,7 +219,7 @@ class Supervisor:
     async def _control(self) -> None:
         """From when the cluster is ready. A controller that fails is made anew: it finds all that it needs again."""
         fleet = SupervisedFleet([slot for slot, _, _ in self._workers], self._gateways, self._list_members)
-        rules = self._config.controller
+        rules = self._config.controller_rules
         while self._phase == Phase.STARTING:
             await self._changed.wait()
         with _opened(rules) as write:

@@ -276,7 +276,7 @@ class LiveRequest:
             self._go_on(output, is_from_decode)
         else:  # nearly every token
             self._count(output)
-        if output.cached_tokens != self.cached_tokens:
+        if self.cached_tokens is not None and output.cached_tokens != self.cached_tokens:
             output.cached_tokens = self.cached_tokens
         self._hand_on(output)
         if not self._held:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from engine.step_shape import Chunk, StepShape
 from engine.types import Role
 from router.arrivals import Arrived, Fared
 from router.membership import Pool
@@ -15,16 +16,22 @@ from router.policies.snapshot import EngineLimits, Predictor, WorkerLoad
 
 PROBED = (1024, 9216)  # tokens: between transfers of so many lies what one token takes
 CONTEXTS = (64, 256, 1024, 4096, 16384, 65536)  # positions of one sequence at which steps are told
+CHUNKS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # tokens of a prompt beside those that decode
+BESIDE = (16, 1024)  # so many of these, with so many positions each
+CHUNK_AFTER = 1024  # tokens of the same prompt
 
 
 @dataclass(frozen=True, slots=True)
 class StepTable:
     """How long a decode step of a pool takes, as predicted: `step_s[i][j]` of `sequences[i]` with `contexts[j]`
-    positions each. Between these it is linear."""
+    positions each, and `added_s[k]` longer with `chunks[k]` tokens of a prompt beside a few. Between these it is
+    linear."""
 
     sequences: tuple[int, ...]
     contexts: tuple[int, ...]
     step_s: tuple[tuple[float, ...], ...]
+    chunks: tuple[int, ...] = (0, 1)
+    added_s: tuple[float, ...] = (0.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +104,16 @@ def _step_table(times: Times, pool: Pool) -> StepTable:
     most = times.limits.max_batch_seqs
     sequences = tuple(dict.fromkeys(min(2**power, most) for power in range(most.bit_length() + 1)))
     step_s = times.predictor.decode_step_s
+    chunks = tuple(dict.fromkeys((0, *(size for size in CHUNKS if size < times.limits.prefill_chunk),
+                                  times.limits.prefill_chunk)))  # fmt: skip
+    num, context = BESIDE
+    alone_s = step_s(pool, num, num * context)
+    shapes = [StepShape((Chunk(CHUNK_AFTER, size),), num, num * context) for size in chunks[1:]]
+    added_s = (0.0, *(max(0.0, times.predictor.step_s(pool, shape) - alone_s) for shape in shapes))
     return StepTable(
-        sequences, CONTEXTS, tuple(tuple(step_s(pool, n, n * each) for each in CONTEXTS) for n in sequences)
-    )
+        sequences, CONTEXTS, tuple(tuple(step_s(pool, n, n * each) for each in CONTEXTS) for n in sequences), chunks,
+        added_s,
+    )  # fmt: skip
 
 
 def _transfer_token_s(loads: Sequence[WorkerLoad], predictor: Predictor) -> float:

@@ -28,6 +28,7 @@ class Kind:
     compute_s: float
     ttft_s: float
     tpot_s: float
+    num_new: float = 0.0  # of the prompt's tokens, those that nobody has cached
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,12 @@ class Demand:
     def scaled(self, rate: float, compute: float = 1.0, output: float = 1.0) -> Demand:
         """At another rate, and with prompts and answers so many times as long."""
         kinds = tuple(
-            replace(kind, compute_s=kind.compute_s * compute, num_output=max(1.0, kind.num_output * output))
+            replace(
+                kind,
+                compute_s=kind.compute_s * compute,
+                num_new=kind.num_new * compute,
+                num_output=max(1.0, kind.num_output * output),
+            )
             for kind in self.kinds
         )
         return replace(self, rate=rate, kinds=kinds)
@@ -80,6 +86,7 @@ def _kind(group: Sequence[Arrived], num_all: int) -> Kind:
         sum(one.compute_s for one in group) / size,
         _tight([one.ttft_s for one in group]),
         _tight([one.tpot_s for one in group]),
+        sum(one.num_prompt - one.num_cached for one in group) / size,
     )
 
 

@@ -9,7 +9,9 @@ plan and what to remember out.
    when it was wished for several times in a row, in need at once, and no earlier flip is too recent;
 5. the victim is who costs least: from prefill the one with the shortest queue, from decode the one with the fewest
    tokens stored.
-Each pool keeps one worker. A pool that is empty gets one at once.
+Each pool keeps one worker, and a pool that is empty gets one at once. But where no split does as well as both phases on
+every worker (few devices, or targets that leave much slack), and that is allowed, all become decode workers, which
+compute prompts beside: a split of no prefill workers.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from cluster.control.demand import Demand
 from cluster.control.forecast import Forecast
 from cluster.control.rules import ControllerConfig
 from cluster.control.seen import Need, Seen, absurd, need_of
-from cluster.control.sizing import Machine, Split, best, over_horizon, splits
+from cluster.control.sizing import Machine, Split, best, over_horizon, splits, together
 from engine.types import Role
 from router.report import WorkerStand
 
@@ -76,7 +78,7 @@ def plan(seen: Seen, memory: Memory, rules: ControllerConfig) -> tuple[Plan, Mem
         frozen = memory.feedback.frozen(seen, rules)
         return Plan("hold: a flip is under way"), replace(memory, num_wishes=0, feedback=frozen)
     for cohort in seen.cohorts:
-        found = _empty_pool(seen, memory, rules, cohort)
+        found = _empty_pool(seen, memory, cohort, rules)
         if found is not None:
             return found, replace(memory, num_wishes=0, flipped_at=seen.now)
     plans = [_plan_cohort(seen, memory, rules, cohort) for cohort in seen.cohorts]
@@ -109,7 +111,7 @@ def _plan_cohort(seen: Seen, memory: Memory, rules: ControllerConfig, cohort: st
     workers = seen.workers_of(cohort)
     prefill, decode = _pool(workers, Role.PREFILL), _pool(workers, Role.DECODE)
     feedback = memory.feedback
-    if not prefill or not decode:
+    if not decode or not (prefill or rules.together):
         return Plan("hold: a pool has no worker, and may get its own back"), feedback
     machine, share = seen.machine(cohort), len(workers) / seen.num_workers
     window = seen.demand(rules.window_s)
@@ -118,19 +120,21 @@ def _plan_cohort(seen: Seen, memory: Memory, rules: ControllerConfig, cohort: st
     need = need_of(seen, workers, rules)
     present, ahead = (replace(one, rate=one.rate * share) for one in _demands(seen, memory, rules, window, need))
     demand = max(present, ahead, key=lambda one: one.rate)
-    at_present, later = (splits(one, machine, len(workers), feedback.bias) for one in (present, ahead))
+    at_present, later = (_rated(one, machine, len(workers), feedback, rules) for one in (present, ahead))
     rated = over_horizon(at_present, later)
-    now = rated[len(prefill) - 1]
-    feedback = feedback.after(seen, at_present[len(prefill) - 1], rules)
-    wanted = best(rated, len(prefill))
+    place = next(index for index, split in enumerate(rated) if split.num_prefill == len(prefill))
+    now = rated[place]
+    feedback = feedback.after(seen, at_present[place], rules)
+    wanted = _wanted(rated, len(prefill), rules)
     known = Plan("", None, now, wanted, demand.rate, need)
     if wanted.num_prefill == now.num_prefill or wanted.attained - now.attained < rules.dead_band:
-        return replace(known, reason="hold: the split is right"), feedback
+        right = "no split does better than both phases on every worker" if now.is_together else "the split is right"
+        return replace(known, reason=f"hold: {right}"), feedback
     to = Role.PREFILL if wanted.num_prefill > now.num_prefill else Role.DECODE
     if need not in (Need.NONE, Need.of(to)):
         return replace(known, reason=f"hold: {need} is short, and the forecast wishes for {to}"), feedback
     giver = [one for one in (decode if to is Role.PREFILL else prefill) if one.takes_requests]
-    if len(giver) < 2:
+    if len(giver) < 2 and not (giver and wanted.is_together and to is Role.DECODE):
         return replace(known, reason="hold: each pool keeps one worker"), feedback
     victim = min(giver, key=lambda one: (_burden(one), one.worker_id))
     num_steps = abs(wanted.num_prefill - now.num_prefill)
@@ -139,7 +143,28 @@ def _plan_cohort(seen: Seen, memory: Memory, rules: ControllerConfig, cohort: st
     if gain <= rules.margin * cost:
         return replace(known, reason=f"hold: a gain of {gain:.2f} requests is not worth a cost of {cost:.2f}"), feedback
     flip = Flip(victim.worker_id, victim.incarnation, to, gain, cost)
-    return replace(known, reason=f"flip towards {wanted.num_prefill} + {wanted.num_decode}", flip=flip), feedback
+    return replace(known, reason=f"flip towards {_said(wanted)}", flip=flip), feedback
+
+
+def _rated(
+    demand: Demand, machine: Machine, num_workers: int, feedback: Feedback, rules: ControllerConfig
+) -> list[Split]:  # fmt: skip
+    without = [together(demand, machine, num_workers, feedback.bias)] if rules.together else []
+    return [*without, *splits(demand, machine, num_workers, feedback.bias)]
+
+
+def _wanted(rated: Sequence[Split], num_prefill: int, rules: ControllerConfig) -> Split:
+    """The best one; without prefill workers only if that is clearly better than with some, or is so now."""
+    apart = [split for split in rated if not split.is_together]
+    wanted = best(apart, num_prefill)
+    if len(apart) == len(rated):
+        return wanted
+    least = wanted.attained + (rules.dead_band if num_prefill else -rules.dead_band)
+    return rated[0] if rated[0].attained >= least else wanted
+
+
+def _said(split: Split) -> str:
+    return "both phases on every worker" if split.is_together else f"{split.num_prefill} + {split.num_decode}"
 
 
 def _demands(seen: Seen, memory: Memory, rules: ControllerConfig, window: Demand, need: Need) -> tuple[Demand, Demand]:
@@ -180,14 +205,14 @@ def _burden(worker: WorkerStand) -> tuple[float, float]:
     return worker.num_tokens, worker.queued_s
 
 
-def _empty_pool(seen: Seen, memory: Memory, rules: ControllerConfig, cohort: str) -> Plan | None:
-    """A pool without a worker, for longer than one takes to come back."""
+def _empty_pool(seen: Seen, memory: Memory, cohort: str, rules: ControllerConfig) -> Plan | None:
+    """A pool without a worker, for longer than one takes to come back. Without one to prefill all may be well."""
     workers = seen.workers_of(cohort)
     if seen.now - memory.flipped_at < rules.cooldown_s or seen.is_incomplete:
         return None
     for role, giver in ((Role.PREFILL, Role.DECODE), (Role.DECODE, Role.PREFILL)):
         givers = _pool(workers, giver)
-        if not _pool(workers, role) and len(givers) > 1:
+        if not _pool(workers, role) and len(givers) > 1 and not (role is Role.PREFILL and rules.together):
             victim = min(givers, key=lambda one: (_burden(one), one.worker_id))
             return Plan(
                 f"flip: no worker is left to {role}", Flip(victim.worker_id, victim.incarnation, role, 0.0, 0.0)

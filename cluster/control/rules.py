@@ -15,6 +15,10 @@ class ControllerConfig(StrictModel):
     mode: Literal["auto", "watch", "off"] = Field(
         default="auto", description="auto: flips workers; watch: decides and logs, changes nothing; off"
     )
+    together: bool = Field(
+        default=True,
+        description="may all workers serve both phases, where no split does better? Only under the policy slo",
+    )
     tick_s: float = Field(default=0.5, gt=0, description="from one decision to the next")
     window_s: float = Field(default=60.0, gt=0, description="of arrivals, for the lengths and the burstiness of demand")
     recent_s: float = Field(default=10.0, gt=0, description="the same in an emergency")

@@ -9,6 +9,7 @@ are not equal, so here it is M/G/k over the histogram):
    by seats *and* by what a step may take, whichever is least; how many there are fluctuates like a Poisson count;
 3. the link into each decode worker is one more such bound.
 The attained share is the product of these. `best` enumerates all splits: there are as many as workers.
+`together` is the one without a prefill worker: prompts are computed in the slack of all, which makes each last longer.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ USABLE = 0.9  # of the blocks
 DEFLECTED = 0.7  # of the slack that there is on average: a chunk needs it at its time
 STEP_MARGIN = 0.97  # of a TPOT target
 ROUNDS = 40  # to the fixed point of Little's law and the step that so many take
+UNPROMISED_S = 0.2  # a step without a promise may take so long
+CROWD = 1e4
 FINEST = 1e-9
 
 
@@ -57,13 +60,19 @@ NO_BIAS = Bias()
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """`attained` of all requests with so many prefill workers, of which `prefill` and `decode` are the pools' parts."""
+    """`attained` of all requests with so many prefill workers, of which `prefill` and `decode` are the pools' parts; 0
+    prefill workers: all serve both phases."""
 
     num_prefill: int
     num_decode: int
     attained: float
     prefill: float
     decode: float
+
+    @property
+    def is_together(self) -> bool:
+        """Both phases on every worker."""
+        return self.num_prefill == 0
 
 
 def splits(demand: Demand, machine: Machine, num_workers: int, bias: Bias = NO_BIAS) -> list[Split]:
@@ -80,6 +89,35 @@ def splits(demand: Demand, machine: Machine, num_workers: int, bias: Bias = NO_B
         Split(int(count), num_workers - int(count), float(attained[place]), float(prefill[place]), float(decode[place]))
         for place, count in enumerate(num_prefill)
     ]
+
+
+def together(demand: Demand, machine: Machine, num_workers: int, bias: Bias = NO_BIAS) -> Split:
+    """Both phases on every worker: the chunks that a step has to take make it longer, and so that there are more who
+    decode at a time; a prompt takes as many steps as it has chunks of what fits into what was promised."""
+    nobody = Split(0, num_workers, 0.0, 0.0, 0.0)
+    limit_s = min(_promised_s(demand), UNPROMISED_S)
+    alone = _Steps(machine.steps, _mean_context(demand))
+    new_tokens = bias.prefill * sum(kind.share * kind.num_new for kind in demand.kinds)
+    steps = _Mixed(alone, machine.steps, demand.rate * new_tokens / num_workers, limit_s)
+    size = _batch(
+        np.array([demand.rate]), demand.num_output * bias.decode, steps, np.array([float(num_workers)]), CROWD
+    )  # fmt: skip
+    step_s, mixed_s = float(alone.at(size)[0]), float(steps.at(size)[0])
+    fitting = steps.chunk_within(limit_s - step_s)
+    if fitting < 1.0:
+        return nobody
+    compute_s = sum(kind.share * kind.compute_s for kind in demand.kinds)
+    stretched = new_tokens / fitting * limit_s / max(compute_s, FINEST)  # times as long as alone
+    taken, in_time = prefill_shares(demand, np.array([float(num_workers)]), stretched)
+    slowed = _slowed(machine.steps, mixed_s / max(step_s, FINEST))
+    decode = float(
+        decode_share(
+            demand, replace(machine, steps=slowed, transfer_token_s=0.0), np.array([float(num_workers)]), taken,
+            bias.decode,
+        )[0]
+    )  # fmt: skip
+    prefill = float(taken[0] * in_time[0])
+    return Split(0, num_workers, prefill * decode, prefill, decode)
 
 
 def over_horizon(first: Sequence[Split], then: Sequence[Split]) -> list[Split]:
@@ -127,16 +165,27 @@ def prefill_shares(demand: Demand, num_workers: Floats, bias: float = 1.0) -> tu
 def deflected(demand: Demand, machine: Machine, num_workers: Floats, bias: float = 1.0) -> Floats:
     """How many prefill workers the slack of so many decode workers is worth: the part of the time that their steps
     leave free of what was promised, of which the router's chunks get DEFLECTED."""
-    promised = [(kind.share, kind.tpot_s) for kind in demand.kinds if math.isfinite(kind.tpot_s)]
-    if not promised or demand.rate <= 0:
+    limit_s = _promised_s(demand)
+    if math.isinf(limit_s) or demand.rate <= 0:
         return np.zeros_like(num_workers)
-    limit_s = STEP_MARGIN * sum(share * tpot_s for share, tpot_s in promised) / sum(share for share, _ in promised)
     table = _Steps(machine.steps, _mean_context(demand))
     size = _batch(demand.rate * np.ones_like(num_workers), demand.num_output * bias, table, num_workers, 1e4)
     return DEFLECTED * num_workers * np.maximum(0.0, 1 - table.at(size) / limit_s)
 
 
-def _batch(rate: Floats, output: float, table: _Steps, num_workers: Floats, most: float) -> Floats:
+def _promised_s(demand: Demand) -> float:
+    """What a step may take, in the mean over those kinds that have a target; infinite: none has."""
+    promised = [(kind.share, kind.tpot_s) for kind in demand.kinds if math.isfinite(kind.tpot_s)]
+    if not promised:
+        return math.inf
+    return STEP_MARGIN * sum(share * tpot_s for share, tpot_s in promised) / sum(share for share, _ in promised)
+
+
+def _slowed(table: StepTable, times: float) -> StepTable:
+    return replace(table, step_s=tuple(tuple(times * step_s for step_s in row) for row in table.step_s))
+
+
+def _batch(rate: Floats, output: float, table: _Steps | _Mixed, num_workers: Floats, most: float) -> Floats:
     """Sequences of a step, by Little's law: from below, the iteration only rises."""
     size = np.full_like(num_workers, 1.0)
     for _ in range(ROUNDS):
@@ -185,6 +234,28 @@ def _link_share(demand: Demand, machine: Machine, rate: Floats, num_workers: Flo
     moved = sum(kind.share * kind.num_prompt for kind in demand.kinds) * machine.transfer_token_s
     busy = rate * moved / num_workers
     return np.minimum(1.0, LINK_BUSY / np.maximum(busy, FINEST))
+
+
+class _Mixed:
+    """Steps of those who decode with the chunks of as many tokens a second as come, as far as these fit the limit."""
+
+    def __init__(self, alone: _Steps, table: StepTable, tokens_per_s: float, limit_s: float) -> None:
+        self._alone, self._tokens_per_s, self._limit_s = alone, tokens_per_s, limit_s
+        self._chunks, self._added_s = np.asarray(table.chunks, dtype=float), np.asarray(table.added_s, dtype=float)
+
+    def at(self, size: Floats) -> Floats:
+        step_s = self._alone.at(size)
+        mixed_s = step_s
+        for _ in range(ROUNDS // 2):
+            added_s = np.interp(self._tokens_per_s * mixed_s, self._chunks, self._added_s)
+            mixed_s = np.maximum(step_s, np.minimum(step_s + added_s, self._limit_s))
+        return mixed_s
+
+    def chunk_within(self, left_s: float) -> float:
+        """Tokens that make a step no longer than by this."""
+        if left_s <= 0:
+            return 0.0
+        return float(np.interp(left_s, np.maximum.accumulate(self._added_s + FINEST * self._chunks), self._chunks))
 
 
 class _Steps:

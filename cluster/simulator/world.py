@@ -124,7 +124,7 @@ class World:
             await asyncio.sleep(self.spec.links.latency_s)
         self.dispatcher.rebalancer.start()
         if self.spec.is_controlled:
-            self.control(Controller(SimulatedFleet(self), self.spec.config.controller, on_flipped=self.flipped))
+            self.control(Controller(SimulatedFleet(self), self.spec.config.controller_rules, on_flipped=self.flipped))
 
     def control(self, controller: Controller) -> None:
         """From now on it decides who is in which pool."""

@@ -8,6 +8,7 @@
 4. a decode worker with room for it when it gets there (router/policies/room.py): the fullest, so that slack gathers
    elsewhere; where it has no target, the one with the shortest step;
 5. what does not fit is a case for admission (router/policies/admission.py).
+Without a prefill worker every worker serves both phases (router/policies/together.py).
 """
 
 from __future__ import annotations
@@ -16,18 +17,17 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator
 
-from engine.slack import HEADROOM, MIN_CHUNK
-from engine.step_shape import Chunk, StepShape
 from engine.types import Role
 from router.policies.admission import YIELDS, admitted, without_room, yields
+from router.policies.beside import beside_s
 from router.policies.fleet import Fleet, fleet_of
 from router.policies.occupancy import with_one_more
 from router.policies.pools import by_decode_work, by_prefill_work, pair
 from router.policies.rankings import Option, by_fullness, quickest, slackest
 from router.policies.rehearsal import Prompt
 from router.policies.room import gap_s, room_in, room_on
-from router.policies.slack import slack_tokens
 from router.policies.snapshot import Decision, Snapshot, Wait, WorkerLoad
+from router.policies.together import together
 
 SOONER = 0.8  # times as late: a prompt beside those that decode takes of their slack, and has to gain by it
 MOST_BESIDE = 3  # decode workers that are looked at for a prompt, those with the fewest sequences
@@ -37,6 +37,8 @@ MOST_REHEARSED = 3  # each takes as many steps as it has prompts
 def slo(snapshot: Snapshot) -> Decision | None:
     fleet = fleet_of(snapshot.loads)
     prefill, decode = fleet.places(Role.PREFILL), fleet.places(Role.DECODE)
+    if decode and not prefill and snapshot.ask.hand_off:
+        return together(snapshot, fleet)
     if not (prefill and decode and snapshot.ask.hand_off):
         return pair(snapshot, by_prefill_work(snapshot), by_decode_work(snapshot))
     if yields(snapshot, (fleet[place] for place in prefill)):
@@ -89,19 +91,12 @@ def _beside(snapshot: Snapshot, fleet: Fleet) -> Iterator[Option]:
     ask = snapshot.ask
     decode = fleet.at(slackest(snapshot, fleet, MOST_BESIDE))
     for load, num_cached in zip(decode, snapshot.cached_on_each([load.name for load in decode]), strict=True):
-        num, tokens, tpot_s = load.decodes.at(snapshot.now)
+        num, _, tpot_s = load.decodes.at(snapshot.now)
         if math.isinf(tpot_s if num else ask.tpot_s):
             continue
-        num_new = ask.num_tokens - num_cached
-        size = min(num_new, slack_tokens(snapshot, load, num_cached, HEADROOM * tpot_s))
-        if size < min(num_new, MIN_CHUNK):
-            continue
-        middle = Chunk(num_cached + (num_new - size) // 2, size)  # steps get longer evenly
-        step_s = snapshot.predictor.step_s(load.member.pool, StepShape((middle,), num, round(tokens)))
-        own_s = step_s * num_new / size
-        waits_s = snapshot.predictor.decode_step_s(load.member.pool, num, round(tokens)) if num else 0.0
-        if not room_on(snapshot, load, snapshot.now + waits_s + own_s).problem:
-            yield Option(True, waits_s + own_s, own_s, num_cached, load)
+        times = beside_s(snapshot, load, num_cached)
+        if times is not None and not room_on(snapshot, load, snapshot.now + sum(times)).problem:
+            yield Option(True, sum(times), times[1], num_cached, load)
 
 
 def _decode_worker(snapshot: Snapshot, fleet: Fleet, option: Option) -> WorkerLoad | None:

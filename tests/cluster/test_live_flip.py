@@ -138,3 +138,20 @@ async def test_gateways_report_what_came_and_how_it_fared(tmp_path: Path) -> Non
         assert cluster.dispatcher.health().control == view
         (again,) = await fleet.reports(view)
         assert (again.arrived, again.fared) == ((), ())
+
+
+async def test_without_a_prefill_worker_all_serve_both_phases_and_later_part_again(tmp_path: Path) -> None:
+    async with flippable(tmp_path) as (cluster, fleet):
+        wanted = await answer(cluster, replace(ASKED, request_id="before"))
+        under_way = asyncio.create_task(answer(cluster, replace(ASKED, request_id="under-way")))
+        await asyncio.sleep(0.05)
+        done = [await flipped(fleet, worker_id, Role.DECODE) for worker_id in ("prefill-0", "prefill-1")]
+        assert [one.problem for one in done] == ["", ""]
+        service = replace(ASKED.service, ttft_s=30.0, tpot_s=5.0)
+        asked = [replace(ASKED, request_id=f"r{index}", service=service) for index in range(6)]
+        assert await asyncio.gather(under_way, *(answer(cluster, one) for one in asked)) == [wanted] * 7
+        assert {member.role for member in fleet.members()} == {Role.DECODE}
+        moved = sum(worker._sides.status().transfers.num_pulls for worker in cluster.workers.values())
+        assert (await flipped(fleet, "prefill-0", Role.PREFILL)).role is Role.PREFILL
+        assert await answer(cluster, replace(ASKED, request_id="after", namespace="another")) == wanted
+        assert sum(worker._sides.status().transfers.num_pulls for worker in cluster.workers.values()) >= moved

@@ -348,3 +348,34 @@ def test_slo_refuses_until_the_queue_is_so_much_shorter() -> None:
     decision = decide("slo", loads, ask(100, ttft_s=1.0))
     assert isinstance(decision, Refuse) and decision.reason == "ttft"
     assert 1.9 < decision.retry_after_s < 2.5
+
+
+# --- without a prefill worker: both phases on every worker ------------------------------------------------------
+
+
+def test_slo_alone_with_decode_workers_goes_where_the_first_token_is_soonest() -> None:
+    """10 ms a step beside one that has 50 ms: 35 tokens fit, and 100 take 2.9 steps of 45 ms after the one under way:
+    sooner than behind a prompt of 100 ms, and later than on the idle one or where all is cached."""
+    busy = load("d0", decodes=running(9.0, tpot_s=0.05))
+    queued = load("d1", prompts=queue((100, 1.0)))
+    idle = load("d2")
+    assert names(decide("slo", [busy, queued], ask(ttft_s=2.0, tpot_s=0.05))) == ("d0", None)
+    assert names(decide("slo", [busy, queued, idle], ask(ttft_s=2.0, tpot_s=0.05))) == ("d2", None)
+    cached = {queued.name: 90}
+    assert names(decide("slo", [queued, busy], ask(ttft_s=2.0, tpot_s=0.05, cached=cached))) == ("d1", None)
+
+
+def test_slo_alone_with_decode_workers_refuses_what_would_be_late_or_make_others_late() -> None:
+    asked = ask(num_tokens=500, ttft_s=0.4, tpot_s=0.05)
+    assert decide("slo", [load("d0")], asked) == Refuse("ttft", 60.0)  # half a second by itself
+    late = decide("slo", [load("d0", prompts=queue((900, 1.0)))], replace(asked, ttft_s=1.0))
+    assert isinstance(late, Refuse) and late.reason == "ttft"
+    before = load("d0", prompts=queue((400, 0.45)))  # would be late behind one that is due before it
+    unkind = decide("slo", [before], replace(asked, num_tokens=300, ttft_s=0.4))
+    assert isinstance(unkind, Refuse)
+
+
+def test_slo_alone_with_decode_workers_that_have_no_slack_waits_or_says_when_one_ends() -> None:
+    full = load("d0", decodes=running(3.0, 4.0, 5.0, tpot_s=0.03))  # their steps take 30 ms
+    assert decide("slo", [full], ask(ttft_s=2.0, tpot_s=0.05)) == Refuse("tpot", 3.0)
+    assert decide("slo", [full], ask()) == Wait("tpot")

@@ -17,7 +17,8 @@ from router.arrivals import Arrived, Fared
 from router.report import StepTable, WorkerStand
 from tests.cluster.control.cases import COHORT, arrived, pools, refused, seen, steady, table, worker
 
-RULES = ControllerConfig(confirmations=3)
+RULES = ControllerConfig(confirmations=3, together=False)
+TOGETHER = ControllerConfig(confirmations=3, together=True)
 LONG_PROMPTS = {"num_prompt": 8000, "num_output": 10.0, "ttft_s": 3.0}  # 0.8 s each
 LONG_ANSWERS = {"num_prompt": 200, "num_output": 1000.0, "tpot_s": 0.02}
 
@@ -28,14 +29,14 @@ def at_rest(**fields: float) -> Seen:
     return seen(100.0, pools(2, 2), steady(rate, 35.0, 100.0, **fields))
 
 
-def play(look: Seen, ticks: int) -> list[Plan]:
+def play(look: Seen, ticks: int, rules: ControllerConfig = RULES) -> list[Plan]:
     """The same again, a second later each time."""
     plans, memory = [], Memory()
     for tick in range(ticks):
         moved = tuple(replace(one, at=one.at + tick) for one in look.arrived)
         fared = tuple(replace(one, at=one.at + tick) for one in look.fared)
         now = look.now + tick
-        decided, memory = plan(replace(look, now=now, reported_at=now, arrived=moved, fared=fared), memory, RULES)
+        decided, memory = plan(replace(look, now=now, reported_at=now, arrived=moved, fared=fared), memory, rules)
         plans.append(decided)
     return plans
 
@@ -57,6 +58,47 @@ def test_long_answers_call_for_a_decode_worker() -> None:
     wished = flips(play(at_rest(rate=7.0, **LONG_ANSWERS), 5))
     assert wished
     assert wished[0].to is Role.DECODE
+
+
+LOOSE = {"num_prompt": 3000, "num_output": 150.0, "ttft_s": 4.0, "tpot_s": 0.1}
+MIXED = StepTable(
+    table().sequences, table().contexts, table().step_s, (0, 256, 1024, 4096), (0.0, 0.005, 0.06, 0.38)
+)  # fmt: skip
+
+
+def two(num_prefill: int, **fields: float) -> Seen:
+    """A minute of arrivals at two workers whose decode steps read the weights that a chunk beside them reads, too."""
+    look = seen(100.0, pools(num_prefill, 2 - num_prefill), steady(fields.pop("rate"), 35.0, 100.0, **fields))
+    return replace(look, tables=((COHORT, MIXED),))
+
+
+def test_where_no_split_does_as_well_both_phases_are_served_on_every_worker() -> None:
+    plans = play(two(1, rate=6.0, **LOOSE), 5, TOGETHER)
+    assert [(one.worker_id, one.to) for one in flips(plans)] == [("w0", Role.DECODE)]
+    assert "both phases on every worker" in flips_of(plans)[0].reason
+    assert plans[-1].best is not None
+    assert plans[-1].best.is_together
+    assert not flips(play(two(1, rate=6.0, **LOOSE), 5, RULES))
+
+
+def test_who_serves_both_phases_stays_so_and_says_so() -> None:
+    plans = play(two(0, rate=6.0, **LOOSE), 20, TOGETHER)
+    assert not flips(plans)
+    assert plans[-1].reason == "hold: no split does better than both phases on every worker"
+
+
+def test_and_parts_again_when_first_tokens_have_to_come_soon() -> None:
+    tight = LOOSE | {"ttft_s": 0.4, "tpot_s": 0.012}
+    assert flips(play(two(0, rate=1.5, **tight), 5, TOGETHER))[0].to is Role.PREFILL
+
+
+def test_a_pool_is_not_given_up_for_little() -> None:
+    """All is well with a split."""
+    assert not flips(play(two(1, rate=0.5, **LOOSE), 20, TOGETHER))
+
+
+def flips_of(plans: list[Plan]) -> list[Plan]:
+    return [one for one in plans if one.flip is not None]
 
 
 def test_what_fits_stays_as_it_is() -> None:
@@ -159,21 +201,22 @@ LOOKS = st.builds(
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(LOOKS, min_size=1, max_size=6))
-def test_whatever_is_seen_a_plan_is_made_that_can_be_done(looks: list[Seen]) -> None:
+@given(st.lists(LOOKS, min_size=1, max_size=6), st.sampled_from([RULES, TOGETHER]))
+def test_whatever_is_seen_a_plan_is_made_that_can_be_done(looks: list[Seen], rules: ControllerConfig) -> None:
     memory = Memory()
     for look in looks:
-        decided, memory = plan(look, memory, RULES)
+        decided, memory = plan(look, memory, rules)
         assert decided.reason
         if decided.flip is not None:
-            _check(look.workers, decided.flip)
+            _check(look.workers, decided.flip, rules)
 
 
-def _check(workers: tuple[WorkerStand, ...], flip: Flip) -> None:
+def _check(workers: tuple[WorkerStand, ...], flip: Flip, rules: ControllerConfig) -> None:
     victim = next(one for one in workers if one.worker_id == flip.worker_id)
     others = [one for one in workers if one.cohort == victim.cohort and one is not victim]
     assert victim.role is not flip.to
-    assert any(one.role is victim.role for one in others), "a pool would be empty"
+    may_empty = rules.together and victim.role is Role.PREFILL
+    assert any(one.role is victim.role for one in others) or (may_empty and others), "a pool would be empty"
     assert math.isfinite(flip.gain)
     assert math.isfinite(flip.cost)
 
@@ -186,9 +229,9 @@ LOADS = st.lists(
 
 
 @settings(max_examples=10, deadline=None)
-@given(LOADS, st.integers(3, 8))
+@given(LOADS, st.integers(3, 8), st.sampled_from([RULES, TOGETHER]))
 def test_workers_are_never_lost_and_without_a_change_of_load_they_come_to_rest(
-    loads: list[tuple[float, int, int, int]], num_workers: int
+    loads: list[tuple[float, int, int, int]], num_workers: int, rules: ControllerConfig
 ) -> None:
     """A cluster that does what is planned, under loads that change and then stay as they are."""
     workers, memory, now, begun = pools(1, num_workers - 1), Memory(), 0.0, 0.0
@@ -200,11 +243,12 @@ def test_workers_are_never_lost_and_without_a_change_of_load_they_come_to_rest(
             arrivals += steady(rate, now, now + 1.0, num_prompt=num_prompt, num_output=num_output) or ()
             arrivals = [one for one in arrivals if one.at >= now - 70]
             now += 1.0
-            decided, memory = plan(seen(now, workers, arrivals), memory, RULES)
+            decided, memory = plan(seen(now, workers, arrivals), memory, rules)
             if decided.flip is not None:
                 flip = decided.flip
                 flipped_at.append(now)
                 workers = [replace(one, role=flip.to) if one.worker_id == flip.worker_id else one for one in workers]
             assert len({one.worker_id for one in workers}) == num_workers
-            assert len({one.role for one in workers}) == 2
+            roles = {one.role for one in workers}
+            assert len(roles) == 2 or (rules.together and roles == {Role.DECODE})
     assert len([at for at in flipped_at if at > begun + 120]) <= 1, "it goes to and fro"

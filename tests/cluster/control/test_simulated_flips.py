@@ -173,3 +173,32 @@ def test_two_runs_of_one_seed_flip_the_same() -> None:
 
 def test_who_only_watches_changes_nothing() -> None:
     assert not [one for one in swing("watch").happenings if one.what.startswith("became")]
+
+
+def test_few_devices_with_targets_that_leave_slack_serve_both_phases_and_keep_more_so() -> None:
+    """Two workers; prompts need more than one of them has time for."""
+
+    def outcome(together: bool) -> SimulationResult:
+        settings = {
+            "engine": {"num_blocks": 4096, "max_batch_tokens": 2048, "prefill_chunk": 1024, "max_batch_seqs": 64},
+            "router": {"ttft_s": 3.0, "tpot_s": 0.2, "max_live_requests": 10**5},
+            "controller": {"together": together, "window_s": 20.0, "bucket_s": 2.0},
+        }
+        spec = WorldSpec(
+            1, ClusterConfig.model_validate(settings), STEPS, plain=True, frame_bytes=2**25, is_controlled=True,
+            max_context=32768,
+        )  # fmt: skip
+        words = "poisson:rate=2.6,seconds=120,prompt=uniform:2000:3000,output=uniform:40:80"
+        return simulate(spec, load_workload(words, 1), EventLog(keep=False, detailed=False))
+
+    def share(result: SimulationResult) -> float:
+        good = [
+            one for one in result.requests
+            if not one.error and (one.ttft_s or 99) <= 3.0 and (one.tpot_s or 0) <= 0.2
+        ]  # fmt: skip
+        return len(good) / len(result.requests)
+
+    both, apart = outcome(True), outcome(False)
+    assert [one.what for one in both.happenings if one.what.startswith("became")] == ["became decode"]
+    assert not [one.what for one in apart.happenings if one.what.startswith("became")]
+    assert share(both) > share(apart)
