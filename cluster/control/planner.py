@@ -68,6 +68,7 @@ class Memory:
     wish: tuple[str, str] = ("", "")  # a cohort, and the role that it is to have more of
     num_wishes: int = 0  # in a row
     flipped_at: float = -math.inf
+    flipped: tuple[str, str] = ("", "")  # the wish that was done then
 
 
 def plan(seen: Seen, memory: Memory, rules: ControllerConfig) -> tuple[Plan, Memory]:
@@ -96,12 +97,13 @@ def _confirmed(seen: Seen, memory: Memory, rules: ControllerConfig, wished: Plan
     wish = seen.cohort_of(flip.worker_id), str(flip.to)
     num_wishes = memory.num_wishes + 1 if wish == memory.wish else 1
     memory = replace(memory, wish=wish, num_wishes=num_wishes)
-    left_s = memory.flipped_at + rules.cooldown_s - seen.now
+    is_way_back = memory.flipped[0] == wish[0] and memory.flipped != wish
+    left_s = memory.flipped_at + (rules.way_back_s if is_way_back else rules.cooldown_s) - seen.now
     if left_s > 0:
         return replace(wished, flip=None, reason=f"hold: {left_s:.1f} s since the last flip are missing"), memory
     if wished.need is Need.NONE and num_wishes < rules.confirmations:
         return replace(wished, flip=None, reason=f"hold: wished {num_wishes} of {rules.confirmations} times"), memory
-    return wished, replace(memory, wish=("", ""), num_wishes=0, flipped_at=seen.now)
+    return wished, replace(memory, wish=("", ""), num_wishes=0, flipped_at=seen.now, flipped=wish)
 
 
 # --- one cohort -----------------------------------------------------------------------------------------------
@@ -154,10 +156,12 @@ def _rated(
 
 
 def _wanted(rated: Sequence[Split], num_prefill: int, rules: ControllerConfig) -> Split:
-    """The best one; without prefill workers only if that is clearly better than with some, or is so now."""
+    """The best one; without prefill workers only if that is clearly better than with some, or is so now, and if the
+    next step on the way there loses nothing: whoever is half way there has neither."""
     apart = [split for split in rated if not split.is_together]
     wanted = best(apart, num_prefill)
-    if len(apart) == len(rated):
+    kept = {split.num_prefill: split.attained for split in rated}
+    if len(apart) == len(rated) or (num_prefill and kept[num_prefill - 1] < kept[num_prefill]):
         return wanted
     least = wanted.attained + (rules.dead_band if num_prefill else -rules.dead_band)
     return rated[0] if rated[0].attained >= least else wanted

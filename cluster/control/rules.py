@@ -33,6 +33,9 @@ class ControllerConfig(StrictModel):
         default=6, ge=1, description="ticks in a row that have to wish for the same; one in need"
     )
     cooldown_s: float = Field(default=10.0, ge=0, description="after a flip, before the next one")
+    way_back_s: float = Field(
+        default=30.0, ge=0, description="the same before one of the same workers goes back: load is noise, too"
+    )
     stale_s: float = Field(default=5.0, gt=0, description="what gateways said is believed for so long")
     evacuate_s: float = Field(
         default=0.5,

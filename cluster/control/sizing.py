@@ -3,8 +3,8 @@
 For each number of prefill workers (DistServe, OSDI 2024, section 3, takes M/D/1 for a pool of equal prompts; lengths
 are not equal, so here it is M/G/k over the histogram):
 1. prefill: waits by Sakasegawa's formula for M/M/k, with the arrivals' and the services' variability (Allen and
-   Cunneen), exponential given that there is a wait; a kind keeps its target if wait and service do. More than the pool
-   can compute is refused, and never gets to decode. The slack of decode workers counts as prefill workers;
+   Cunneen), exponential given that there is a wait. What would be late is refused, and never gets to decode. The slack
+   of decode workers counts as prefill workers;
 2. decode: those that are there at a time by Little's law, with the step that so many sequences take; bounded by blocks,
    by seats *and* by what a step may take, whichever is least; how many there are fluctuates like a Poisson count;
 3. the link into each decode worker is one more such bound.
@@ -26,7 +26,8 @@ from router.report import StepTable
 
 Floats = NDArray[np.float64]
 
-MOST_BUSY = 0.97  # of a prefill pool: a queue for more has no end
+NEARLY = 1e-4  # of a pool that has exactly as much to do as it can
+FOREVER_S, MOST_EXPONENT, MOST = 1e6, 600.0, 1e200
 LINK_BUSY = 0.6  # of a link: beyond, transfers wait for several others
 USABLE = 0.9  # of the blocks
 DEFLECTED = 0.7  # of the slack that there is on average: a chunk needs it at its time
@@ -81,9 +82,8 @@ def splits(demand: Demand, machine: Machine, num_workers: int, bias: Bias = NO_B
         return []
     num_prefill = np.arange(1.0, num_workers)
     helped = num_prefill + deflected(demand, machine, num_workers - num_prefill, bias.decode)
-    taken, in_time = prefill_shares(demand, helped, bias.prefill)
-    decode = decode_share(demand, machine, num_workers - num_prefill, taken, bias.decode)
-    prefill = taken * in_time
+    prefill = prefill_share(demand, helped, bias.prefill)
+    decode = decode_share(demand, machine, num_workers - num_prefill, prefill, bias.decode)
     attained = prefill * decode
     return [
         Split(int(count), num_workers - int(count), float(attained[place]), float(prefill[place]), float(decode[place]))
@@ -108,7 +108,7 @@ def together(demand: Demand, machine: Machine, num_workers: int, bias: Bias = NO
         return nobody
     compute_s = sum(kind.share * kind.compute_s for kind in demand.kinds)
     stretched = new_tokens / fitting * limit_s / max(compute_s, FINEST)  # times as long as alone
-    taken, in_time = prefill_shares(demand, np.array([float(num_workers)]), stretched)
+    taken = prefill_share(demand, np.array([float(num_workers)]), stretched)
     slowed = _slowed(machine.steps, mixed_s / max(step_s, FINEST))
     decode = float(
         decode_share(
@@ -116,7 +116,7 @@ def together(demand: Demand, machine: Machine, num_workers: int, bias: Bias = NO
             bias.decode,
         )[0]
     )  # fmt: skip
-    prefill = float(taken[0] * in_time[0])
+    prefill = float(taken[0])
     return Split(0, num_workers, prefill * decode, prefill, decode)
 
 
@@ -141,22 +141,29 @@ def best(found: Sequence[Split], num_prefill_now: int) -> Split:
 # --- prefill --------------------------------------------------------------------------------------------------
 
 
-def prefill_shares(demand: Demand, num_workers: Floats, bias: float = 1.0) -> tuple[Floats, Floats]:
-    """For each number of workers: the share of requests that the pool can take, and of these the share in time."""
+def prefill_share(demand: Demand, num_workers: Floats, bias: float = 1.0) -> Floats:
+    """For each number of workers: the share of requests that is taken and gets its first token in time.
+
+    What would be late is refused, and makes nobody wait: of those who would wait too long in a queue that takes all, P,
+    so many are lost: (1 - busy) P / (1 - busy P), which is exact for M/M/1 whose customers do not join a queue that is
+    too long for them, and goes on to more work than there is time for."""
     weights, service_s = _column(demand, "share"), bias * _column(demand, "compute_s")
+    spare_s = _column(demand, "ttft_s") - service_s
+    can = spare_s >= 0  # the others are refused whatever the load
+    possible = float(weights[can].sum())
+    weights, service_s, spare_s = weights[can] / max(possible, FINEST), service_s[can], spare_s[can]
     mean_s = float(weights @ service_s)
     if mean_s <= 0 or demand.rate <= 0:
-        return np.ones_like(num_workers), np.ones_like(num_workers)
+        return np.full_like(num_workers, possible if demand.rate > 0 else 1.0)
     variability = float(weights @ service_s**2) / mean_s**2 - 1.0
-    offered = demand.rate * mean_s / num_workers
-    busy = np.minimum(offered, MOST_BUSY)
+    busy = possible * demand.rate * mean_s / num_workers
+    busy = np.where(np.abs(1 - busy) < NEARLY, 1 - NEARLY, busy)
     waits = busy ** (np.sqrt(2 * (num_workers + 1)) - 1)  # the probability of a wait
-    wait_s = 0.5 * (demand.burstiness + variability) * mean_s / (num_workers * (1 - busy))  # its mean, if there is one
-    spare_s = _column(demand, "ttft_s") - service_s  # [kinds]
-    late = waits * np.exp(-np.maximum(spare_s, 0.0)[:, None] / np.maximum(wait_s, FINEST))  # [kinds, workers]
-    late[spare_s < 0] = 1.0
-    late[np.isinf(spare_s)] = 0.0
-    return busy / offered, 1 - weights @ late
+    decay = 2 * num_workers * (1 - busy) / ((demand.burstiness + variability) * mean_s)  # of how long that is
+    exponent = np.minimum(spare_s, FOREVER_S)[:, None] * decay  # [kinds, workers]
+    late = np.minimum(waits * (weights @ np.exp(-np.clip(exponent, -MOST_EXPONENT, MOST_EXPONENT))), MOST)
+    lost = (1 - busy) * late / (1 - busy * late)
+    return possible * (1 - np.clip(lost, np.maximum(0.0, 1 - 1 / busy), 1.0))
 
 
 # --- decode ---------------------------------------------------------------------------------------------------

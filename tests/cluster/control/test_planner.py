@@ -19,7 +19,7 @@ from tests.cluster.control.cases import COHORT, arrived, pools, refused, seen, s
 
 RULES = ControllerConfig(confirmations=3, together=False)
 TOGETHER = ControllerConfig(confirmations=3, together=True)
-LONG_PROMPTS = {"num_prompt": 8000, "num_output": 10.0, "ttft_s": 3.0}  # 0.8 s each
+LONG_PROMPTS = {"num_prompt": 14_000, "num_output": 10.0, "ttft_s": 3.0}  # 1.4 s each
 LONG_ANSWERS = {"num_prompt": 200, "num_output": 1000.0, "tpot_s": 0.02}
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.control.demand import Demand, Kind, demand_of
-from cluster.control.sizing import Bias, Machine, best, decode_share, prefill_shares, splits
+from cluster.control.sizing import Bias, Machine, best, decode_share, prefill_share, splits
 from tests.cluster.control.cases import SEQUENCE_S, STEP_S, arrived, pools, seen, steady, table
 
 MACHINE = Machine(table(), 4096 * 16.0, 128)
@@ -23,27 +23,60 @@ def demand(rate: float, num_prompt: int = 1000, num_output: float = 100, **targe
     return Demand(rate, 1.0, (Kind(1.0, one.num_prompt, one.num_output, one.compute_s, **limits),))
 
 
-@pytest.mark.parametrize("num_workers", [1, 2, 4, 8])
-@pytest.mark.parametrize("busy", [0.5, 0.7, 0.9])
-def test_a_wait_is_about_that_of_erlangs_formula(num_workers: int, busy: float) -> None:
-    """Erlang C is exact for exponential services; the share in time at one mean service says the whole tail."""
-    mean_s, rate = 0.1, busy * num_workers / 0.1
-    load = busy * num_workers
-    full = load**num_workers / math.factorial(num_workers) / (1 - busy)
-    waits = full / (sum(load**n / math.factorial(n) for n in range(num_workers)) + full)
-    late = waits * math.exp(-num_workers * (1 - busy) * 1.0)  # wait > one mean service
+@pytest.mark.parametrize("busy", [0.5, 0.8, 0.95, 1.2, 2.0])
+@pytest.mark.parametrize("patience", [0.5, 2.0, 8.0])
+def test_so_many_are_lost_as_in_a_queue_that_refuses_who_would_be_late(busy: float, patience: float) -> None:
+    """M/M/1 played: who finds more work than it has patience for, does not join. Times in mean services."""
+    chance = np.random.default_rng(1)
+    count = 40_000
+    gaps, services = chance.exponential(1 / busy, count), chance.exponential(1.0, count)
+    work, lost = 0.0, 0
+    for gap, service in zip(gaps, services, strict=True):
+        work = max(0.0, work - gap)
+        if work > patience:
+            lost += 1
+        else:
+            work += service
     shares = np.full(2000, 1 / 2000)
-    services = -mean_s * np.log(1 - (np.arange(2000) + 0.5) / 2000)
-    kinds = tuple(Kind(share, 1, 1, s, s + mean_s, math.inf) for share, s in zip(shares, services, strict=True))
-    _, in_time = prefill_shares(Demand(rate, 1.0, kinds), np.array([float(num_workers)]))
-    assert 1 - in_time[0] == pytest.approx(late, abs=0.06)
+    lengths = -np.log(1 - (np.arange(2000) + 0.5) / 2000)
+    kinds = tuple(Kind(share, 1, 1, s, s + patience, math.inf) for share, s in zip(shares, lengths, strict=True))
+    kept = prefill_share(Demand(busy, 1.0, kinds), np.array([1.0]))
+    assert 1 - kept[0] == pytest.approx(lost / count, abs=0.02)
+
+
+@pytest.mark.parametrize("num_workers", [2, 4, 8])
+@pytest.mark.parametrize("busy", [0.7, 0.95, 1.3])
+def test_a_pool_of_several_loses_about_as_many_as_one_played(num_workers: int, busy: float) -> None:
+    chance = np.random.default_rng(2)
+    count, patience = 30_000, 1.0
+    gaps, services = chance.exponential(1 / (busy * num_workers), count), chance.exponential(1.0, count)
+    free_at, now, lost = [0.0] * num_workers, 0.0, 0
+    for gap, service in zip(gaps, services, strict=True):
+        now += gap
+        first = min(range(num_workers), key=free_at.__getitem__)
+        if free_at[first] - now > patience:
+            lost += 1
+        else:
+            free_at[first] = max(now, free_at[first]) + service
+    shares = np.full(2000, 1 / 2000)
+    lengths = -np.log(1 - (np.arange(2000) + 0.5) / 2000)
+    kinds = tuple(Kind(share, 1, 1, s, s + patience, math.inf) for share, s in zip(shares, lengths, strict=True))
+    kept = prefill_share(Demand(busy * num_workers, 1.0, kinds), np.array([float(num_workers)]))
+    assert 1 - kept[0] == pytest.approx(lost / count, abs=0.05)
 
 
 def test_more_prompts_than_a_pool_can_compute_are_not_taken() -> None:
-    taken, _ = prefill_shares(demand(rate=40), np.array([1.0, 2.0, 8.0]))  # 0.1 s each: 4 workers' worth
-    assert taken[0] == pytest.approx(0.97 / 4)
-    assert taken[1] == pytest.approx(0.97 / 2)
-    assert taken[2] == 1.0
+    kept = prefill_share(demand(rate=40), np.array([1.0, 2.0, 8.0]))  # 0.1 s each: 4 workers' worth
+    assert kept == pytest.approx([1 / 4, 1 / 2, 1.0], abs=0.01)
+    patient = prefill_share(demand(rate=40, ttft_s=math.inf), np.array([1.0, 4.0, 8.0]))
+    assert patient == pytest.approx([1 / 4, 1.0, 1.0], abs=0.01)
+
+
+def test_who_cannot_have_a_first_token_in_time_takes_nothing_from_others() -> None:
+    both = replace(demand(rate=15), kinds=(
+        replace(demand(1).kinds[0], share=0.5), replace(demand(1, num_prompt=20_000).kinds[0], share=0.5),
+    ))  # fmt: skip
+    assert prefill_share(both, np.array([1.0]))[0] == pytest.approx(0.5, abs=0.02)
 
 
 def test_decode_is_bounded_by_the_step_that_a_target_allows() -> None:
