@@ -28,6 +28,7 @@ import tempfile
 import time
 import venv
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +117,11 @@ def _repeat(most: int | None) -> tuple[list[Row], list[Target]]:
 
 
 def _dynamo(most: int | None) -> tuple[list[Row], list[Target]]:
-    python = _dynamo_python()
+    python = dynamo_python()
     rows: list[Row] = []
     targets: list[Target] = []
     for trace in ("conversation", "synthetic"):
-        ours, theirs = _run(trace=trace, most=most, dynamo=True), _replay(python, trace, most)
+        ours, theirs = _run(trace=trace, most=most, dynamo=True), replay(python, trace, most)
         assert ours["num_requests"] == theirs["num_requests"] and not ours["num_errors"]
         pairs = {
             "TTFT P50": (ours["decoded_p50_ms"], theirs["median_ttft_ms"]),
@@ -159,7 +160,7 @@ def _one(
 ) -> dict[str, Any]:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
     logging.disable(logging.WARNING)
-    spec = _dynamo_spec() if dynamo else _spec(bursts)
+    spec = dynamo_spec() if dynamo else _spec(bursts)
     path = DATA / "traces" / TRACES[trace]
     source = f"trace:path={path},spread=none" if dynamo else str(path)
     workload = load_workload(source, 0, max_requests=most)
@@ -203,11 +204,16 @@ def _spec(bursts: bool) -> WorldSpec:
     return WorldSpec(1, config, times, plain=True, bursts=bursts, frame_bytes=2**27)
 
 
-def _dynamo_spec() -> WorldSpec:
+def dynamo_spec() -> WorldSpec:
     """As its replay has it: no admission, no network, and whoever comes first is served first."""
-    engine = {"max_batch_tokens": MOST_TOKENS, "prefill_chunk": MOST_TOKENS, "max_overtaken": 0}
     router = {"policy": "round_robin", "max_live_requests": 10**6, "deadline_s": 10**6}
-    config = _config(DYNAMO_POOL, engine, {"router": router, "prefill": {"max_queue": 10**6}})
+    return like_dynamo(DYNAMO_POOL, {"router": router, "prefill": {"max_queue": 10**6}})
+
+
+def like_dynamo(pool: int, others: Mapping[str, object]) -> WorldSpec:
+    """Its times, its engine's limits, and no network."""
+    engine = {"max_batch_tokens": MOST_TOKENS, "prefill_chunk": MOST_TOKENS, "max_overtaken": 0}
+    config = _config(pool, engine, others)
     nothing = LinkTimes(latency_s=1e-6, bytes_per_s=float("inf"))
     times = load_service_times(f"{TABLE}:dynamo")
     return WorldSpec(1, config, times, nothing, plain=True, frame_bytes=2**34)
@@ -239,7 +245,7 @@ def _callback_s() -> float:
 # --- Dynamo's replay -------------------------------------------------------------------------------------------
 
 
-def _dynamo_python() -> Path:
+def dynamo_python() -> Path:
     """The interpreter of an environment that has it."""
     folder = PEERS / DYNAMO[0].replace("==", "-")
     python = folder / "bin/python"
@@ -255,24 +261,34 @@ def _dynamo_python() -> Path:
     return python
 
 
-def _replay(python: Path, trace: str, most: int | None) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """`speedup`: of the arrivals."""
+
+    num_prefill: int = DYNAMO_POOL
+    num_decode: int = DYNAMO_POOL
+    speedup: float = 1
+
+
+def replay(python: Path, trace: str, most: int | None, how: Replay = Replay()) -> dict[str, Any]:
+    """Dynamo's report."""
     with tempfile.TemporaryDirectory() as folder:
         path, report = Path(folder) / "trace.jsonl", Path(folder) / "report.json"
         lines = (DATA / "traces" / TRACES[trace]).read_text().splitlines(keepends=True)
         path.write_text("".join(lines[:most]))
-        command = [python, "-m", "dynamo.replay", path, *_replay_flags(), "--report-json", report]
+        command = [python, "-m", "dynamo.replay", path, *_replay_flags(how), "--report-json", report]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         return json.loads(report.read_text())
 
 
-def _replay_flags() -> Sequence[str]:
+def _replay_flags(how: Replay) -> Sequence[str]:
     def engine(kind: str) -> str:
         table = str(TABLE.resolve())
         blocks = {"block_size": BLOCK_SIZE, "num_gpu_blocks": NUM_BLOCKS}
         return json.dumps({"worker_type": kind, "planner_profile_data": table} | blocks)
 
-    pools = ("--num-prefill-workers", str(DYNAMO_POOL), "--num-decode-workers", str(DYNAMO_POOL))
-    modes = ("--router-mode", "round_robin", "--replay-mode", "offline", "--arrival-speedup-ratio", "1")
+    pools = ("--num-prefill-workers", str(how.num_prefill), "--num-decode-workers", str(how.num_decode))
+    modes = ("--router-mode", "round_robin", "--replay-mode", "offline", "--arrival-speedup-ratio", f"{how.speedup:g}")
     engines = ("--prefill-engine-args", engine("prefill"), "--decode-engine-args", engine("decode"))
     return ("--trace-block-size", "512", *pools, *modes, *engines)
 
