@@ -4,11 +4,11 @@
         [--scaled] [--goodput] [--processes N]
 
 Simulated H200 with Qwen3 32B in bfloat16 (published tables), links of 25 GB/s: a smaller model has so many more
-requests and tokens at its capacity that the matrix would take days. Even so one system's ten minutes take 25 to 115 s of
-CPU on 8 workers and twice that on 16, and the whole matrix about 7 hours on two cores: `--workers 8 --targets 0` is its
-first part. Loads, targets and rivals' constants that are searched stand in benchmarks/ratio.yaml, fixed before the first
-result; ours has one set of constants for all. The first third of each load is for the search, on the first targets
-played; results come from the rest. A request that is refused has missed its targets.
+requests and tokens at its capacity that the matrix would take days. Even so one system's ten minutes take 25 to 115 s
+of CPU on 8 workers and twice that on 16, and the whole matrix about 7 hours on two cores: `--workers 8 --targets 0` is
+its first part. Loads, targets and rivals' constants that are searched stand in benchmarks/ratio.yaml, fixed before the
+first result; ours has one set of constants for all. The first third of each load is for the search, on the first
+targets played; results come from the rest. A request that is refused has missed its targets.
 - `static N`: so many prefill workers, all the time. The best of them is the static oracle; the best of each window of
   60 s, one after the other, is the bound of what rebalancing can gain (windows are taken from runs that stay static, so
   it is about a bound, not one);
