@@ -53,6 +53,7 @@ class ControlView:
     best_attained: float | None = None
     forecast_model: str = ""
     forecast_error: float = 0.0
+    is_together: bool = False  # every worker serves both phases, and none is missing: there is no hand-off to be proved
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """The canary: proof that prefill, wire and decode work together, at least every `canary_s`.
 
-Any request whose tokens came from a decode worker after a hand-off is proof. When there has been none for half the
-time, a request of our own is sent. `/health` tells the truth: healthy means that a proof is younger than `canary_s`.
+Any request whose tokens came from a decode worker after a hand-off is proof; where the controller has every worker
+serve both phases, any that came from one. When there has been none for half the time, a request of our own is sent. `/health` tells the truth: healthy means that a proof is younger than `canary_s`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Canary:
         await self._first_proof.wait()
 
     def prove(self) -> None:
-        """Tokens have just come from a decode worker after a hand-off."""
+        """Tokens have just come from a decode worker, after a hand-off if there are any."""
         self._proved_at = asyncio.get_running_loop().time()
         self._first_proof.set()
 

@@ -33,7 +33,7 @@ from engine.errors import (
     WorkerLost,
 )
 from engine.streams import StreamBatch
-from engine.types import Endpoint, Key, Request, Submission, TokenOutput
+from engine.types import Endpoint, Key, Request, Role, Submission, TokenOutput
 from router.api import ControlView, HealthView, WorkerView
 from router.block_names import UNNAMED, Naming
 from router.canary import Canary
@@ -335,13 +335,14 @@ class Dispatcher:
             self.step_history.add(member, batch.steps)
             self.learnt.hear(member, batch)
         now, has_decoded = self._now(), False
+        is_together = self._control is not None and self._control.is_together and member.role is Role.DECODE
         for output in batch.outputs:
             live = self._live.get(output.key.request_id)
             if live is None or live.is_stray(output):
                 self._abort_stray(member, output)
             elif live.take(output if live.migration is None else self.moves.with_pause(live, output), member.worker_id):
                 live.last_heard = now
-                has_decoded = has_decoded or live.handed_off
+                has_decoded = has_decoded or live.handed_off or is_together
                 if live.handed_off and output.transfer is not None:
                     self.learnt.hear_transfer(live, output)
         if has_decoded:

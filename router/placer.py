@@ -133,7 +133,7 @@ class Placer:
             return
         request, now = live.request, self._now()
         num_cached = min(max(cached.values(), default=0), request.num_tokens - 1)
-        pool = Pool(next(iter(self._links.values())).member.cohort, Role.PREFILL)
+        pool = self._prompt_pool()
         chunk = self._limits.prefill_chunk
         compute_s = self._predictor.prefill_s(pool, request.num_tokens - num_cached, num_cached, chunk)
         num_output = self._book.expected_output(live) * len(live.placed_together)
@@ -254,11 +254,17 @@ class Placer:
         decision = self._decide(live, self.cached(live))
         return self._refusal(live, Refuse(WORKER, decision.retry_after_s if isinstance(decision, Refuse) else 1.0))
 
+    def _prompt_pool(self) -> Pool:
+        """Of those that compute prompts: where nobody prefills alone, the others do. Somebody is linked."""
+        members = [link.member for link in self._links.values()]
+        first = next((member for member in members if member.role is Role.PREFILL), members[0])
+        return first.pool
+
     def _refusal(self, live: LiveRequest, refuse: Refuse) -> Overloaded:
         live.refused = refuse.reason
         self._num_decided["refused", refuse.reason] += 1
         retry_after_s = float(max(1, math.ceil(refuse.retry_after_s)))  # as HTTP tells it, in whole seconds
-        pool = Pool(next(iter(self._links.values())).member.cohort, Role.PREFILL)
+        pool = self._prompt_pool()
         compute_s = self._predictor.prefill_s(pool, live.request.num_tokens, 0, self._limits.prefill_chunk)
         back = Return(self._now() + retry_after_s, compute_s)
         self._memory = replace(self._memory, returns=(*self._memory.returns, back)[-MOST_RETURNS:])

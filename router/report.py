@@ -117,10 +117,12 @@ def _step_table(times: Times, pool: Pool) -> StepTable:
 
 
 def _transfer_token_s(loads: Sequence[WorkerLoad], predictor: Predictor) -> float:
-    """Between the first two of different roles."""
+    """Between the first two of different roles; where all have one role, between the first two."""
     first = {load.member.role: load.member for load in reversed(loads)}
-    if len(first) < len(Role):
+    if len(loads) < 2:
         return 0.0
-    source, target = first[Role.PREFILL], first[Role.DECODE]
+    source, target = first.get(Role.PREFILL, loads[0].member), first.get(Role.DECODE, loads[1].member)
+    if len(first) < len(Role):
+        source, target = loads[0].member, loads[1].member
     times_s = [predictor.transfer_s(source.worker_id, target.worker_id, n * source.kv_token_bytes) for n in PROBED]
     return max(0.0, times_s[1] - times_s[0]) / (PROBED[1] - PROBED[0])

@@ -91,7 +91,7 @@ class Controller:
         if self._journal is not None:
             flipped, self._done = self._done, []
             self._journal.note(look, decided, flipped, memory, kept)
-        self._note(decided)
+        self._note(decided, self._is_together(look))
         if decided.flip is not None and self._rules.mode == "auto":
             self._flipping = asyncio.get_running_loop().create_task(self._flip(decided.flip), name="flip")
         return decided
@@ -107,7 +107,12 @@ class Controller:
         if self._flipping is not None:
             await asyncio.wait([self._flipping])
 
-    def _note(self, decided: Plan) -> None:
+    def _is_together(self, look: Look) -> bool:
+        """Does every worker serve both phases because it was meant so? A pool whose workers have died is not."""
+        nobody_prefills = bool(look.members) and all(member.role is Role.DECODE for member in look.members)
+        return self._rules.together and nobody_prefills and (look.is_whole or self.view.is_together)
+
+    def _note(self, decided: Plan, is_together: bool) -> None:
         now, wanted, rate = decided.now, decided.best, self._memory.series[0]
         self.view = replace(
             self.view,
@@ -118,6 +123,7 @@ class Controller:
             best_attained=wanted.attained if wanted else None,
             forecast_model=rate.model,
             forecast_error=rate.error,
+            is_together=is_together,
         )
 
     async def _flip(self, wished: Flip) -> None:

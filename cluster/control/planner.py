@@ -11,7 +11,8 @@ plan and what to remember out.
    tokens stored.
 Each pool keeps one worker, and a pool that is empty gets one at once. But where no split does as well as both phases on
 every worker (few devices, or targets that leave much slack), and that is allowed, all become decode workers, which
-compute prompts beside: a split of no prefill workers.
+compute prompts beside: a split of no prefill workers, so that a pool without one to prefill is nothing to be mended.
+A way back waits for longer than a cooldown, in need, too.
 """
 
 from __future__ import annotations
@@ -72,6 +73,8 @@ class Memory:
 
 
 def plan(seen: Seen, memory: Memory, rules: ControllerConfig) -> tuple[Plan, Memory]:
+    if len({worker.cohort for worker in seen.workers}) > 1:  # the router serves both phases on all, or on none
+        rules = rules.model_copy(update={"together": False})
     if fault := absurd(seen, rules):
         return Plan(f"hold: {fault}"), replace(memory, num_wishes=0)
     memory = _with_buckets(seen, memory, rules)
@@ -81,7 +84,8 @@ def plan(seen: Seen, memory: Memory, rules: ControllerConfig) -> tuple[Plan, Mem
     for cohort in seen.cohorts:
         found = _empty_pool(seen, memory, cohort, rules)
         if found is not None:
-            return found, replace(memory, num_wishes=0, flipped_at=seen.now)
+            wish = (cohort, str(found.flip.to) if found.flip is not None else "")
+            return found, replace(memory, num_wishes=0, flipped_at=seen.now, flipped=wish)
     plans = [_plan_cohort(seen, memory, rules, cohort) for cohort in seen.cohorts]
     if not plans:
         return Plan("hold: no cohort has two workers"), replace(memory, num_wishes=0)
@@ -120,6 +124,8 @@ def _plan_cohort(seen: Seen, memory: Memory, rules: ControllerConfig, cohort: st
     if machine is None or window is None or seen.num_arrived(rules.window_s) < rules.fewest:
         return Plan("hold: too few requests to judge by"), feedback
     need = need_of(seen, workers, rules)
+    if not prefill and need is Need.DECODE:
+        need = Need.NONE  # nobody could be given to it
     present, ahead = (replace(one, rate=one.rate * share) for one in _demands(seen, memory, rules, window, need))
     demand = max(present, ahead, key=lambda one: one.rate)
     at_present, later = (_rated(one, machine, len(workers), feedback, rules) for one in (present, ahead))

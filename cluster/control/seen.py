@@ -136,7 +136,7 @@ def absurd(seen: Seen, rules: ControllerConfig) -> str:
         return "a worker's numbers are absurd"
     if not all(map(_is_sane_arrival, seen.sample(rules.window_s))):
         return "the numbers of an arrival are absurd"
-    times = chain.from_iterable(chain.from_iterable(table.step_s) for _, table in seen.tables)
+    times = chain.from_iterable(chain(table.added_s, *table.step_s) for _, table in seen.tables)
     if not all(0 <= one <= MOST for one in (*times, seen.transfer_token_s)):
         return "a predicted time is absurd"
     return ""

@@ -104,7 +104,7 @@ def together(demand: Demand, machine: Machine, num_workers: int, bias: Bias = NO
     )  # fmt: skip
     step_s, mixed_s = float(alone.at(size)[0]), float(steps.at(size)[0])
     fitting = steps.chunk_within(limit_s - step_s)
-    if fitting < 1.0:
+    if not fitting >= 1.0:
         return nobody
     compute_s = sum(kind.share * kind.compute_s for kind in demand.kinds)
     stretched = new_tokens / fitting * limit_s / max(compute_s, FINEST)  # times as long as alone

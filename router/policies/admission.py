@@ -47,15 +47,19 @@ def without_room(
     times = [(free_from(snapshot, load, at, gap), load, gap) for load in least
              for gap in [gap_s(snapshot, first, load, own_s)]]  # fmt: skip
     free_at, load, gap = min(times, key=lambda one: (one[0], one[1].member.worker_id))
-    reason = room_on(snapshot, load, at, gap).problem
+    return until_room(snapshot, ttft_s, free_at - at, room_on(snapshot, load, at, gap).problem)
+
+
+def until_room(snapshot: Snapshot, ttft_s: float, late_s: float, reason: str) -> Decision:
+    """There is room so much later than its first token would come, infinitely if never."""
     spare_s = snapshot.ask.ttft_s - snapshot.margin.ttft_s(ttft_s)
     if spare_s < 0:
         return Refuse(TTFT, _retry_after_s(snapshot, -spare_s))
-    if free_at - at <= spare_s and (math.isfinite(free_at) or not snapshot.ask.has_targets):
+    if late_s <= spare_s and (math.isfinite(late_s) or not snapshot.ask.has_targets):
         return Wait(reason, spare_s)
-    if not math.isfinite(free_at):
+    if not math.isfinite(late_s):
         return Refuse(reason, NEVER_S)
-    return Refuse(reason, max(0.0, free_at - at - spare_s))
+    return Refuse(reason, max(0.0, late_s - spare_s))
 
 
 def yields(snapshot: Snapshot, prefill: Iterable[WorkerLoad]) -> bool:
@@ -66,5 +70,5 @@ def yields(snapshot: Snapshot, prefill: Iterable[WorkerLoad]) -> bool:
 
 def _retry_after_s(snapshot: Snapshot, late_s: float) -> float:
     """A queue gets shorter as time passes, but for those who have been told to come back before."""
-    num_workers = len(snapshot.pool(Role.PREFILL)) or 1
+    num_workers = len(snapshot.pool(Role.PREFILL)) or len(snapshot.pool(Role.DECODE)) or 1
     return min(NEVER_S, late_s + sum(one.compute_s for one in snapshot.memory.returns) / num_workers)

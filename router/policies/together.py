@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from heapq import nsmallest
 
 from engine.types import Role
-from router.policies.admission import NEVER_S, YIELDS, admitted, without_room, yields
+from router.policies.admission import NEVER_S, TTFT, YIELDS, admitted, until_room, yields
 from router.policies.beside import beside_s
 from router.policies.fleet import Fleet
 from router.policies.rankings import Option
-from router.policies.room import TPOT, room_on
+from router.policies.room import free_from, room_on
 from router.policies.snapshot import Decision, Refuse, Snapshot, Wait
 
 MOST_LOOKED_AT = 8  # workers: those that are done with their prompts first
@@ -34,9 +34,11 @@ def together(snapshot: Snapshot, fleet: Fleet) -> Decision:
             return admitted(snapshot, option.placed(None), option.is_kind)
     if not options:  # those that decode leave no time for a prompt
         back_s = min(NEVER_S, max(0.0, min(fleet.first_end[place] for place in places) - snapshot.now))
-        return Refuse(TPOT, back_s) if snapshot.ask.has_targets else Wait(TPOT)
-    best = options[0]
-    return without_room(snapshot, best.first, best.ttft_s, best.own_s, fleet.at(places))
+        return Refuse(TTFT, back_s) if snapshot.ask.has_targets else Wait(TTFT)
+    times = [(free_from(snapshot, one.first, snapshot.now + one.ttft_s, 0.0), one) for one in options]
+    free_at, first = min(times, key=lambda one: (one[0], one[1].rank))
+    at = snapshot.now + first.ttft_s
+    return until_room(snapshot, first.ttft_s, free_at - at, room_on(snapshot, first.first, at).problem)
 
 
 def _options(snapshot: Snapshot, fleet: Fleet, places: list[int]) -> Iterator[Option]:

@@ -151,6 +151,12 @@ async def test_without_a_prefill_worker_all_serve_both_phases_and_later_part_aga
         asked = [replace(ASKED, request_id=f"r{index}", service=service) for index in range(6)]
         assert await asyncio.gather(under_way, *(answer(cluster, one) for one in asked)) == [wanted] * 7
         assert {member.role for member in fleet.members()} == {Role.DECODE}
+        proved = cluster.dispatcher.canary._proved_at
+        await answer(cluster, replace(ASKED, request_id="no-proof"))
+        assert cluster.dispatcher.canary._proved_at == proved, "a pool might be gone"
+        await fleet.reports(ControlView("auto", "as it is meant", is_together=True))
+        await answer(cluster, replace(ASKED, request_id="proof"))
+        assert cluster.dispatcher.canary._proved_at != proved
         moved = sum(worker._sides.status().transfers.num_pulls for worker in cluster.workers.values())
         assert (await flipped(fleet, "prefill-0", Role.PREFILL)).role is Role.PREFILL
         assert await answer(cluster, replace(ASKED, request_id="after", namespace="another")) == wanted

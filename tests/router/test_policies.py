@@ -377,5 +377,14 @@ def test_slo_alone_with_decode_workers_refuses_what_would_be_late_or_make_others
 
 def test_slo_alone_with_decode_workers_that_have_no_slack_waits_or_says_when_one_ends() -> None:
     full = load("d0", decodes=running(3.0, 4.0, 5.0, tpot_s=0.03))  # their steps take 30 ms
-    assert decide("slo", [full], ask(ttft_s=2.0, tpot_s=0.05)) == Refuse("tpot", 3.0)
-    assert decide("slo", [full], ask()) == Wait("tpot")
+    assert decide("slo", [full], ask(ttft_s=2.0, tpot_s=0.05)) == Refuse("ttft", 3.0)
+    assert decide("slo", [full], ask()) == Wait("ttft")
+
+
+def test_slo_alone_with_decode_workers_without_room_tells_what_is_lacking() -> None:
+    """d0 could compute the prompt and has no seat then; d1 has room for one more and no time for a prompt."""
+    full = load("d0", decodes=running(*[9.0] * 8, tpot_s=1.0))
+    slow = load("d1", decodes=running(9.0, 9.0, 9.0, tpot_s=0.04))
+    decision = decide("slo", [full, slow], ask(ttft_s=2.0, tpot_s=0.05))
+    assert isinstance(decision, Wait | Refuse)
+    assert decision.reason in ("seats", "ttft")
