@@ -1,7 +1,8 @@
 """The canary: proof that prefill, wire and decode work together, at least every `canary_s`.
 
 Any request whose tokens came from a decode worker after a hand-off is proof; where the controller has every worker
-serve both phases, any that came from one. When there has been none for half the time, a request of our own is sent. `/health` tells the truth: healthy means that a proof is younger than `canary_s`.
+serve both phases, any that came from one. When there has been none for half the time, a request of our own is sent.
+`/health` tells the truth: healthy means that a proof is younger than `canary_s`.
 """
 
 from __future__ import annotations
