@@ -28,7 +28,7 @@ import tempfile
 import time
 import venv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -205,9 +205,12 @@ def _spec(bursts: bool) -> WorldSpec:
 
 
 def dynamo_spec() -> WorldSpec:
-    """As its replay has it: no admission, no network, and whoever comes first is served first."""
+    """As its replay has it: no admission, no network, and whoever comes first is served first: no prompt is long, so
+    that none is passed, and the engine has them all, so that no queue before it sorts them by what they take."""
     router = {"policy": "round_robin", "max_live_requests": 10**6, "deadline_s": 10**6}
-    return like_dynamo(DYNAMO_POOL, {"router": router, "prefill": {"max_queue": 10**6}})
+    spec = like_dynamo(DYNAMO_POOL, {"router": router, "prefill": {"max_queue": 10**6, "knee_tokens": 2**20}})
+    engine = spec.config.engine.model_copy(update={"prefill_chunk": 2**18})  # a step has MOST_TOKENS all the same
+    return replace(spec, config=spec.config.model_copy(update={"engine": engine}))
 
 
 def like_dynamo(pool: int, others: Mapping[str, object]) -> WorldSpec:
