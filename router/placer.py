@@ -111,7 +111,7 @@ class Placer:
         ticket: Ticket | None = None
         try:
             while isinstance(decision, Wait):
-                if ticket is None and self._room.is_full:
+                if ticket is None and self._room.is_full and not live.tokens:
                     decision = Refuse(FULL, 1.0)
                     break
                 if ticket is None:
@@ -164,6 +164,8 @@ class Placer:
     def _decide(self, live: LiveRequest, cached: Mapping[Name, int]) -> Decision:
         policy = POLICIES["least_load"] if live.request.namespace == CANARY else self._policy
         decision = policy(self.snapshot(live, cached))
+        if isinstance(decision, Refuse) and live.tokens:  # its client has a part of the answer: that was a promise
+            decision = POLICIES["least_load"](self.snapshot(live, cached))
         if decision is None:
             raise Unavailable("no worker can be reached", retry_after_s=1)
         if isinstance(decision, Placement) and live.request.sampling.embed:  # nothing to hand off
@@ -182,11 +184,13 @@ class Placer:
     def _ask(self, live: LiveRequest, cached: Mapping[Name, int], now: float) -> Ask:
         request, done = live.request, len(live.tokens)
         service = request.service
-        ttft_s = math.inf if done else live.first_due - now  # it has its first token
+        ttft_s, tpot_s, priority = live.first_due - now, service.tpot_s, service.priority
+        if done:  # it has its first token, and is let down by nothing more than by not going on
+            ttft_s, tpot_s, priority = math.inf, math.inf, 0
         return Ask(
             request.num_tokens + done, max(1, request.sampling.max_tokens - done), self._book.expected_output(live),
-            ttft_s, service.tpot_s, service.priority, len(live.placed_together), not live.shuns_wire, cached,
-            live.refused_by, bool(request.sampling.embed),
+            ttft_s, tpot_s, priority, len(live.placed_together), not live.shuns_wire, cached, live.refused_by,
+            bool(request.sampling.embed),
         )  # fmt: skip
 
     def cached(self, live: LiveRequest) -> Mapping[Name, int]:

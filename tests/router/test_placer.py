@@ -239,3 +239,26 @@ async def test_an_embedding_asks_for_no_room_to_decode_and_one_by_the_mean_reads
     live = cluster.dispatcher._live["mean"]
     live.refused_after = ("p0", "i1")
     assert cluster.dispatcher.placer.cached(live) == {}
+
+
+@in_virtual_time
+async def test_who_has_a_part_of_its_answer_is_not_refused_for_a_target_any_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It was admitted, then steps became too slow for anybody's target, and its decode worker let it go."""
+    cluster = await calibrated("p0", "d0")
+    client = await served(cluster, promised("r", ttft_s=5.0, tpot_s=0.015, num_prompt=64, max_tokens=8))
+    cluster["p0"].say(token(cluster["p0"].key, 0))
+    await settle()
+    key = cluster["p0"].key
+    cluster["d0"].say(token(key, 1))
+    await settle()
+    monkeypatch.setattr(type(cluster.dispatcher.learnt.predictor), "decode_step_s", lambda *_: 0.05)
+    refused = await served(cluster, promised("new", ttft_s=5.0, tpot_s=0.015, num_prompt=64, max_tokens=8))
+    assert isinstance(refused.error, Overloaded)
+    cluster["d0"].say(TokenOutput.failed(key, ErrorInfo("worker_lost", "it died")))
+    await asyncio.sleep(1.0)
+    assert client.error is None and not client.is_done
+    again = [one.request for one in cluster["p0"].submissions if one.request.request_id == "r"]
+    assert len(again) == 2 and len(again[-1].generated_ids) == 2
+    await cluster.dispatcher.close()
