@@ -43,7 +43,7 @@ from router.report import StepTable, WorkerStand
 TTFT_S, TPOT_S = 4.0, 0.15
 LONG_CHARS, SHORT_CHARS = 1600, 60
 SHORT_ANSWER, LONG_ANSWER = (2, 4), (60, 80)
-PROMPT_RATE, ANSWER_RATE = 2.0, 2.5  # requests/s
+PROMPT_RATE, ANSWER_RATE = 2.0, 5.0  # requests/s
 PHASE_S, NUM_PHASES = 45.0, 3
 SETTLES_S = 1.0
 RULES: dict[str, object] = {
@@ -170,7 +170,8 @@ def _judge(outcomes: Sequence[Outcome], changes: Sequence[Change]) -> tuple[list
     failed = [one for one in outcomes if one.status not in (200, 429) or (one.status == 200 and not one.is_whole)]
     for one in failed:
         print(
-            f"failed: status {one.status}, {one.num_tokens} of {one.arrival.num_tokens} tokens, at {one.sent_s:.1f} s"
+            f"failed: status {one.status}, {one.num_tokens} of {one.arrival.num_tokens} tokens, at {one.sent_s:.1f} s: "
+            f"{one.error}"
         )
     refused = sum(one.was_refused for one in outcomes)
     steps, in_flip = list[float](), list[float]()

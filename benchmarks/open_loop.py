@@ -45,6 +45,7 @@ class Outcome:
 
     arrival: Arrival
     status: int = 0  # HTTP; 0: it could not be sent, or its answer broke off
+    error: str = ""  # with which its answer broke off
     sent_s: float = 0.0
     token_times: list[float] = field(default_factory=list)
     num_tokens: int = 0
@@ -144,14 +145,16 @@ async def _stream(
             async for line in reply.content:
                 _take(outcome, line)
         outcome.status = 200 if outcome.num_tokens else 0
-    except (aiohttp.ClientError, TimeoutError):
-        outcome.status = 0
+    except (aiohttp.ClientError, TimeoutError) as error:
+        outcome.status, outcome.error = 0, repr(error)
 
 
 def _take(outcome: Outcome, line: bytes) -> None:
     if not line.startswith(b"data: {"):
         return
     now, event = time.perf_counter(), json.loads(line[6:])
+    if error := event.get("error"):
+        outcome.error = f"{error.get('code')}: {error.get('message')}"
     if usage := event.get("usage"):
         outcome.num_tokens = usage["completion_tokens"]
     if text := "".join(choice.get("text") or "" for choice in event.get("choices", ())):
