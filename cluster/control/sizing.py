@@ -33,6 +33,7 @@ USABLE = 0.9  # of the blocks
 DEFLECTED = 0.7  # of the slack that there is on average: a chunk needs it at its time
 STEP_MARGIN = 0.97  # of a TPOT target
 ROUNDS = 40  # to the fixed point of Little's law and the step that so many take
+SETTLED = 1e-6  # of a value, by which a round changes it
 UNPROMISED_S = 0.2  # a step without a promise may take so long
 CROWD = 1e4
 FINEST = 1e-9
@@ -195,9 +196,17 @@ def _slowed(table: StepTable, times: float) -> StepTable:
 def _batch(rate: Floats, output: float, table: _Steps | _Mixed, num_workers: Floats, most: float) -> Floats:
     """Sequences of a step, by Little's law: from below, the iteration only rises."""
     size = np.full_like(num_workers, 1.0)
+    per_s = rate * output / num_workers
     for _ in range(ROUNDS):
-        size = np.minimum(rate * output * table.at(size) / num_workers, most)
+        before, size = size, np.minimum(per_s * table.at(size), most)
+        if _is_settled(before, size):
+            break
     return size
+
+
+def _is_settled(before: Floats, after: Floats) -> bool:
+    """Would another round change nothing worth it?"""
+    return bool((np.abs(after - before) <= SETTLED * after).all())
 
 
 def decode_share(
@@ -255,7 +264,9 @@ class _Mixed:
         mixed_s = step_s
         for _ in range(ROUNDS // 2):
             added_s = np.interp(self._tokens_per_s * mixed_s, self._chunks, self._added_s)
-            mixed_s = np.maximum(step_s, np.minimum(step_s + added_s, self._limit_s))
+            before_s, mixed_s = mixed_s, np.maximum(step_s, np.minimum(step_s + added_s, self._limit_s))
+            if _is_settled(before_s, mixed_s):
+                break
         return mixed_s
 
     def chunk_within(self, left_s: float) -> float:
@@ -276,7 +287,8 @@ class _Steps:
 
     def at(self, size: Floats) -> Floats:
         inside = np.interp(size, self._sizes, self._step_s)
-        return np.where(size > self._sizes[-1], self._beyond(size), inside)
+        is_beyond = size > self._sizes[-1]
+        return np.where(is_beyond, self._beyond(size), inside) if is_beyond.any() else inside
 
     def most_within(self, limit_s: float) -> float:
         """Sequences at which a step still takes no longer; 0: one is too many."""
