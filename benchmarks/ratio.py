@@ -1,19 +1,20 @@
 """The ratio of prefill to decode workers: ours against rivals on the same engine, in the simulator. Virtual time.
 
     python -m benchmarks.ratio [--quick] [--json FILE] [--loads A,B] [--workers 8] [--targets 0,1] [--systems X,Y]
-        [--scaled] [--goodput] [--processes N]
+        [--scaled] [--goodput] [--processes N] [--resume FOLDER]
 
 Simulated H200 with Qwen3 32B in bfloat16 (published tables), links of 25 GB/s: a smaller model has so many more
 requests and tokens at its capacity that the matrix would take days. Even so one system's ten minutes take 25 to 115 s
 of CPU on 8 workers and twice that on 16, and the whole matrix about 7 hours on two cores: `--workers 8 --targets 0` is
 its first part. Loads, targets and rivals' constants that are searched stand in benchmarks/ratio.yaml, fixed before the
 first result; ours has one set of constants for all. The first third of each load is for the search, on the first
-targets played; results come from the rest. A request that is refused has missed its targets.
+targets and the fewest workers; results come from the rest. A request that is refused has missed its targets.
 - `static N`: so many prefill workers, all the time. The best of them is the static oracle; the best of each window of
   60 s, one after the other, is the bound of what rebalancing can gain (windows are taken from runs that stay static, so
   it is about a bound, not one);
 - `--scaled`: the table again with service times 20 % longer and shorter than planned for;
-- `--goodput`: the highest rate at which 90 and 99 % keep their targets, by bisection, of four systems.
+- `--goodput`: the highest rate at which 90 and 99 % keep their targets, by bisection, of four systems;
+- `--resume`: what has been played before is not played again; delete `ours-*` there after a change to the controller.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ import argparse
 import itertools
 import math
 import multiprocessing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 from rich.progress import Progress
 
-from benchmarks.ratio_play import Cell, Found, plan, play
+from benchmarks.ratio_play import Cell, Found, plan
+from benchmarks.ratio_store import stored
 from benchmarks.ratio_systems import SYSTEMS, System, searched
 from benchmarks.report import Row, Target, machine, print_table, print_targets, target, write_json
 from benchmarks.simulator import DATA
@@ -38,6 +40,8 @@ QUICK_S = 60.0
 OURS = "ours"
 BISECTED = (OURS, "aggregated", "static", "DOPD corrected")
 PRECISION = 1.08  # of a goodput
+
+Play = Callable[[System, Cell], Found]
 
 # --- the matrix -----------------------------------------------------------------------------------------------
 
@@ -50,20 +54,21 @@ def main() -> None:
     rows: list[Row] = []
     founds: list[Found] = []
     tuned: dict[str, list[System]] = {}  # by load: one set of a rival's constants for all targets and sizes
+    play = stored(options.resume)
     spawn = multiprocessing.get_context("spawn")  # a fork would copy the bar that is being drawn
     with ProcessPoolExecutor(options.processes, spawn) as pool, Progress(transient=True) as progress:
         bar = progress.add_task("simulating", total=len(cells))
         for cell in cells:
             if cell.load not in tuned:
-                tuned[cell.load] = _tuned(cell, options.systems, pool, options.search)
-            found = _measure(cell, tuned[cell.load], pool)
+                tuned[cell.load] = _tuned(cell, options.systems, pool, play, options.search)
+            found = _measure(cell, tuned[cell.load], pool, play)
             founds += found
             table = [_row(one, found) for one in found]
             print_table(cell.name, table)
             rows += [{"cell": cell.name, "times": cell.times, **row} for row in table]
             write_json(options.json, rows, _targets(founds) if not options.quick else [])  # it takes hours
             progress.advance(bar)
-        goodputs = list(_goodputs(cells, pool)) if options.goodput else []
+        goodputs = list(_goodputs(cells, pool, play)) if options.goodput else []
     if goodputs:
         print_table("requests/s at which so many keep their targets", goodputs)
     targets = _targets(founds) if not options.quick else []
@@ -87,14 +92,19 @@ def _cells(options: argparse.Namespace) -> Iterator[Cell]:
             yield Cell(load, num_workers, ttft_s, tpot_s, times, 1.0, seconds, begin_s)
 
 
-def _tuned(cell: Cell, names: Sequence[str], pool: ProcessPoolExecutor, is_searched: bool) -> list[System]:
-    """The systems of these names (none: all), each with those of its constants that do best on the cell's first third.
+def _tuned(
+    cell: Cell, names: Sequence[str], pool: ProcessPoolExecutor, play: Play, is_searched: bool
+) -> list[System]:  # fmt: skip
+    """The systems of these names (none: all), each with those of its constants that do best on the load's first third.
     All choices of all systems are played side by side."""
     systems = [system for system in SYSTEMS if not names or system.name in names]
     if not is_searched:
         return systems
     choices = [searched(system) for system in systems]
-    first = replace(cell, begin_s=0.0, end_s=cell.begin_s)
+    ttft_s, tpot_s = plan()["targets"][0]
+    first = replace(
+        cell, num_workers=plan()["workers"][0], ttft_s=ttft_s, tpot_s=tpot_s, times=1.0, begin_s=0.0, end_s=cell.begin_s
+    )
     played = pool.map(play, [one for each in choices if len(each) > 1 for one in each], itertools.repeat(first))
     return [_best(each, list(itertools.islice(played, len(each)))) if len(each) > 1 else each[0] for each in choices]
 
@@ -103,7 +113,7 @@ def _best(choices: Sequence[System], found: Sequence[Found]) -> System:
     return choices[max(range(len(choices)), key=lambda index: found[index].num_kept)]
 
 
-def _measure(cell: Cell, systems: Sequence[System], pool: ProcessPoolExecutor) -> list[Found]:
+def _measure(cell: Cell, systems: Sequence[System], pool: ProcessPoolExecutor, play: Play) -> list[Found]:
     """All systems in one cell; the static ones are those splits of which one may be the best, and that one is shown."""
     runs = list(pool.map(play, [*_static(cell), *systems], itertools.repeat(cell)))
     splits, ours = runs[: len(_static(cell))], runs[len(_static(cell)) :]
@@ -126,16 +136,16 @@ def _windowed(splits: Sequence[Found], best: Found) -> Found:
     )  # fmt: skip
 
 
-def _goodputs(cells: Sequence[Cell], pool: ProcessPoolExecutor) -> Iterator[Row]:
+def _goodputs(cells: Sequence[Cell], pool: ProcessPoolExecutor, play: Play) -> Iterator[Row]:
     for cell in cells:
         row: Row = {"cell": cell.name}
         for name in BISECTED:
             for kept in (0.9, 0.99):
-                row[f"{name} {kept:.0%}"] = f"{_goodput(name, cell, kept, pool):.1f}"
+                row[f"{name} {kept:.0%}"] = f"{_goodput(name, cell, kept, pool, play):.1f}"
         yield row
 
 
-def _goodput(name: str, cell: Cell, kept: float, pool: ProcessPoolExecutor) -> float:
+def _goodput(name: str, cell: Cell, kept: float, pool: ProcessPoolExecutor, play: Play) -> float:
     """Requests/s of this system, or of the best static split."""
     systems = [system for system in SYSTEMS if system.name == name]
     systems = systems or _static(cell)
@@ -216,6 +226,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--no-search", dest="search", action="store_false", help="rivals as published")
     parser.add_argument("--scaled", action="store_true", help="again with service times 20 %% longer and shorter")
     parser.add_argument("--goodput", action="store_true", help="bisect the highest rates")
+    parser.add_argument("--resume", metavar="FOLDER", help="keep what is played there, and play only what is not there")
     parser.add_argument("--processes", type=int, default=2)
     return parser.parse_args()
 
