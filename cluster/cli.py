@@ -405,8 +405,11 @@ def _print_health(health: HealthView) -> None:
     if health.control is not None:
         control = health.control
         took = f", the last one in {control.last_flip_s:.2f} s" if control.last_flip_s is not None else ""
+        changed = f" · {control.num_added} workers added, {control.num_removed} removed"
+        coming = f", {control.num_coming} to come" if control.num_coming else ""
+        scaled = changed + coming if control.num_added or control.num_removed or control.num_coming else ""
         console.print(
-            f"controller ({control.mode}): {control.num_flips} flips{took} · {control.reason}", soft_wrap=True
+            f"controller ({control.mode}): {control.num_flips} flips{took}{scaled} · {control.reason}", soft_wrap=True
         )
 
 

@@ -108,16 +108,26 @@ class ClusterConfig(StrictModel):
         return EngineLimits(one.block_size, one.prefill_chunk, one.max_batch_tokens, one.max_batch_seqs)
 
     @property
+    def num_workers(self) -> int:
+        """At the start."""
+        return self.pools.prefill.workers + self.pools.decode.workers
+
+    @property
     def controller_rules(self) -> ControllerConfig:
-        """Only our own policy serves both phases on every worker with targets in view."""
+        """Only our own policy serves both phases on every worker with targets in view. The number of workers is as the
+        pools say, where no other is given."""
         may_join = self.controller.together and self.router.policy == "slo"
-        return self.controller.model_copy(update={"together": may_join})
+        scale = self.controller.scale
+        bounds = {"min_workers": scale.min_workers or self.num_workers,
+                  "max_workers": scale.max_workers or self.num_workers}  # fmt: skip
+        return self.controller.model_copy(update={"together": may_join, "scale": scale.model_copy(update=bounds)})
 
     @property
     def is_controlled(self) -> bool:
         """Is there anything to decide?"""
-        fewest = 2 if self.controller_rules.together else 3
-        return self.controller.mode != "off" and self.pools.prefill.workers + self.pools.decode.workers >= fewest
+        rules = self.controller_rules
+        has_splits = self.num_workers >= (2 if rules.together else 3)
+        return rules.mode != "off" and (has_splits or rules.scale.is_on)
 
     @model_validator(mode="after")
     def _parts_fit(self) -> ClusterConfig:
@@ -135,6 +145,7 @@ def _conflicts(config: ClusterConfig) -> Iterator[str]:
             f"model.max_context: {context} tokens do not fit in engine.num_blocks x engine.block_size = {capacity}; "
             f"use num_blocks: {math.ceil(context / engine.block_size)} or more"
         )
+    yield from _scale_conflicts(config)
     if "dist" in config.kv_transfer.carriers and config.rpc.tls.ca_file is not None:
         yield (
             f"kv_transfer.carrier: {config.kv_transfer.carrier} would send KV in plain text beside rpc.tls; "
@@ -150,6 +161,19 @@ def _conflicts(config: ClusterConfig) -> Iterator[str]:
             )
         if engine.device == "cpu" and pool.num_gpus > 0:
             yield f"pools.{name}.num_gpus: engine.device is cpu, so {pool.num_gpus:g} would be taken and never used"
+
+
+def _scale_conflicts(config: ClusterConfig) -> Iterator[str]:
+    scale, pools = config.controller.scale, config.pools
+    if scale.min_workers is not None and scale.min_workers > config.num_workers:
+        yield f"controller.scale.min_workers: {scale.min_workers}, but the pools begin with {config.num_workers}"
+    if scale.max_workers is not None and scale.max_workers < config.num_workers:
+        yield f"controller.scale.max_workers: {scale.max_workers}, but the pools begin with {config.num_workers}"
+    if config.controller_rules.scale.is_on and pools.prefill.tensor_parallel != pools.decode.tensor_parallel:
+        yield (
+            f"controller.scale: workers come and go only where all are alike, but pools.prefill.tensor_parallel is "
+            f"{pools.prefill.tensor_parallel} and pools.decode.tensor_parallel {pools.decode.tensor_parallel}"
+        )
 
 
 def load_config(path: str | Path, overrides: Mapping[str, object] = {}) -> ClusterConfig:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TypeVar, cast
 
@@ -135,12 +135,8 @@ class Driver:
         before = ready
         while True:
             status = await self._follow(supervisor)
-            units = zip((*before.workers, *before.gateways), (*status.workers, *status.gateways), strict=True)
-            for old, new in units:
-                if (old.state, old.incarnation) != (new.state, new.incarnation):
-                    self._steps.say(_describe(new))
-                elif old.role and new.role and old.role != new.role:
-                    self._steps.say(f"{new.name} now serves the {new.role} pool")
+            for words in _changes((*before.workers, *before.gateways), (*status.workers, *status.gateways)):
+                self._steps.say(words)
             if status.phase in (Phase.STOPPING, Phase.STOPPED) and status.failure is None:
                 self._steps.say("the cluster was stopped")
                 return
@@ -234,6 +230,17 @@ def _require_alive(status: ClusterStatus) -> None:
 
 def _is_running(unit: UnitStatus) -> bool:
     return unit.state == UnitState.RUNNING
+
+
+def _changes(before: Sequence[UnitStatus], now: Sequence[UnitStatus]) -> Iterator[str]:
+    old = {unit.name: unit for unit in before}
+    for unit in now:
+        was = old.pop(unit.name, None)
+        if was is None or (was.state, was.incarnation) != (unit.state, unit.incarnation):
+            yield _describe(unit)
+        elif was.role and unit.role and was.role != unit.role:
+            yield f"{unit.name} now serves the {unit.role} pool"
+    yield from (f"{name} has left" for name in old)
 
 
 def _describe(unit: UnitStatus) -> str:

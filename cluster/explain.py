@@ -47,11 +47,11 @@ def _print(replayed: list[Replayed], console: Console, flips_only: bool) -> None
     for _, group in groupby(replayed, key=lambda one: _alike(one.line.plan)):
         same = list(group)
         for done in (done for one in same for done in one.line.flipped):
-            took = f"listed as {done.role} after {done.listed_s:.2f} s, {done.num_left} sequences stayed"
+            took = f"listed as {done.role} after {done.listed_s:.2f} s, {done.num_left} requests stayed"
             told = f"{done.worker_id}: {done.problem or took}"
             table.add_row(f"{same[0].line.look.now - begun:.1f}", "", "", "", "", "", "", told)
         first = same[0].line.plan
-        if flips_only and first.flip is None:
+        if flips_only and first.flip is None and first.resize is None:
             continue
         table.add_row(
             f"{same[0].line.look.now - begun:.1f}", str(len(same)), f"{first.rate:.2f}", _named(first.now),
@@ -61,7 +61,8 @@ def _print(replayed: list[Replayed], console: Console, flips_only: bool) -> None
 
 
 def _alike(plan: Plan) -> tuple[str, str, str]:
-    reason = plan.reason.split(":")[1].split(" of ")[0] if plan.flip is None else plan.reason
+    changes = plan.flip is not None or plan.resize is not None
+    reason = plan.reason if changes else plan.reason.split(":")[1].split(" of ")[0]
     return reason.strip().rstrip("0123456789. "), _named(plan.now), _named(plan.best)
 
 
@@ -75,6 +76,6 @@ def _kept(split: Split | None) -> str:
 
 def _told(plan: Plan) -> str:
     if plan.flip is None:
-        return plan.reason
+        return plan.reason  # which says who comes or leaves, if somebody does
     flip = plan.flip
     return f"{plan.reason}: {flip.worker_id} to {flip.to}, gain {flip.gain:.2f}, cost {flip.cost:.2f} requests"

@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ClusterConfig, PoolConfig
 from cluster.gateway_actor import GatewayActor
-from cluster.ray_actors import Actor, call, kill, kill_by_prefix, make_actor, this_node
+from cluster.ray_actors import Actor, call, kill, kill_by_prefix, make_actor, names_of, this_node
 from cluster.spec import NAME_PREFIX, SUPERVISOR_NAME, Parts, WorkerSpec, actor_name
 from cluster.worker_actor import WorkerActor
 from engine.errors import Unavailable, WorkerLost, error_from_code
@@ -76,6 +76,9 @@ class RayWorker(RayProcess):
     async def member(self) -> Member:
         return await self._ask("member")
 
+    async def num_open(self) -> int:
+        return await self._ask("num_open")
+
 
 class RayGateway(RayProcess):
     async def start(self) -> str:
@@ -124,6 +127,14 @@ class RaySpawner:
         )
         return RayGateway(actor, await _incarnation_of(actor))
 
+    async def living(self) -> list[str]:
+        names = await asyncio.to_thread(names_of, self._namespace)
+        units = [name.removeprefix(NAME_PREFIX) for name in names if name.startswith(NAME_PREFIX)]
+        return [unit for unit in units if unit.partition("-")[0] in set(Role)]
+
+    async def release(self, worker_id: str) -> None:
+        await asyncio.to_thread(_remove_groups, _group_name(self._namespace, worker_id), whole=True)
+
     async def close(self) -> None:
         await asyncio.to_thread(remove_all, self._namespace)
 
@@ -160,9 +171,15 @@ class RaySpawner:
 def remove_all(namespace: str) -> None:
     """Kill every actor and remove every placement group that carries one of our names, the supervisor excepted."""
     kill_by_prefix(NAME_PREFIX, namespace, but=SUPERVISOR_NAME)
+    _remove_groups(_group_name(namespace, ""), whole=False)
+
+
+def _remove_groups(name: str, whole: bool) -> None:
+    """Those of this name, or whose name begins so."""
     groups = cast(dict[str, dict[str, str]], placement_group_table())
     for group in groups.values():
-        if group["name"].startswith(_group_name(namespace, "")) and group["state"] != "REMOVED":
+        is_meant = group["name"] == name if whole else group["name"].startswith(name)
+        if is_meant and group["state"] != "REMOVED":
             with suppress(ValueError):  # it was removed meanwhile
                 remove_placement_group(ray.util.get_placement_group(group["name"]))
 

@@ -75,6 +75,11 @@ class WorkerStatus:
     transfers: TransferTotals
     last_step_s: float
 
+    @property
+    def num_open(self) -> int:
+        """What it has to do or to keep for somebody."""
+        return self.num_queued + self.num_leases + self.num_pulls + self.num_streams
+
 
 class WorkerSides:
     def __init__(

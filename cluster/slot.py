@@ -20,9 +20,12 @@ class Slot:
     settled: bool = False  # its first incarnation has started or failed
     proved: bool = False  # of a gateway: a canary has come back
     serving_since: float | None = None  # loop time
+    leaves: bool = False  # for good
+    is_new: bool = False  # it was added, and has not served yet
     reason: str = ""
 
     def status(self) -> UnitStatus:
         incarnation = self.process.incarnation if self.process else ""
         role = str(self.member.role) if self.member is not None else ""
-        return UnitStatus(self.name, self.state, incarnation, max(0, self.num_starts - 1), self.reason, role)
+        state = UnitState.LEAVING if self.leaves else self.state
+        return UnitStatus(self.name, state, incarnation, max(0, self.num_starts - 1), self.reason, role)

@@ -41,6 +41,10 @@ class WorkerProcess(Process, Protocol):
         """What it is now, by its own word."""
         ...
 
+    async def num_open(self) -> int:
+        """Prompts, streams, leases and pulls that it has now."""
+        ...
+
 
 class GatewayProcess(Process, Protocol):
     async def start(self) -> str:
@@ -56,7 +60,7 @@ class GatewayProcess(Process, Protocol):
     async def report(self, control: ControlView) -> GatewayReport: ...
 
     async def evacuate(self, worker: Name, limit_s: float) -> int:
-        """Move what generates on a worker elsewhere; how many are still there after about this time."""
+        """Move what generates on a worker elsewhere; how many are still placed there after about this time."""
         ...
 
     async def ready(self) -> None:
@@ -70,6 +74,14 @@ class Spawner(Protocol):
     async def worker(self, spec: WorkerSpec, pool: PoolConfig) -> WorkerProcess: ...
 
     async def gateway(self, name: str, incarnation: str, port: int) -> GatewayProcess: ...
+
+    async def living(self) -> list[str]:
+        """Names of the workers that live, whoever made them."""
+        ...
+
+    async def release(self, worker_id: str) -> None:
+        """Give back what a worker that has ended took of the machines."""
+        ...
 
     async def close(self) -> None:
         """Kill and remove everything that carries the cluster's names."""

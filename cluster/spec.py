@@ -51,6 +51,7 @@ class UnitState(StrEnum):
     STARTING = "starting"
     RUNNING = "running"
     WAITING = "waiting"  # it ended; a new incarnation starts after the backoff
+    LEAVING = "leaving"  # for good; it still serves what it has
     STOPPED = "stopped"
 
 

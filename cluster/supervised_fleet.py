@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Protocol, cast
 
 from cluster.slot import Slot
 from cluster.spawner import GatewayProcess, WorkerProcess
@@ -22,23 +22,44 @@ REPORT_S = 2.0  # a gateway that takes longer has nothing to say this time
 log = logging.getLogger(__name__)
 
 
-class SupervisedFleet:
-    """Implements cluster.control.controller.Fleet. `list_members` brings the membership up to the slots."""
+class Staff(Protocol):
+    """Who has workers come and leave: the supervisor."""
 
-    def __init__(self, workers: Sequence[Slot], gateways: Sequence[Slot], list_members: Callable[[], None]) -> None:
+    def add_worker(self, role: Role) -> str: ...
+
+    def remove_worker(self, worker_id: str, incarnation: str, limit_s: float) -> None: ...
+
+
+class SupervisedFleet:
+    """Implements cluster.control.controller.Fleet and cluster.control.drain.Drainable. `workers` are those of now,
+    whenever it is asked. `list_members` brings the membership up to the slots."""
+
+    def __init__(
+        self, workers: Iterable[Slot], gateways: Sequence[Slot], list_members: Callable[[], None], staff: Staff
+    ) -> None:  # fmt: skip
         self._workers = workers
         self._gateways = gateways
         self._list_members = list_members
+        self._staff = staff
 
     async def reports(self, view: ControlView) -> list[GatewayReport]:
         found = await asyncio.gather(*(_report(gateway, view) for gateway in self._serving_gateways()))
         return [report for report in found if report is not None]
 
     def members(self) -> list[Member]:
-        return [slot.member for slot in self._workers if slot.member is not None]
+        return [slot.member for slot in self._workers if slot.member is not None and not slot.leaves]
 
     def is_whole(self) -> bool:
-        return all(slot.member is not None for slot in self._workers)
+        return all(slot.member is not None or slot.leaves or slot.is_new for slot in self._workers)
+
+    def coming(self) -> list[str]:
+        return [slot.name for slot in self._workers if slot.member is None and not slot.leaves]
+
+    def add(self, role: Role) -> str:
+        return self._staff.add_worker(role)
+
+    def remove(self, worker_id: str, incarnation: str, limit_s: float) -> None:
+        self._staff.remove_worker(worker_id, incarnation, limit_s)
 
     def listed(self, worker_id: str) -> Member | None:
         return self._slot(worker_id).member
@@ -50,7 +71,7 @@ class SupervisedFleet:
     def list_leaving(self) -> None:
         """Whoever began a flip is gone: what it left half done is listed as it was, under a newer epoch."""
         for slot in self._workers:
-            if slot.member is not None and slot.member.is_leaving:
+            if slot.member is not None and slot.member.is_leaving and not slot.leaves:
                 slot.member = replace(slot.member, is_leaving=False, role_epoch=slot.member.role_epoch + 2)
         self._list_members()
 
@@ -63,6 +84,9 @@ class SupervisedFleet:
 
     async def probe(self, member: Member) -> Member:
         return await self._process(member).member()
+
+    async def num_open(self, member: Member) -> int:
+        return await self._process(member).num_open()
 
     def _process(self, member: Member) -> WorkerProcess:
         """Raises Unavailable when this life of it is over."""

@@ -19,21 +19,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
-from pathlib import Path
 
-from cluster.config import ClusterConfig, PoolConfig
+from cluster.bounded import first_of, within
+from cluster.config import ClusterConfig
 from cluster.control.controller import Controller
-from cluster.control.journal import Journal
-from cluster.control.rules import ControllerConfig
+from cluster.control.drain import drain
+from cluster.controlling import control
 from cluster.end_limits import KEEPERS_S, SWEEP_S, EndLimits, end_limits
-from cluster.line_file import LineFile
 from cluster.slot import Slot
 from cluster.spawner import GatewayProcess, Process, Spawner
 from cluster.spec import ClusterStatus, Phase, UnitState, WorkerSpec
 from cluster.supervised_fleet import SupervisedFleet
+from cluster.worker_slots import WorkerSlot, WorkerSlots
 from engine.errors import ConfigError, DeadlineExceeded, ModelError, SteelyardError
 from engine.types import ErrorInfo, Role
 from router.membership import Membership
@@ -71,10 +70,7 @@ class Supervisor:
         self._spawner = spawner
         self._host = "127.0.0.1" if loopback else ""
         self._new_incarnation = new_incarnation
-        pools = {Role.PREFILL: config.pools.prefill, Role.DECODE: config.pools.decode}
-        self._workers = [
-            (Slot(f"{role}-{index}"), role, pool) for role, pool in pools.items() for index in range(pool.workers)
-        ]
+        self._workers = WorkerSlots(config.pools)
         self._gateways = [Slot(f"gateway-{index}") for index in range(config.router.gateways)]
         self._port = config.router.port
         self._url = ""
@@ -88,15 +84,17 @@ class Supervisor:
         self._keepers: list[asyncio.Task[None]] = []
         self._stopping: asyncio.Task[None] | None = None
         self._stopped = asyncio.Event()
+        self._fleet = SupervisedFleet(self._workers, self._gateways, self._list_members, self)
         self.controller: Controller | None = None
 
     async def run(self) -> None:
         """Keep the cluster until it has been stopped."""
         if self._phase == Phase.STARTING and not self._keepers:
+            await self._find_added()
             for slot in self._gateways:
                 self._keep(self._keep_gateway(slot))
-            for slot, role, pool in self._workers:
-                self._keep(self._keep_worker(slot, role, pool))
+            for slot in self._workers:
+                slot.keeper = self._keep(self._keep_worker(slot))
             self._keep(self._watch_start())
             if self._config.is_controlled:
                 self._keep(self._control())
@@ -122,7 +120,7 @@ class Supervisor:
             sequence=self._sequence,
             phase=self._phase,
             membership_version=self._membership.version,
-            workers=tuple(slot.status() for slot, _, _ in self._workers),
+            workers=tuple(slot.status() for slot in self._workers),
             gateways=tuple(slot.status() for slot in self._gateways),
             url=self._url,
             failure=self._failure,
@@ -149,16 +147,18 @@ class Supervisor:
 
     # --- slots ----------------------------------------------------------------------------------------------------
 
-    async def _keep_worker(self, slot: Slot, role: Role, pool: PoolConfig) -> None:
-        while True:
+    async def _keep_worker(self, slot: WorkerSlot) -> None:
+        pool = slot.pool
+        while not slot.leaves:
             try:
                 async with asyncio.timeout(self._config.cluster.start_timeout_s):
-                    spec = WorkerSpec(slot.name, self._new_incarnation(), role, self._host, pool.tensor_parallel)
+                    spec = WorkerSpec(slot.name, self._new_incarnation(), slot.role, self._host, pool.tensor_parallel)
                     process = await self._spawner.worker(spec, pool)
                     self._begin(slot, process)
                     await process.start()
                     slot.member = await process.member()  # one that is adopted may have changed its pool
                 self._begin_serving(slot)
+                slot.is_new = False
                 self._list_members()
                 slot.reason = await process.failed()
             except Exception as error:  # the slot must survive whatever its process does
@@ -178,7 +178,7 @@ class Supervisor:
                 self._port = int(self._url.rpartition(":")[2])  # a later incarnation listens where clients already know
                 self._begin_serving(slot)
                 self._list_members()
-                slot.reason = await _first(process.failed(), self._push(process), self._await_canary(slot, process))
+                slot.reason = await first_of(process.failed(), self._push(process), self._await_canary(slot, process))
             except Exception as error:  # the slot must survive whatever its process does
                 self._note_failure(slot, error)
             await self._clear(slot)
@@ -208,7 +208,7 @@ class Supervisor:
         self._list_members()
         log.warning("%s ended, failure %d in a row: %s", slot.name, slot.num_failures, slot.reason)
         if slot.process is not None:
-            await _within(
+            await within(
                 self._limits.worker_step_s, slot.process.stop(self._limits.worker_s)
             )  # a gateway, too: it failed
             slot.process = None
@@ -217,26 +217,65 @@ class Supervisor:
         self._announce()
 
     async def _control(self) -> None:
-        """From when the cluster is ready. A controller that fails is made anew: it finds all that it needs again."""
-        fleet = SupervisedFleet([slot for slot, _, _ in self._workers], self._gateways, self._list_members)
-        rules = self._config.controller_rules
+        """From when the cluster is ready."""
         while self._phase == Phase.STARTING:
             await self._changed.wait()
-        with _opened(rules) as write:
-            while True:
-                self.controller = Controller(fleet, rules, Journal(rules, write) if write is not None else None)
-                try:
-                    await self.controller.run()
-                except Exception:
-                    log.exception("the controller failed, and begins anew")
-                fleet.list_leaving()
-                await asyncio.sleep(rules.tick_s)
+        await control(self._fleet, self._config.controller_rules, self._note_controller)
+
+    def _note_controller(self, controller: Controller) -> None:
+        self.controller = controller
+
+    # --- workers that come and leave ------------------------------------------------------------------------------
+
+    def add_worker(self, role: Role) -> str:
+        """Have one come that begins in this pool; its name."""
+        slot = self._workers.add(role)
+        slot.keeper = self._keep(self._keep_worker(slot))
+        self._announce()
+        return slot.name
+
+    def remove_worker(self, worker_id: str, incarnation: str, limit_s: float) -> None:
+        """See cluster.control.controller.Fleet.remove."""
+        slot = next((slot for slot in self._workers if slot.name == worker_id and not slot.leaves), None)
+        if slot is None or (slot.member.incarnation if slot.member is not None else "") != incarnation:
+            return
+        slot.leaves, slot.reason = True, ""
+        self._keep(self._retire(slot, limit_s))
+        self._announce()
+
+    async def _retire(self, slot: WorkerSlot, limit_s: float) -> None:
+        """What it has moves on or ends there; then it is gone, with all that it took of the machines."""
+        if slot.member is not None:
+            try:
+                left = await drain(self._fleet, slot.member, limit_s)
+                log.info("%s leaves with %d open tasks", slot.name, left)
+            except SteelyardError as error:  # it ended by itself
+                log.info("%s leaves: %s", slot.name, error.message)
+        if slot.keeper is not None:
+            slot.keeper.cancel()
+            await asyncio.wait([slot.keeper])
+        slot.member = None
+        self._list_members()
+        if slot.process is not None:
+            await within(self._limits.worker_step_s, slot.process.stop(self._limits.worker_s))
+        await within(SWEEP_S, self._spawner.release(slot.name))
+        self._workers.drop(slot)
+        self._announce()
+
+    async def _find_added(self) -> None:
+        """Workers that an earlier supervisor of ours had come."""
+        try:
+            async with asyncio.timeout(SETTLE_S):
+                for name in await self._spawner.living():
+                    self._workers.found(name)
+        except Exception as error:  # those that the pools say are there anyway
+            log.warning("added workers, if there are any, could not be found: %s", error or type(error).__name__)
 
     # --- membership -----------------------------------------------------------------------------------------------
 
     def _list_members(self) -> None:
         """Bring the membership up to the slots; a change is a new version."""
-        members = tuple(slot.member for slot, _, _ in self._workers if slot.member is not None)
+        members = tuple(slot.member for slot in self._workers if slot.member is not None)
         num_gateways = max(1, sum(slot.state == UnitState.RUNNING for slot in self._gateways))
         listed = Membership(self._membership.version, members, num_gateways)
         if listed != self._membership:
@@ -249,7 +288,7 @@ class Supervisor:
             return
         try:
             async with asyncio.timeout(SETTLE_S):
-                while not all(slot.settled for slot, _, _ in self._workers):
+                while not all(slot.settled for slot in self._workers):
                     await self._changed.wait()
         except TimeoutError:
             pass
@@ -287,7 +326,7 @@ class Supervisor:
             self._fail(DeadlineExceeded(f"the cluster was not ready within {limit_s:g} s: {self._missing()}"))
 
     def _missing(self) -> str:
-        slots = [slot for slot, _, _ in self._workers] + self._gateways
+        slots = [slot for slot in self._workers] + self._gateways
         missing = [f"{slot.name} is {slot.state}{f' ({slot.reason})' if slot.reason else ''}" for slot in slots
                    if slot.state != UnitState.RUNNING]  # fmt: skip
         return ", ".join(missing) or "no canary came back"
@@ -314,12 +353,12 @@ class Supervisor:
         limits = self._limits
         # gateways first, because their requests in progress need the workers until they end
         drains = [slot.process.stop(limits.gateway_s) for slot in self._gateways if slot.process]
-        await asyncio.gather(*(_within(limits.gateway_step_s, drain) for drain in drains))
+        await asyncio.gather(*(within(limits.gateway_step_s, drain) for drain in drains))
         self._unlist_all()
-        ends = [slot.process.stop(limits.worker_s) for slot, _, _ in self._workers if slot.process]
-        await asyncio.gather(*(_within(limits.worker_step_s, end) for end in ends))
-        await _within(SWEEP_S, self._spawner.close())
-        for slot in [*self._gateways, *(slot for slot, _, _ in self._workers)]:
+        ends = [slot.process.stop(limits.worker_s) for slot in self._workers if slot.process]
+        await asyncio.gather(*(within(limits.worker_step_s, end) for end in ends))
+        await within(SWEEP_S, self._spawner.close())
+        for slot in [*self._gateways, *(slot for slot in self._workers)]:
             slot.state, slot.process = UnitState.STOPPED, None
         self._phase = Phase.STOPPED
         self._announce()
@@ -332,7 +371,7 @@ class Supervisor:
             await asyncio.wait(self._keepers, timeout=KEEPERS_S)
 
     def _unlist_all(self) -> None:
-        for slot, _, _ in self._workers:
+        for slot in self._workers:
             slot.member = None
         self._list_members()
 
@@ -343,39 +382,7 @@ class Supervisor:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
-    def _keep(self, life: Coroutine[None, None, None]) -> None:
+    def _keep(self, life: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        self._keepers = [task for task in self._keepers if not task.done()]
         self._keepers.append(asyncio.create_task(life))
-
-
-@contextmanager
-def _opened(rules: ControllerConfig) -> Iterator[Callable[[str], None] | None]:
-    """What writes the controller's journal, if there is to be one."""
-    if not rules.journal_file:
-        yield None
-        return
-    file = LineFile(Path(rules.journal_file), rules.journal_file_bytes)
-    try:
-        yield file.put
-    finally:
-        file.close()
-
-
-async def _first(*lives: Coroutine[None, None, str]) -> str:
-    """What the first of them to end returned or raised; the others are cancelled."""
-    tasks = [asyncio.ensure_future(life) for life in lives]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        return next(iter(done)).result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _within(limit_s: float, step: Awaitable[None]) -> None:
-    """One step of clearing away: bounded, and its failure must not keep the next one from being done."""
-    try:
-        async with asyncio.timeout(limit_s):
-            await step
-    except Exception as error:
-        log.warning("a step of clearing away failed: %s", str(error) or type(error).__name__)
+        return self._keepers[-1]

@@ -122,6 +122,10 @@ class Worker:
         """What it is now."""
         return self._sides.member
 
+    async def num_open(self) -> int:
+        """Prompts, streams, leases and pulls that it has now."""
+        return self._sides.status().num_open
+
     async def status(self) -> dict[str, object]:
         """For operators: load, leases and transfers."""
         status = self._sides.status()

@@ -22,6 +22,8 @@ class WorkerPart(Part[Member], Protocol):
 
     async def member(self) -> Member: ...
 
+    async def num_open(self) -> int: ...
+
     async def status(self) -> dict[str, object]: ...
 
 
@@ -48,6 +50,9 @@ class WorkerActor:
 
     async def member(self) -> Member:
         return await self._worker.member()
+
+    async def num_open(self) -> int:
+        return await self._worker.num_open()
 
     async def status(self) -> dict[str, object]:
         return await self._worker.status()

@@ -53,6 +53,9 @@ class ControlView:
     best_attained: float | None = None
     forecast_model: str = ""
     forecast_error: float = 0.0
+    num_added: int = 0  # workers that were had come
+    num_removed: int = 0
+    num_coming: int = 0  # workers that are not there yet, or not there again
     is_together: bool = False  # every worker serves both phases, and none is missing: there is no hand-off to be proved
 
 

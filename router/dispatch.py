@@ -380,10 +380,12 @@ class Dispatcher:
         return gateway_report(self._gateway_id, self._now(), arrived, fared, self.loads(), self.placer.times)
 
     async def evacuate(self, worker: Name, limit_s: float) -> int:
-        """Move what generates on a worker elsewhere; how many are still there after about this time."""
+        """Move what generates on a worker elsewhere; how many are still placed there after about this time, for either
+        phase."""
         evacuation = Evacuation(self.moves, self.loads, worker, self._is_short)
         try:
-            return await evacuation.run(limit_s)
+            left = await evacuation.run(limit_s)
+            return max(left, sum(worker in live.workers for live in self._live.values()))
         finally:
             for task in evacuation.tasks:
                 self._in_background(_ended(task))

@@ -304,7 +304,11 @@ def _control(view: ControlView) -> Iterator[GaugeMetricFamily | CounterMetricFam
     """Every gateway tells the same."""
     words = "Workers that changed their pool, and flips that were undone"
     yield _counts("steelyard_flips", words, "outcome", (("done", view.num_flips), ("undone", view.num_undone)))
+    words = "Workers that the controller had come and leave"
+    changes = ("added", view.num_added), ("removed", view.num_removed)
+    yield _counts("steelyard_workers_changed", words, "change", changes)
     gauges = (
+        ("steelyard_workers_coming", "Workers that are not there yet, or not there again", view.num_coming),
         ("steelyard_flip_seconds", "Of the last flip, from its decision until it was listed", view.last_flip_s),
         ("steelyard_predicted_attainment", "Share that keeps its targets as pools are now", view.attained),
         ("steelyard_best_predicted_attainment", "The same with the best split", view.best_attained),

@@ -2,7 +2,7 @@
 
 1. `look` asks the gateways; their reports go into one window of arrivals and the newest word on each worker;
 2. `plan` decides (planner.py, pure), and the journal gets what it decided and by what;
-3. a flip is done beside the ticks, which go on and hold meanwhile.
+3. a flip is done beside the ticks, which go on and hold meanwhile; workers that come or leave do so by themselves.
 It keeps nothing that it could not find again: who is what the workers say, and a window fills itself anew. So a new
 one, after whatever ended the old, begins where that was, only more slowly. It knows no Ray.
 """
@@ -19,6 +19,7 @@ from cluster.control.flip import Flippable, Flipped, flip
 from cluster.control.journal import Journal
 from cluster.control.planner import Flip, Memory, Plan, plan
 from cluster.control.rules import ControllerConfig
+from cluster.control.scale import Resize
 from cluster.control.seen import Seen
 from cluster.control.window import Look, Window
 from engine.errors import SteelyardError
@@ -40,7 +41,20 @@ class Fleet(Flippable, Protocol):
     def members(self) -> Sequence[Member]: ...
 
     def is_whole(self) -> bool:
-        """Is every worker there that should be?"""
+        """Is every worker there that should be? One that was added and has never been there may still be away."""
+        ...
+
+    def coming(self) -> Sequence[str]:
+        """Workers that are not there, and will be."""
+        ...
+
+    def add(self, role: Role) -> str:
+        """Have a worker come; its name."""
+        ...
+
+    def remove(self, worker_id: str, incarnation: str, limit_s: float) -> None:
+        """Have this life of a worker leave for good, when what it has has moved on or ended, or after that time. From
+        now on it is nobody's member. One that has no life yet does not come. If it is gone already, nothing happens."""
         ...
 
 
@@ -91,16 +105,19 @@ class Controller:
         if self._journal is not None:
             flipped, self._done = self._done, []
             self._journal.note(look, decided, flipped, memory, kept)
-        self._note(decided, self._is_together(look))
+        self._note(decided, look)
         if decided.flip is not None and self._rules.mode == "auto":
             self._flipping = asyncio.get_running_loop().create_task(self._flip(decided.flip), name="flip")
+        if decided.resize is not None and self._rules.mode == "auto":
+            self._resize(decided.resize)
         return decided
 
     async def look(self) -> Look:
         reports = await self._fleet.reports(self.view)
         is_flipping = self._flipping is not None and not self._flipping.done()
         now = asyncio.get_running_loop().time()
-        return Look(now, tuple(reports), tuple(self._fleet.members()), is_flipping, self._fleet.is_whole())
+        fleet = self._fleet
+        return Look(now, tuple(reports), tuple(fleet.members()), is_flipping, fleet.is_whole(), tuple(fleet.coming()))
 
     async def flipped(self) -> None:
         """Returns when no flip is under way."""
@@ -112,7 +129,7 @@ class Controller:
         nobody_prefills = bool(look.members) and all(member.role is Role.DECODE for member in look.members)
         return self._rules.together and nobody_prefills and (look.is_whole or self.view.is_together)
 
-    def _note(self, decided: Plan, is_together: bool) -> None:
+    def _note(self, decided: Plan, look: Look) -> None:
         now, wanted, rate = decided.now, decided.best, self._memory.series[0]
         self.view = replace(
             self.view,
@@ -123,8 +140,21 @@ class Controller:
             best_attained=wanted.attained if wanted else None,
             forecast_model=rate.model,
             forecast_error=rate.error,
-            is_together=is_together,
+            is_together=self._is_together(look),
+            num_coming=len(look.coming),
         )
+
+    def _resize(self, wished: Resize) -> None:
+        """Both go on by themselves; the next looks tell."""
+        log.info("%s", wished)
+        for role in wished.add:
+            self._fleet.add(role)
+        if wished.remove:
+            self._fleet.remove(wished.remove, wished.incarnation, self._rules.scale.drain_s)
+        self.view = replace(
+            self.view, num_added=self.view.num_added + len(wished.add),
+            num_removed=self.view.num_removed + bool(wished.remove),
+        )  # fmt: skip
 
     async def _flip(self, wished: Flip) -> None:
         rules = self._rules

@@ -39,7 +39,7 @@ class Flippable(Protocol):
         ...
 
     async def evacuate(self, member: Member, limit_s: float) -> int:
-        """How many sequences still generate there, after about this time at most."""
+        """How many requests are still placed there, for either phase, after about this time at most."""
         ...
 
     async def relabel(self, member: Member, role: Role, role_epoch: int) -> None: ...
@@ -51,7 +51,7 @@ class Flippable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Flipped:
-    """What came of it. `listed_s`: from the decision until it was listed again; `num_left`: sequences that it kept."""
+    """What came of it. `listed_s`: from the decision until it was listed again; `num_left`: requests that it kept."""
 
     worker_id: str
     role: Role  # it has now

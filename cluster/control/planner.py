@@ -8,7 +8,8 @@ plan and what to remember out.
 4. a step towards the best one is wished for when its gain over the horizon exceeds its cost by a margin, and it is done
    when it was wished for several times in a row, in need at once, and no earlier flip is too recent;
 5. the victim is who costs least: from prefill the one with the shortest queue, from decode the one with the fewest
-   tokens stored.
+   tokens stored;
+6. where no flip is wished for, the number of workers may change (scale.py).
 Each pool keeps one worker, and a pool that is empty gets one at once. But where no split does as well as both phases on
 every worker (few devices, or targets that leave much slack), and that is allowed, all become decode workers, which
 compute prompts beside: a split of no prefill workers, so that a pool without one to prefill is nothing to be mended.
@@ -24,15 +25,16 @@ from dataclasses import dataclass, replace
 from cluster.control.bias import NO_FEEDBACK, Feedback
 from cluster.control.demand import Demand
 from cluster.control.forecast import Forecast
+from cluster.control.outlook import COMPUTE, OUTPUT, RATE, Outlook, outlook_of
 from cluster.control.rules import ControllerConfig
-from cluster.control.seen import Need, Seen, absurd, need_of
-from cluster.control.sizing import Machine, Split, best, over_horizon, splits, together
+from cluster.control.scale import IMPATIENT, Patience, Resize, resize
+from cluster.control.seen import Need, Seen, absurd, burden, pool_of
+from cluster.control.sizing import Machine, Split, best
 from engine.types import Role
 from router.report import WorkerStand
 
 FLIP_S = 0.3  # that a worker serves neither pool
 CACHE_LOST = 0.25  # of what a worker has cached: the rest is fetched from it
-RATE, COMPUTE, OUTPUT = range(3)  # the series that are forecast
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,7 @@ class Plan:
     best: Split | None = None
     rate: float = 0.0
     need: Need = Need.NONE
+    resize: Resize | None = None  # of a plan without a flip
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +73,14 @@ class Memory:
     num_wishes: int = 0  # in a row
     flipped_at: float = -math.inf
     flipped: tuple[str, str] = ("", "")  # the wish that was done then
+    patience: Patience = IMPATIENT
 
 
 def plan(seen: Seen, memory: Memory, rules: ControllerConfig) -> tuple[Plan, Memory]:
     if len({worker.cohort for worker in seen.workers}) > 1:  # the router serves both phases on all, or on none
         rules = rules.model_copy(update={"together": False})
     if fault := absurd(seen, rules):
-        return Plan(f"hold: {fault}"), replace(memory, num_wishes=0)
+        return Plan(f"hold: {fault}"), replace(memory, num_wishes=0, patience=IMPATIENT)
     memory = _with_buckets(seen, memory, rules)
     if seen.is_flipping:
         frozen = memory.feedback.frozen(seen, rules)
@@ -86,14 +90,35 @@ def plan(seen: Seen, memory: Memory, rules: ControllerConfig) -> tuple[Plan, Mem
         if found is not None:
             wish = (cohort, str(found.flip.to) if found.flip is not None else "")
             return found, replace(memory, num_wishes=0, flipped_at=seen.now, flipped=wish)
-    plans = [_plan_cohort(seen, memory, rules, cohort) for cohort in seen.cohorts]
+    outlooks = {cohort: outlook_of(seen, memory.series, cohort, rules, rules.fewest) for cohort in seen.cohorts}
+    plans = [_plan_cohort(seen, memory, rules, cohort, outlook) for cohort, outlook in outlooks.items()]
     if not plans:
         return Plan("hold: no cohort has two workers"), replace(memory, num_wishes=0)
     chosen, feedback = max(plans, key=lambda one: one[0].flip.gain - one[0].flip.cost if one[0].flip else -math.inf)
     memory = replace(memory, feedback=feedback)
     if chosen.flip is None:
-        return chosen, replace(memory, wish=("", ""), num_wishes=0)
-    return _confirmed(seen, memory, rules, chosen, chosen.flip)
+        decided, memory = chosen, replace(memory, wish=("", ""), num_wishes=0)
+    else:
+        decided, memory = _confirmed(seen, memory, rules, chosen, chosen.flip)
+    return _resized(seen, memory, rules, decided, outlooks)
+
+
+def _resized(
+    seen: Seen, memory: Memory, rules: ControllerConfig, decided: Plan, outlooks: dict[str, Outlook | None]
+) -> tuple[Plan, Memory]:
+    """The plan, with a change of the number of workers if it is time for one and no flip is done now."""
+    if not rules.scale.is_on or len(outlooks) != 1:
+        return decided, memory
+    ((cohort, outlook),) = outlooks.items()
+    outlook = outlook or outlook_of(seen, memory.series, cohort, rules, fewest=1)
+    if outlook is None and (seen.machine(cohort) is None or seen.num_arrived(rules.window_s)):
+        return decided, replace(memory, patience=IMPATIENT)
+    bias = memory.feedback.bias
+    rated = None if outlook is None else lambda num, times: outlook.rated(num, bias, times)
+    wished, patience = resize(seen, rated, memory.patience, rules.scale, rules.dead_band)
+    if wished is None or decided.flip is not None:
+        return decided, replace(memory, patience=patience if decided.flip is None else memory.patience)
+    return replace(decided, reason=f"resize: {wished}", resize=wished), replace(memory, patience=patience)
 
 
 def _confirmed(seen: Seen, memory: Memory, rules: ControllerConfig, wished: Plan, flip: Flip) -> tuple[Plan, Memory]:
@@ -113,23 +138,19 @@ def _confirmed(seen: Seen, memory: Memory, rules: ControllerConfig, wished: Plan
 # --- one cohort -----------------------------------------------------------------------------------------------
 
 
-def _plan_cohort(seen: Seen, memory: Memory, rules: ControllerConfig, cohort: str) -> tuple[Plan, Feedback]:
+def _plan_cohort(
+    seen: Seen, memory: Memory, rules: ControllerConfig, cohort: str, outlook: Outlook | None
+) -> tuple[Plan, Feedback]:
     workers = seen.workers_of(cohort)
-    prefill, decode = _pool(workers, Role.PREFILL), _pool(workers, Role.DECODE)
+    prefill, decode = pool_of(workers, Role.PREFILL), pool_of(workers, Role.DECODE)
     feedback = memory.feedback
     if not decode or not (prefill or rules.together):
         return Plan("hold: a pool has no worker, and may get its own back"), feedback
-    machine, share = seen.machine(cohort), len(workers) / seen.num_workers
-    window = seen.demand(rules.window_s)
-    if machine is None or window is None or seen.num_arrived(rules.window_s) < rules.fewest:
+    if outlook is None:
         return Plan("hold: too few requests to judge by"), feedback
-    need = need_of(seen, workers, rules)
-    if not prefill and need is Need.DECODE:
-        need = Need.NONE  # nobody could be given to it
-    present, ahead = (replace(one, rate=one.rate * share) for one in _demands(seen, memory, rules, window, need))
-    demand = max(present, ahead, key=lambda one: one.rate)
-    at_present, later = (_rated(one, machine, len(workers), feedback, rules) for one in (present, ahead))
-    rated = over_horizon(at_present, later)
+    demand, need = outlook.demand, outlook.need
+    at_present = outlook.rated_now(len(workers), feedback.bias)
+    rated = outlook.rated(len(workers), feedback.bias, now=at_present)
     place = next(index for index, split in enumerate(rated) if split.num_prefill == len(prefill))
     now = rated[place]
     feedback = feedback.after(seen, at_present[place], rules)
@@ -144,21 +165,14 @@ def _plan_cohort(seen: Seen, memory: Memory, rules: ControllerConfig, cohort: st
     giver = [one for one in (decode if to is Role.PREFILL else prefill) if one.takes_requests]
     if len(giver) < 2 and not (giver and wanted.is_together and to is Role.DECODE):
         return replace(known, reason="hold: each pool keeps one worker"), feedback
-    victim = min(giver, key=lambda one: (_burden(one), one.worker_id))
+    victim = min(giver, key=lambda one: (burden(one), one.worker_id))
     num_steps = abs(wanted.num_prefill - now.num_prefill)
     gain = (wanted.attained - now.attained) / num_steps * demand.rate * rules.horizon_s
-    cost = _cost(victim, demand, machine, len(workers))
+    cost = _cost(victim, demand, outlook.machine, len(workers))
     if gain <= rules.margin * cost:
         return replace(known, reason=f"hold: a gain of {gain:.2f} requests is not worth a cost of {cost:.2f}"), feedback
     flip = Flip(victim.worker_id, victim.incarnation, to, gain, cost)
     return replace(known, reason=f"flip towards {_said(wanted)}", flip=flip), feedback
-
-
-def _rated(
-    demand: Demand, machine: Machine, num_workers: int, feedback: Feedback, rules: ControllerConfig
-) -> list[Split]:  # fmt: skip
-    without = [together(demand, machine, num_workers, feedback.bias)] if rules.together else []
-    return [*without, *splits(demand, machine, num_workers, feedback.bias)]
 
 
 def _wanted(rated: Sequence[Split], num_prefill: int, rules: ControllerConfig) -> Split:
@@ -177,27 +191,6 @@ def _said(split: Split) -> str:
     return "both phases on every worker" if split.is_together else f"{split.num_prefill} + {split.num_decode}"
 
 
-def _demands(seen: Seen, memory: Memory, rules: ControllerConfig, window: Demand, need: Need) -> tuple[Demand, Demand]:
-    """What there is, by the last seconds if these tell enough, and what is forecast a horizon ahead; in need what there
-    is counts alone."""
-    recent = seen.demand(rules.recent_s)
-    if recent is None or seen.num_arrived(rules.recent_s) < rules.fewest:
-        recent = window
-    recent = replace(recent, burstiness=window.burstiness)
-    ahead = [forecast.ahead() for forecast in memory.series]
-    rate = window.rate if ahead[RATE] is None else ahead[RATE]
-    compute = _ratio(ahead[COMPUTE], window.compute_s)
-    output = _ratio(ahead[OUTPUT], window.num_output)
-    if need is not Need.NONE:
-        return recent, recent
-    return recent, window.scaled(rate or 0.0, compute, output)
-
-
-def _ratio(ahead: float | None, seen: float) -> float:
-    """Of lengths forecast to lengths seen, within what is sane."""
-    return min(4.0, max(0.25, ahead / seen)) if ahead is not None and ahead > 0 and seen > 0 else 1.0
-
-
 def _cost(victim: WorkerStand, demand: Demand, machine: Machine, num_workers: int) -> float:
     """In requests: service lost, KV moved, cache lost."""
     rate = demand.rate / num_workers
@@ -208,30 +201,19 @@ def _cost(victim: WorkerStand, demand: Demand, machine: Machine, num_workers: in
     return rate * (FLIP_S + moved_s) + min(lost, rate * FLIP_S * 10)
 
 
-def _burden(worker: WorkerStand) -> tuple[float, float]:
-    """What a flip would have to move or wait for."""
-    if worker.role is Role.PREFILL:
-        return worker.queued_s, worker.num_tokens
-    return worker.num_tokens, worker.queued_s
-
-
 def _empty_pool(seen: Seen, memory: Memory, cohort: str, rules: ControllerConfig) -> Plan | None:
     """A pool without a worker, for longer than one takes to come back. Without one to prefill all may be well."""
     workers = seen.workers_of(cohort)
     if seen.now - memory.flipped_at < rules.cooldown_s or seen.is_incomplete:
         return None
     for role, giver in ((Role.PREFILL, Role.DECODE), (Role.DECODE, Role.PREFILL)):
-        givers = _pool(workers, giver)
-        if not _pool(workers, role) and len(givers) > 1 and not (role is Role.PREFILL and rules.together):
-            victim = min(givers, key=lambda one: (_burden(one), one.worker_id))
+        givers = pool_of(workers, giver)
+        if not pool_of(workers, role) and len(givers) > 1 and not (role is Role.PREFILL and rules.together):
+            victim = min(givers, key=lambda one: (burden(one), one.worker_id))
             return Plan(
                 f"flip: no worker is left to {role}", Flip(victim.worker_id, victim.incarnation, role, 0.0, 0.0)
             )
     return None
-
-
-def _pool(workers: Sequence[WorkerStand], role: Role) -> list[WorkerStand]:
-    return [worker for worker in workers if worker.role is role]
 
 
 # --- series ---------------------------------------------------------------------------------------------------

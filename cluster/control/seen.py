@@ -45,7 +45,7 @@ class Need(StrEnum):
 class Seen:
     """`arrived` and `fared` in the order of their times, on the controller's clock, and those of the window at least.
     `tables`: of decode steps, by cohort; `transfer_token_s`: that KV of one token takes on a link. `is_incomplete`:
-    workers that should be there are not."""
+    workers that should be there are not; `coming`: all that are not there, those that have never been included."""
 
     now: float
     reported_at: float  # when a gateway was last heard
@@ -58,6 +58,7 @@ class Seen:
     max_batch_seqs: int
     is_flipping: bool = False
     is_incomplete: bool = False
+    coming: tuple[str, ...] = ()
 
     @property
     def num_workers(self) -> int:
@@ -153,6 +154,17 @@ def need_of(seen: Seen, workers: Sequence[WorkerStand], rules: ControllerConfig)
     if late == room:
         return Need.NONE
     return Need.PREFILL if late else Need.DECODE
+
+
+def burden(worker: WorkerStand) -> tuple[float, float]:
+    """What its leaving would have to move or wait for."""
+    if worker.role is Role.PREFILL:
+        return worker.queued_s, worker.num_tokens
+    return worker.num_tokens, worker.queued_s
+
+
+def pool_of(workers: Sequence[WorkerStand], role: Role) -> list[WorkerStand]:
+    return [worker for worker in workers if worker.role is role]
 
 
 def _refused(seen: Seen, reasons: Sequence[str]) -> bool:

@@ -23,13 +23,14 @@ Noted = TypeVar("Noted", Arrived, Fared)
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """All that a tick learns. `is_whole`: every worker is there that should be."""
+    """All that a tick learns. `is_whole`: every worker is there that should be, or has been added and is to come."""
 
     now: float
     reports: tuple[GatewayReport, ...]
     members: tuple[Member, ...]
     is_flipping: bool
     is_whole: bool
+    coming: tuple[str, ...] = ()  # workers that are not there yet, or not there again
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ def _seen(kept: Kept, look: Look) -> Seen:
         look.now, max((at for at, _ in kept.reports), default=-math.inf), kept.arrived, kept.fared, tuple(stands),
         last.steps if last is not None else (), last.transfer_token_s if last is not None else 0.0,
         last.block_size if last is not None else 1, last.max_batch_seqs if last is not None else 1, look.is_flipping,
-        not look.is_whole or len(stands) < len(look.members),
+        not look.is_whole or len(stands) < len(look.members), look.coming,
     )  # fmt: skip
 
 

@@ -1,12 +1,15 @@
-"""A simulated cluster as the controller sees it. Its orders take as long as a message does."""
+"""A simulated cluster as the controller sees it. Its orders take as long as a message does, and a worker that comes
+takes as long as the spec says."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol
 
+from cluster.control.drain import drain
 from cluster.sides import WorkerSides
 from cluster.simulator.spec import WorldSpec
 from engine.errors import Unavailable
@@ -38,14 +41,26 @@ class FlippableWorld(Protocol):
 
     def relist(self, member: Member) -> None: ...
 
+    def add_worker(self, role: Role, index: int = 0) -> Worker: ...
+
+    def retire(self, worker_id: str) -> None:
+        """It ends, and the membership goes on without it."""
+        ...
+
+    def in_background(self, work: Coroutine[None, None, None]) -> None:
+        """Until the world is closed, which raises what it raised."""
+        ...
+
     async def catch_up(self) -> None: ...
 
 
 class SimulatedFleet:
-    """Implements cluster.control.controller.Fleet."""
+    """Implements cluster.control.controller.Fleet and cluster.control.drain.Drainable."""
 
     def __init__(self, world: FlippableWorld) -> None:
         self._world = world
+        self._coming: list[str] = []
+        self._leaving: set[str] = set()
 
     async def reports(self, view: ControlView) -> Sequence[GatewayReport]:
         await asyncio.sleep(self._world.spec.links.latency_s)
@@ -54,13 +69,51 @@ class SimulatedFleet:
         return [replace(self._world.dispatcher.report(view), transfer_token_s=token_s)]
 
     def members(self) -> tuple[Member, ...]:
-        return self._world.members()
+        return tuple(member for member in self._world.members() if member.worker_id not in self._leaving)
 
     def is_whole(self) -> bool:
         return all(self._world.worker(member.worker_id) is not None for member in self.members())
 
+    def coming(self) -> list[str]:
+        return self._coming
+
+    def add(self, role: Role) -> str:
+        taken = {member.worker_id for member in self._world.members()} | set(self._coming)
+        index = next(number for number in range(len(taken) + 1) if f"{role}-{number}" not in taken)
+        self._coming.append(f"{role}-{index}")
+        self._world.in_background(self._come(role, index))
+        return self._coming[-1]
+
+    async def _come(self, role: Role, index: int) -> None:
+        await asyncio.sleep(self._world.spec.start_s)
+        name = f"{role}-{index}"
+        if name in self._coming:  # it is still wanted
+            self._coming.remove(name)
+            self._world.add_worker(role, index)
+
+    def remove(self, worker_id: str, incarnation: str, limit_s: float) -> None:
+        member = self.listed(worker_id)
+        if not incarnation and worker_id in self._coming:
+            self._coming.remove(worker_id)
+        elif member is not None and member.incarnation == incarnation:
+            self._leaving.add(worker_id)
+            self._world.in_background(self._leave(member, limit_s))
+
+    async def _leave(self, member: Member, limit_s: float) -> None:
+        with suppress(Unavailable):  # it died
+            await drain(self, member, limit_s)
+        await self._world.catch_up()
+        worker = self._world.worker(member.worker_id)
+        if worker is not None and worker.sides.member.incarnation == member.incarnation:
+            self._world.retire(member.worker_id)
+        self._leaving.discard(member.worker_id)
+
+    async def num_open(self, member: Member) -> int:
+        await self._world.catch_up()
+        return (await self._sides(member)).status().num_open
+
     def listed(self, worker_id: str) -> Member | None:
-        return next((member for member in self.members() if member.worker_id == worker_id), None)
+        return next((member for member in self._world.members() if member.worker_id == worker_id), None)
 
     def relist(self, member: Member) -> None:
         self._world.relist(member)
@@ -102,5 +155,4 @@ class RestartingFleet(SimulatedFleet):
         worker = self._world.worker(member.worker_id)
         if worker is None:
             return False
-        status = worker.sides.status()
-        return bool(status.num_streams or status.num_queued or status.num_leases or status.num_pulls)
+        return bool(worker.sides.status().num_open)

@@ -43,7 +43,8 @@ class WorldSpec:
     the config says; larger ones are fewer, and several pulls share a link less evenly. `tells_layers`: in states, each
     of their layers leaves when its part of the step has passed; else, and in plain tokens, all do at its end.
     `slowdown`: all workers share one host, and this is what they do to each other's steps; None: each has its own.
-    `is_controlled`: the configured controller runs and flips workers. `believed`: by which service times gateways
+    `is_controlled`: the configured controller runs, flips workers, and has some come and leave, if it may; `start_s`:
+    what one that comes takes to be there. `believed`: by which service times gateways
     predict, if not by the true ones. `gateway_s`, `token_s`: what a client waits for outside of all this, before its
     first token and for each one after."""
 
@@ -63,6 +64,7 @@ class WorldSpec:
     roles: Mapping[Role, RoleSpec] = field(default_factory=dict)
     slowdown: Slowdown | None = None
     is_controlled: bool = False
+    start_s: float = 30.0
     believed: ServiceTimes | None = None
     gateway_s: float = 0.0
     token_s: float = 0.0

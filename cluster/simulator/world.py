@@ -11,7 +11,7 @@ All that is random comes from the spec's seed. Made and used inside of one virtu
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -71,8 +71,7 @@ class SimulatedWorker:
         """Does it hold nothing for anybody? Looked up in the tables themselves."""
         status, engine = self.sides.status(), self.engine
         held = engine.blocks.num_blocks - engine.blocks.num_available
-        open_now = status.num_queued + status.num_leases + status.num_pulls + status.num_streams
-        return not (engine.has_work or engine.has_outputs or held or open_now)
+        return not (engine.has_work or engine.has_outputs or held or status.num_open)
 
     async def stop(self) -> None:
         """Raises what failed here."""
@@ -112,6 +111,7 @@ class World:
             predictor,
         )  # fmt: skip
         self._controlling: asyncio.Task[None] | None = None
+        self._background: list[asyncio.Task[None]] = []
 
     # --- life ----------------------------------------------------------------------------------------------
 
@@ -130,6 +130,11 @@ class World:
         """From now on it decides who is in which pool."""
         self._controlling = self._loop.create_task(controller.run(), name="controller")
 
+    def in_background(self, work: Coroutine[None, None, None]) -> None:
+        """Until the world is closed, which raises what it raised."""
+        self._background = [task for task in self._background if not task.done() or task.exception() is not None]
+        self._background.append(self._loop.create_task(work))
+
     @property
     def now(self) -> float:
         return self._loop.time()
@@ -144,6 +149,11 @@ class World:
             await asyncio.gather(self._controlling, return_exceptions=True)
             if not self._controlling.cancelled():
                 self._controlling.result()
+        for task in self._background:
+            task.cancel()
+        for found in await asyncio.gather(*self._background, return_exceptions=True):
+            if isinstance(found, Exception):
+                raise found
         await self.dispatcher.close()
         for worker in self.all_workers:
             await worker.stop()
@@ -234,6 +244,11 @@ class World:
         """The membership goes on without it."""
         self._note(worker_id, "left")
         self._list(worker_id, listed=False)
+
+    def retire(self, worker_id: str) -> None:
+        """It ends, and the membership goes on without it."""
+        self.unlist(worker_id)
+        self.kill(worker_id)
 
     def relist(self, member: Member) -> None:
         """The membership goes on with this record of a worker."""

@@ -65,6 +65,9 @@ class FakeWorker:
     async def failed(self) -> str:
         return await asyncio.get_running_loop().create_future()
 
+    async def num_open(self) -> int:
+        return 0
+
     async def status(self) -> dict[str, object]:
         return {"pid": os.getpid()}
 

@@ -53,6 +53,16 @@ class GatewayHere:
         return await self.cluster.gateway.evacuate(worker, limit_s)
 
 
+class NoStaff:
+    """Nobody comes or leaves here. Implements cluster.supervised_fleet.Staff."""
+
+    def add_worker(self, role: Role) -> str:
+        raise NotImplementedError
+
+    def remove_worker(self, worker_id: str, incarnation: str, limit_s: float) -> None:
+        raise NotImplementedError
+
+
 @asynccontextmanager
 async def flippable(folder: Path, **overrides: object) -> AsyncIterator[tuple[LocalCluster, SupervisedFleet]]:
     """Two workers of each pool."""
@@ -71,7 +81,7 @@ async def flippable(folder: Path, **overrides: object) -> AsyncIterator[tuple[Lo
             cluster.publish()
 
         gateways = [Slot("gateway-0", UnitState.RUNNING, GatewayHere(cluster))]  # type: ignore[arg-type]
-        yield cluster, SupervisedFleet(workers, gateways, publish)
+        yield cluster, SupervisedFleet(workers, gateways, publish, NoStaff())
 
 
 async def flipped(fleet: SupervisedFleet, worker_id: str, to: Role) -> Flipped:

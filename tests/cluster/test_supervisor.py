@@ -53,6 +53,7 @@ class FakeWorkerProcess(FakeProcess):
         super().__init__(spec.incarnation)
         self.spec = spec
         self.now: Member | None = None  # by its own word
+        self.open_now = 0
         self._fault = fault
 
     async def start(self) -> Member:
@@ -70,6 +71,9 @@ class FakeWorkerProcess(FakeProcess):
         assert self.now is not None
         return self.now
 
+    async def num_open(self) -> int:
+        return self.open_now
+
 
 class FakeGatewayProcess(FakeProcess):
     """`held` is the version that it got from an earlier supervisor."""
@@ -85,6 +89,7 @@ class FakeGatewayProcess(FakeProcess):
         self.views: list[ControlView] = []
         self.told: Callable[[], GatewayReport] | None = None
         self.evacuated: list[Name] = []
+        self.left = 0  # requests, on a worker that is evacuated
         self.on_stop: Callable[[float], None] = lambda polite_s: None
 
     async def start(self) -> str:
@@ -106,7 +111,7 @@ class FakeGatewayProcess(FakeProcess):
 
     async def evacuate(self, worker: Name, limit_s: float) -> int:
         self.evacuated.append(worker)
-        return 2
+        return self.left
 
     async def ready(self) -> None:
         await self._canary.wait()
@@ -125,6 +130,7 @@ class FakeSpawner:
         self.worker_fault: Exception | None = None
         self.gateway_fault: Exception | None = None
         self.hangs = False
+        self.released: list[str] = []
 
     async def worker(self, spec: WorkerSpec, pool: PoolConfig) -> FakeWorkerProcess:
         if self.hangs:
@@ -135,6 +141,12 @@ class FakeSpawner:
     async def gateway(self, name: str, incarnation: str, port: int) -> FakeGatewayProcess:
         self.gateways.append(FakeGatewayProcess(incarnation, port, self.held, self.gateway_fault))
         return self.gateways[-1]
+
+    async def living(self) -> list[str]:
+        return []
+
+    async def release(self, worker_id: str) -> None:
+        self.released.append(worker_id)
 
     async def close(self) -> None:
         self.num_closes += 1
@@ -154,23 +166,31 @@ class AdoptingSpawner(FakeSpawner):
         self.workers.append(self._other.latest(spec.worker_id))
         return self.workers[-1]
 
+    async def living(self) -> list[str]:
+        return [worker.spec.worker_id for worker in self._other.workers if not worker.num_stops]
 
-def make_config(gateways: int = 1, **cluster: object) -> ClusterConfig:
+
+def make_config(gateways: int = 1, scale: object = None, **cluster: object) -> ClusterConfig:
     section = ClusterSection.model_validate({"start_timeout_s": 5.0, **cluster})
     pools = PoolsSection(prefill=PoolConfig(workers=1), decode=PoolConfig(workers=2))
-    controller = ControllerConfig(tick_s=0.02, fewest=5, cooldown_s=0.2, confirmations=2)
+    settings = {"tick_s": 0.02, "fewest": 5, "cooldown_s": 0.2, "confirmations": 2, "scale": scale or {}}
+    controller = ControllerConfig.model_validate(settings)
     router = RouterConfig(port=0, gateways=gateways)
     return ClusterConfig(cluster=section, router=router, pools=pools, controller=controller)
 
 
 @asynccontextmanager
 async def running(
-    spawner: FakeSpawner, limits: EndLimits | None = None, gateways: int = 1, **cluster: object
+    spawner: FakeSpawner, limits: EndLimits | None = None, gateways: int = 1, scale: object = None, **cluster: object
 ) -> AsyncIterator[Supervisor]:
     """A supervisor with one prefill and two decode workers, stopped at the end."""
     names = (f"incarnation-{number}" for number in count())
     supervisor = Supervisor(
-        make_config(gateways, **cluster), spawner, loopback=True, new_incarnation=lambda: next(names), limits=limits
+        make_config(gateways, scale, **cluster),
+        spawner,
+        loopback=True,
+        new_incarnation=lambda: next(names),
+        limits=limits,
     )
     life = asyncio.create_task(supervisor.run())
     try:
@@ -261,13 +281,14 @@ async def test_a_restarted_supervisor_goes_above_the_version_that_its_gateway_ho
         assert len(first.members) == 3, "no worker that lives is unlisted for a moment"
 
 
-def long_prompts(supervisor: Supervisor) -> GatewayReport:
+def long_prompts(supervisor: Supervisor, rate: float = 4.0) -> GatewayReport:
     """What a gateway tells of that calls for more prefill workers: more prompts than one can compute."""
     now = asyncio.get_running_loop().time()
-    came = steady(4.0, now - 0.02, now + 0.5, num_prompt=8000, num_output=5.0, ttft_s=5.0)
+    came = steady(rate, now - 0.02, now + 0.5, num_prompt=8000, num_output=5.0, ttft_s=5.0)
+    members = supervisor.membership().members
     workers = tuple(
         replace(stand, worker_id=member.worker_id, incarnation=member.incarnation, cohort=member.cohort)
-        for stand, member in zip(pools(1, 2), supervisor.membership().members, strict=False)
+        for stand, member in zip(pools(1, len(members) - 1), members, strict=True)
     )
     return GatewayReport("g", now, came, (), workers, (("same", table()),), 0.0, 16, 128)
 
@@ -301,6 +322,140 @@ async def test_a_restarted_supervisor_takes_a_flipped_worker_for_what_it_is() ->
         async with running(adopted) as second:
             await until(is_ready(second))
             assert [one.worker_id for one in second.membership().by_role(Role.PREFILL)] == ["prefill-0", "decode-1"]
+
+
+# --- workers that come and leave ------------------------------------------------------------------------------
+
+
+def ids(supervisor: Supervisor) -> list[str]:
+    return [member.worker_id for member in supervisor.membership().members]
+
+
+async def added(supervisor: Supervisor, role: Role) -> Member:
+    name = supervisor.add_worker(role)
+    await until(lambda: name in ids(supervisor))
+    return next(one for one in supervisor.membership().members if one.worker_id == name)
+
+
+async def test_a_worker_that_is_added_is_kept_like_the_others() -> None:
+    spawner = FakeSpawner()
+    async with running(spawner) as supervisor:
+        await until(is_ready(supervisor))
+        member = await added(supervisor, Role.DECODE)
+        assert (member.worker_id, member.role) == ("decode-2", Role.DECODE)
+        spawner.latest("decode-2").end("killed")
+        await until(lambda: "decode-2" not in ids(supervisor))
+        await until(is_ready(supervisor))
+        assert supervisor.status().workers[-1].num_restarts == 1
+
+
+async def test_a_worker_that_leaves_serves_what_it_has_and_then_gives_back_what_it_took() -> None:
+    spawner = FakeSpawner()
+    async with running(spawner) as supervisor:
+        await until(is_ready(supervisor))
+        member = await added(supervisor, Role.DECODE)
+        process = spawner.latest("decode-2")
+        process.open_now = 3
+        supervisor.remove_worker("decode-2", member.incarnation, limit_s=30.0)
+        await until(lambda: any(one.is_leaving for one in supervisor.membership().members))
+        assert supervisor.status().workers[-1].state == UnitState.LEAVING
+        assert supervisor._fleet.listed("decode-2") not in supervisor._fleet.members(), "the planner knows it is gone"
+        await until(lambda: bool(spawner.gateways[0].evacuated))
+        await asyncio.sleep(0.3)
+        assert (process.num_stops, "decode-2" in ids(supervisor)) == (0, True)
+        process.open_now, spawner.gateways[0].left = 0, 1
+        await asyncio.sleep(0.5)
+        assert process.num_stops == 0, "a gateway has placed something there that has not come yet"
+        spawner.gateways[0].left = 0
+        await until(lambda: spawner.released == ["decode-2"])
+        assert (process.num_stops, "decode-2" in ids(supervisor)) == (1, False)
+        await until(lambda: len(supervisor.status().workers) == 3)
+        assert (await added(supervisor, Role.DECODE)).worker_id == "decode-2", "its name is free again"
+
+
+async def test_what_a_leaving_worker_still_has_when_its_time_is_up_ends_with_it() -> None:
+    spawner = FakeSpawner()
+    async with running(spawner) as supervisor:
+        await until(is_ready(supervisor))
+        member = await added(supervisor, Role.PREFILL)
+        spawner.latest("prefill-1").open_now = 1
+        supervisor.remove_worker("prefill-1", member.incarnation, limit_s=0.2)
+        await until(lambda: spawner.released == ["prefill-1"])
+
+
+async def test_a_worker_that_dies_while_it_leaves_does_not_come_back() -> None:
+    spawner = FakeSpawner()
+    async with running(spawner) as supervisor:
+        await until(is_ready(supervisor))
+        member = await added(supervisor, Role.DECODE)
+        spawner.latest("decode-2").open_now = 1
+        supervisor.remove_worker("decode-2", member.incarnation, limit_s=30.0)
+        await until(lambda: any(one.is_leaving for one in supervisor.membership().members))
+        spawner.latest("decode-2").end("killed")
+        await until(lambda: spawner.released == ["decode-2"])
+        await asyncio.sleep(0.6)  # longer than the first backoff
+        assert len([one for one in spawner.workers if one.spec.worker_id == "decode-2"]) == 1
+        assert len(supervisor.status().workers) == 3
+
+
+async def test_one_that_has_not_come_yet_is_no_longer_waited_for() -> None:
+    spawner = FakeSpawner()
+    async with running(spawner) as supervisor:
+        await until(is_ready(supervisor))
+        spawner.hangs = True
+        name = supervisor.add_worker(Role.DECODE)
+        await asyncio.sleep(0.05)
+        assert supervisor._fleet.coming() == [name]
+        assert supervisor._fleet.is_whole(), "nobody is missing for it"
+        supervisor.remove_worker(name, "", limit_s=30.0)
+        await until(lambda: spawner.released == [name])
+        assert supervisor._fleet.coming() == []
+
+
+async def test_an_order_for_an_earlier_life_removes_nobody() -> None:
+    spawner = FakeSpawner()
+    async with running(spawner) as supervisor:
+        await until(is_ready(supervisor))
+        supervisor.remove_worker("decode-1", "another", limit_s=1.0)
+        supervisor.remove_worker("decode-7", "another", limit_s=1.0)
+        await asyncio.sleep(0.05)
+        assert is_ready(supervisor)()
+        assert len(ids(supervisor)) == 3
+
+
+async def test_a_restarted_supervisor_finds_the_workers_that_were_added() -> None:
+    spawner = FakeSpawner()
+    async with running(spawner) as supervisor:
+        await until(is_ready(supervisor))
+        member = await added(supervisor, Role.DECODE)
+        async with running(AdoptingSpawner(spawner)) as second:
+            await until(is_ready(second))
+            await until(lambda: len(ids(second)) == 4)
+            assert member in second.membership().members
+
+
+async def test_a_cluster_that_ends_ends_who_is_just_leaving_too() -> None:
+    spawner = FakeSpawner()
+    async with running(spawner) as supervisor:
+        await until(is_ready(supervisor))
+        member = await added(supervisor, Role.DECODE)
+        spawner.latest("decode-2").open_now = 1
+        supervisor.remove_worker("decode-2", member.incarnation, limit_s=30.0)
+        await until(lambda: any(one.is_leaving for one in supervisor.membership().members))
+    assert spawner.latest("decode-2").num_stops == 1
+    assert {unit.state for unit in supervisor.status().workers} <= {UnitState.STOPPED, UnitState.LEAVING}
+
+
+async def test_the_controller_has_workers_come_when_no_split_is_enough() -> None:
+    spawner = FakeSpawner()
+    scale = {"max_workers": 5, "add_after_s": 0.1, "remove_after_s": 600.0}
+    async with running(spawner, scale=scale) as supervisor:
+        await until(is_ready(supervisor))
+        spawner.gateways[0].told = lambda: long_prompts(supervisor, rate=9.0)
+        await until(lambda: len(ids(supervisor)) == 5)
+        await until(lambda: spawner.gateways[0].views[-1].num_added == 2)
+        await asyncio.sleep(0.4)
+        assert len(ids(supervisor)) == 5, "and no more than are allowed"
 
 
 async def test_a_controller_that_fails_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
