@@ -103,7 +103,7 @@ def _local_ray(config: ClusterConfig, verbose: bool) -> Iterator[RaySession]:
         os.environ.update(local_ray_environment(os.environ))
         import ray
 
-        asked = _resources_of(config)
+        asked = _at_most(config)
         custom = {key: amount for key, amount in asked.items() if key not in ("CPU", "GPU")}
         try:
             ray.init(
@@ -129,6 +129,18 @@ def _resources_of(config: ClusterConfig) -> dict[str, float]:
     for pool in (config.pools.prefill, config.pools.decode):
         for key, amount in {"CPU": pool.num_cpus, "GPU": pool.num_gpus, **pool.resources}.items():
             asked[key] = asked.get(key, 0.0) + amount * pool.workers * pool.tensor_parallel
+    return asked
+
+
+def _at_most(config: ClusterConfig) -> dict[str, float]:
+    """The same when as many have come as may, each of them the larger of both pools' kinds."""
+    asked = _resources_of(config)
+    num_more = (config.controller_rules.scale.max_workers or config.num_workers) - config.num_workers
+    pools = (config.pools.prefill, config.pools.decode)
+    for key in asked:
+        each = [{"CPU": pool.num_cpus, "GPU": pool.num_gpus, **pool.resources}.get(key, 0.0) * pool.tensor_parallel
+                for pool in pools]  # fmt: skip
+        asked[key] += num_more * max(each)
     return asked
 
 

@@ -1,7 +1,8 @@
 """Small real parts for tests of the cluster that need no model, and a program that serves with them.
 
 FakeWorker binds a socket and can be told to fail by its model's name. FakeGateway is a tiny HTTP server whose
-/health gives every membership that it was told, with the process id of each worker (in `cohort`).
+/health gives every membership that it was told, with the process id of each worker (in `cohort`), and that reports so
+many requests/s to the controller as /load/RATE said last.
 `python -m tests.cluster.fakes CONFIG` is `steelyard serve CONFIG` with these parts.
 """
 
@@ -23,6 +24,7 @@ from router.api import ControlView
 from router.membership import Member, Membership
 from router.policies.snapshot import Name
 from router.report import GatewayReport
+from tests.cluster.control.cases import COHORT, steady, table, worker
 
 PARTS = Parts(
     worker="tests.cluster.fakes:FakeWorker",
@@ -90,6 +92,7 @@ class FakeGateway:
         self._membership = Membership()
         self._ready = asyncio.Event()
         self._server: asyncio.Server | None = None
+        self._rate = 0.0
 
     async def start(self) -> str:
         try:
@@ -107,7 +110,10 @@ class FakeGateway:
             self._ready.set()
 
     def report(self, control: ControlView) -> GatewayReport:
-        return GatewayReport(self._gateway_id, 0.0, (), (), (), (), 0.0, 16, 16)
+        now = asyncio.get_running_loop().time()
+        came = steady(self._rate, now - 0.5, now, num_prompt=8000, num_output=50.0) if self._rate else ()
+        stands = tuple(worker(one.worker_id, one.role, incarnation=one.incarnation) for one in self._membership.members)
+        return GatewayReport(self._gateway_id, now, came, (), stands, ((COHORT, table()),), 0.0, 16, 128)
 
     async def evacuate(self, worker: Name, limit_s: float) -> int:
         return 0
@@ -124,6 +130,8 @@ class FakeGateway:
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         path = (await reader.readline()).split()[1].decode()
+        if path.startswith("/load/"):
+            self._rate = float(path.removeprefix("/load/"))
         while await reader.readline() not in (b"\r\n", b""):
             pass
         health = {

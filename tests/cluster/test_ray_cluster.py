@@ -209,6 +209,40 @@ def _kill_supervisor(command: Command, directory: str) -> None:
     assert command.process.poll() is None
 
 
+SCALED = """
+controller:
+  {tick_s: 0.1, fewest: 5, together: false, scale: {max_workers: 5, add_after_s: 1, remove_after_s: 2, drain_s: 1}}
+"""
+
+
+def test_workers_come_and_leave_with_the_load_and_a_new_supervisor_knows_those_that_came(
+    tmp_path: Path, plain_environment: dict[str, str]
+) -> None:
+    with Command(tmp_path, plain_environment | {"HOME": str(tmp_path)}, SCALED) as command:
+        command.wait_until_ready()
+        directory = session_directory(command)
+        _load(command, 8.0)
+        until(lambda: len(command.members()) == 5, 30, command.describe)
+        came = command.members()
+        assert len({member["cohort"] for member in came.values()}) == 5, "each is a process of its own"
+        _kill_supervisor(command, directory)
+        assert command.members() == came
+        _load(command, 0.1)
+        until(lambda: len(command.members()) == 2, 90, command.describe)
+        pids = [int(member["cohort"]) for name, member in came.items() if name not in command.members()]
+        until(lambda: not any(map(is_alive, pids)), 10, command.describe)
+        assert "has left" in command.output
+        _load(command, 8.0)
+        until(lambda: len(command.members()) == 5, 90, command.describe)  # what they took was given back
+        assert command.interrupt() == 0, command.output
+        assert_nothing_left(directory)
+        assert "Traceback" not in command.output
+
+
+def _load(command: Command, rate: float) -> None:
+    httpx.get(f"{command._url}/load/{rate}", timeout=5.0, trust_env=False)
+
+
 def test_a_killed_command_takes_its_ray_with_it(tmp_path: Path, plain_environment: dict[str, str]) -> None:
     with Command(tmp_path, plain_environment) as command:
         command.wait_until_ready()

@@ -23,10 +23,10 @@ def table() -> StepTable:
 
 def worker(name: str, role: Role, **fields: object) -> WorkerStand:
     values: dict[str, object] = {
-        "queued_s": 0.0, "num_decodes": 0, "num_tokens": 0.0, "num_blocks": 4096, "num_free_blocks": 4096,
-        "num_cached_blocks": 0,
+        "incarnation": f"{name}.1", "queued_s": 0.0, "num_decodes": 0, "num_tokens": 0.0, "num_blocks": 4096,
+        "num_free_blocks": 4096, "num_cached_blocks": 0,
     }  # fmt: skip
-    return WorkerStand(name, f"{name}.1", COHORT, role, 0, True, **(values | fields))  # type: ignore[arg-type]
+    return WorkerStand(worker_id=name, cohort=COHORT, role=role, role_epoch=0, takes_requests=True, **(values | fields))  # type: ignore[arg-type]
 
 
 def pools(num_prefill: int, num_decode: int) -> list[WorkerStand]:

@@ -30,6 +30,9 @@ class FakeFleet:
     def is_whole(self) -> bool:
         return self.whole
 
+    def coming(self) -> Sequence[str]:
+        return ()
+
 
 async def told(controller: Controller) -> bool:
     await controller.tick()
