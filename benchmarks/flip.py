@@ -99,8 +99,8 @@ def _cluster(journal: Path) -> Cluster:
 
 async def _play(url: str, phase_s: float, num_phases: int, shows: bool) -> list[Outcome]:
     model = await served_model(url)
-    long, short = _prompts()
-    answers = await _unloaded(url, model, [*long, *short])
+    long, short = prompts()
+    answers = await unloaded(url, model, [*long, *short])
     arrivals = list[Arrival]()
     for phase in range(num_phases):
         heavy = phase % 2 == 0
@@ -109,26 +109,33 @@ async def _play(url: str, phase_s: float, num_phases: int, shows: bool) -> list[
             SHORT_ANSWER if heavy else LONG_ANSWER, seed=phase,
         )  # fmt: skip
         arrivals += [replace(one, at_s=one.at_s + phase * phase_s) for one in found]
-    showing = asyncio.create_task(_show(url)) if shows else None
+    showing = asyncio.create_task(show(url)) if shows else None
     outcomes = await play(url, model, arrivals)
     if showing is not None:
         showing.cancel()
+    require_same(outcomes, answers)
+    return outcomes
+
+
+def require_same(outcomes: Sequence[Outcome], answers: dict[int, str]) -> None:
+    """The golden law."""
     for one in outcomes:
         expected = answers[one.arrival.prompt.number]
         if one.is_whole and not expected.startswith(one.text.rstrip("\ufffd")):
             raise SystemExit(f"wrong: {one.text!r} where {expected!r} was answered before")
-    return outcomes
 
 
-def _prompts() -> tuple[list[Prompt], list[Prompt]]:
+def prompts() -> tuple[list[Prompt], list[Prompt]]:
+    """Long ones and short ones."""
     texts, _ = prompt_texts(12, LONG_CHARS)
-    prompts = [Prompt(number, text, TTFT_S, TPOT_S) for number, text in enumerate(texts)]
-    return prompts[:6], [replace(one, text=one.text[:SHORT_CHARS]) for one in prompts[6:]]
+    made = [Prompt(number, text, TTFT_S, TPOT_S) for number, text in enumerate(texts)]
+    return made[:6], [replace(one, text=one.text[:SHORT_CHARS]) for one in made[6:]]
 
 
-async def _unloaded(url: str, model: str, prompts: Sequence[Prompt]) -> dict[int, str]:
+async def unloaded(url: str, model: str, asked: Sequence[Prompt]) -> dict[int, str]:
+    """What each is answered while nothing else is served."""
     answers: dict[int, str] = {}
-    for one in prompts:
+    for one in asked:
         most = SHORT_ANSWER[1] if len(one.text) > SHORT_CHARS else LONG_ANSWER[1]
         *_, outcome = await play(url, model, [Arrival(0, one, most)], max_tries=20)  # calibrations may still be off
         if not outcome.is_whole:
@@ -137,7 +144,7 @@ async def _unloaded(url: str, model: str, prompts: Sequence[Prompt]) -> dict[int
     return answers
 
 
-async def _show(url: str) -> None:
+async def show(url: str) -> None:
     """A line whenever a pool has changed."""
     before, begun = "", time.perf_counter()
     async with httpx.AsyncClient(base_url=url) as client:
@@ -167,12 +174,7 @@ def _changes(lines: Sequence[Line]) -> list[Change]:
 
 
 def _judge(outcomes: Sequence[Outcome], changes: Sequence[Change]) -> tuple[list[Row], list[Target]]:
-    failed = [one for one in outcomes if one.status not in (200, 429) or (one.status == 200 and not one.is_whole)]
-    for one in failed:
-        print(
-            f"failed: status {one.status}, {one.num_tokens} of {one.arrival.num_tokens} tokens, at {one.sent_s:.1f} s: "
-            f"{one.error}"
-        )
+    failed = failures(outcomes)
     refused = sum(one.was_refused for one in outcomes)
     steps, in_flip = list[float](), list[float]()
     for one in outcomes:
@@ -192,6 +194,17 @@ def _judge(outcomes: Sequence[Outcome], changes: Sequence[Change]) -> tuple[list
         target("flip", "P90 TPOT in flips over its usual", during / usual),
         target("flip", "failed requests", len(failed)),
     ]
+
+
+def failures(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Told, too. A request that was refused has not failed."""
+    failed = [one for one in outcomes if one.status not in (200, 429) or (one.status == 200 and not one.is_whole)]
+    for one in failed:
+        print(
+            f"failed: status {one.status}, {one.num_tokens} of {one.arrival.num_tokens} tokens, at {one.sent_s:.1f} s: "
+            f"{one.error}"
+        )
+    return failed
 
 
 def _is_within(at_s: float, changes: Sequence[Change]) -> bool:

@@ -21,6 +21,7 @@ from engine.types import Role
 
 LOST = 0.005  # of requests, that one worker less may cost where the goal is out of reach anyway
 ALIKE = 0.01  # of what the most workers attain: more would not be worth it
+LEAST = 0.5  # attained: where it is less, that one worker less attains no less either is no reason to let it go
 Rated = Callable[[int, float], Sequence[Split]]  # all splits of so many workers, for so many times the demand
 
 
@@ -82,7 +83,7 @@ def _is_due(since: float | None, now: float, after_s: float) -> bool:
 
 
 def _is_spare(rated: Rated, num: int, now: Split | None, rules: ScaleConfig) -> bool:
-    if now is None or num - 1 < 2:
+    if now is None or num - 1 < 2 or now.attained < LEAST:
         return False
     return best(rated(num - 1, rules.spare), 0).attained >= min(rules.goal, now.attained - LOST)
 

@@ -2,7 +2,7 @@
 
 1. `start` makes the workers of both pools, links a dispatcher to them and waits until it hears from all;
 2. `generate` is what a client sees of one request, noted in the event log;
-3. `add_worker`, `kill`, `unlist` and `network` change the cluster under way;
+3. `add_worker`, `retire`, `kill`, `unlist` and `network` change the cluster under way;
 4. `close` lets go of everything and raises what failed in a worker, if anything did.
 
 All that is random comes from the spec's seed. Made and used inside of one virtual loop.

@@ -74,6 +74,12 @@ def test_no_worker_comes_for_what_workers_cannot_mend() -> None:
     assert not [one for _, one in resizes(play(hopeless, 30, rules())) if one.add]
 
 
+def test_nobody_leaves_where_nearly_nothing_is_attained() -> None:
+    """Prompts take longer than their target however many workers there are."""
+    hopeless = seen(100.0, pools(2, 3), steady(5.0, 35.0, 100.0, num_prompt=9000, ttft_s=0.5, num_output=10.0))
+    assert not resizes(play(hopeless, 60, rules()))
+
+
 def test_one_too_many_leaves_late_and_one_at_a_time() -> None:
     found = resizes(play(at(1.0, pools(3, 5)), 50, rules()))
     assert [tick for tick, _ in found] == [20, 41]
