@@ -1,7 +1,7 @@
 """The ratio of prefill to decode workers: ours against rivals on the same engine, in the simulator. Virtual time.
 
     python -m benchmarks.ratio [--quick] [--json FILE] [--loads A,B] [--workers 8] [--targets 0,1] [--systems X,Y]
-        [--scaled] [--goodput] [--processes N] [--resume FOLDER]
+        [--scaled] [--goodput] [--processes N] [--resume FILE] [--again X,Y]
 
 Simulated H200 with Qwen3 32B in bfloat16 (published tables), links of 25 GB/s: a smaller model has so many more
 requests and tokens at its capacity that the matrix would take days. Even so one system's ten minutes take 25 to 115 s
@@ -14,7 +14,7 @@ targets and the fewest workers; results come from the rest. A request that is re
   it is about a bound, not one);
 - `--scaled`: the table again with service times 20 % longer and shorter than planned for;
 - `--goodput`: the highest rate at which 90 and 99 % keep their targets, by bisection, of four systems;
-- `--resume`: what has been played before is not played again; delete `ours-*` there after a change to the controller.
+- `--resume`: what has been played before is not played again, but what `--again` names.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import argparse
 import itertools
 import math
 import multiprocessing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
@@ -31,7 +31,7 @@ import numpy as np
 from rich.progress import Progress
 
 from benchmarks.ratio_play import Cell, Found, plan
-from benchmarks.ratio_store import stored
+from benchmarks.ratio_store import Plays
 from benchmarks.ratio_systems import SYSTEMS, System, searched
 from benchmarks.report import Row, Target, machine, print_table, print_targets, target, write_json
 from benchmarks.simulator import DATA
@@ -40,8 +40,6 @@ QUICK_S = 60.0
 OURS = "ours"
 BISECTED = (OURS, "aggregated", "static", "DOPD corrected")
 PRECISION = 1.08  # of a goodput
-
-Play = Callable[[System, Cell], Found]
 
 # --- the matrix -----------------------------------------------------------------------------------------------
 
@@ -54,21 +52,21 @@ def main() -> None:
     rows: list[Row] = []
     founds: list[Found] = []
     tuned: dict[str, list[System]] = {}  # by load: one set of a rival's constants for all targets and sizes
-    play = stored(options.resume)
     spawn = multiprocessing.get_context("spawn")  # a fork would copy the bar that is being drawn
     with ProcessPoolExecutor(options.processes, spawn) as pool, Progress(transient=True) as progress:
+        plays = Plays(pool, options.resume, options.again)
         bar = progress.add_task("simulating", total=len(cells))
         for cell in cells:
             if cell.load not in tuned:
-                tuned[cell.load] = _tuned(cell, options.systems, pool, play, options.search)
-            found = _measure(cell, tuned[cell.load], pool, play)
+                tuned[cell.load] = _tuned(cell, options.systems, plays, options.search)
+            found = _measure(cell, tuned[cell.load], plays)
             founds += found
             table = [_row(one, found) for one in found]
             print_table(cell.name, table)
             rows += [{"cell": cell.name, "times": cell.times, **row} for row in table]
             write_json(options.json, rows, _targets(founds) if not options.quick else [])  # it takes hours
             progress.advance(bar)
-        goodputs = list(_goodputs(cells, pool, play)) if options.goodput else []
+        goodputs = list(_goodputs(cells, plays)) if options.goodput else []
     if goodputs:
         print_table("requests/s at which so many keep their targets", goodputs)
     targets = _targets(founds) if not options.quick else []
@@ -92,9 +90,7 @@ def _cells(options: argparse.Namespace) -> Iterator[Cell]:
             yield Cell(load, num_workers, ttft_s, tpot_s, times, 1.0, seconds, begin_s)
 
 
-def _tuned(
-    cell: Cell, names: Sequence[str], pool: ProcessPoolExecutor, play: Play, is_searched: bool
-) -> list[System]:  # fmt: skip
+def _tuned(cell: Cell, names: Sequence[str], plays: Plays, is_searched: bool) -> list[System]:
     """The systems of these names (none: all), each with those of its constants that do best on the load's first third.
     All choices of all systems are played side by side."""
     systems = [system for system in SYSTEMS if not names or system.name in names]
@@ -105,7 +101,7 @@ def _tuned(
     first = replace(
         cell, num_workers=plan()["workers"][0], ttft_s=ttft_s, tpot_s=tpot_s, times=1.0, begin_s=0.0, end_s=cell.begin_s
     )
-    played = pool.map(play, [one for each in choices if len(each) > 1 for one in each], itertools.repeat(first))
+    played = iter(plays.of([one for each in choices if len(each) > 1 for one in each], first))
     return [_best(each, list(itertools.islice(played, len(each)))) if len(each) > 1 else each[0] for each in choices]
 
 
@@ -113,9 +109,9 @@ def _best(choices: Sequence[System], found: Sequence[Found]) -> System:
     return choices[max(range(len(choices)), key=lambda index: found[index].num_kept)]
 
 
-def _measure(cell: Cell, systems: Sequence[System], pool: ProcessPoolExecutor, play: Play) -> list[Found]:
+def _measure(cell: Cell, systems: Sequence[System], plays: Plays) -> list[Found]:
     """All systems in one cell; the static ones are those splits of which one may be the best, and that one is shown."""
-    runs = list(pool.map(play, [*_static(cell), *systems], itertools.repeat(cell)))
+    runs = plays.of([*_static(cell), *systems], cell)
     splits, ours = runs[: len(_static(cell))], runs[len(_static(cell)) :]
     best = max(splits, key=lambda one: one.num_kept)
     return [*ours, best, _windowed(splits, best)]
@@ -136,23 +132,23 @@ def _windowed(splits: Sequence[Found], best: Found) -> Found:
     )  # fmt: skip
 
 
-def _goodputs(cells: Sequence[Cell], pool: ProcessPoolExecutor, play: Play) -> Iterator[Row]:
+def _goodputs(cells: Sequence[Cell], plays: Plays) -> Iterator[Row]:
     for cell in cells:
         row: Row = {"cell": cell.name}
         for name in BISECTED:
             for kept in (0.9, 0.99):
-                row[f"{name} {kept:.0%}"] = f"{_goodput(name, cell, kept, pool, play):.1f}"
+                row[f"{name} {kept:.0%}"] = f"{_goodput(name, cell, kept, plays):.1f}"
         yield row
 
 
-def _goodput(name: str, cell: Cell, kept: float, pool: ProcessPoolExecutor, play: Play) -> float:
+def _goodput(name: str, cell: Cell, kept: float, plays: Plays) -> float:
     """Requests/s of this system, or of the best static split."""
     systems = [system for system in SYSTEMS if system.name == name]
     systems = systems or _static(cell)
     low, high = 0.0, math.inf
     rate = 1.0
     while low == 0.0 or high / low > PRECISION:
-        share = max(one.attained for one in pool.map(play, systems, itertools.repeat(replace(cell, rate=rate))))
+        share = max(one.attained for one in plays.of(systems, replace(cell, rate=rate)))
         low, high = (rate, high) if share >= kept else (low, rate)
         rate = math.sqrt(low * high) if low and math.isfinite(high) else (2 * low if low else high / 2)
         if rate < 1 / 64 or rate > 16:
@@ -222,13 +218,18 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--targets", dest="target_pairs", metavar="I,J", help="only these pairs, by their places from 0"
     )
-    parser.add_argument("--systems", type=lambda text: text.split(","), default=[], metavar="X,Y", help="only these")
+    parser.add_argument("--systems", type=_names, default=[], metavar="X,Y", help="only these")
     parser.add_argument("--no-search", dest="search", action="store_false", help="rivals as published")
     parser.add_argument("--scaled", action="store_true", help="again with service times 20 %% longer and shorter")
     parser.add_argument("--goodput", action="store_true", help="bisect the highest rates")
-    parser.add_argument("--resume", metavar="FOLDER", help="keep what is played there, and play only what is not there")
+    parser.add_argument("--resume", metavar="FILE", help="keep what is played there, and play only what is not there")
+    parser.add_argument("--again", type=_names, default=[], metavar="X,Y", help="play these again")
     parser.add_argument("--processes", type=int, default=2)
     return parser.parse_args()
+
+
+def _names(text: str) -> list[str]:
+    return text.split(",")
 
 
 if __name__ == "__main__":
