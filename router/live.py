@@ -201,13 +201,16 @@ class LiveRequest:
     @property
     def first_worker(self) -> Name | None:
         """The worker that the next token comes from as the first of its placement."""
-        if self.placement is None or self.handed_off:
+        if self.placement is None or self.handed_off or self.is_finished:
             return None
         return self.placement.first.name
 
     @property
     def workers(self) -> tuple[Name, ...]:
-        """Those whose death would stop the request."""
+        """Those whose death would stop the request. One that has all its tokens takes nothing of them any more, whoever
+        still waits for its siblings."""
+        if self.is_finished:
+            return ()
         decode = self.placement.decode if self.placement is not None else None
         leaving = self.migration.source if self.migration is not None else None
         coming = self.migration.target if self.migration is not None and self._in_doubt else None
@@ -276,6 +279,8 @@ class LiveRequest:
             self._go_on(output, is_from_decode)
         else:  # nearly every token
             self._count(output)
+            if self.is_finished:
+                self.changed(self)
         if self.cached_tokens is not None and output.cached_tokens != self.cached_tokens:
             output.cached_tokens = self.cached_tokens
         self._hand_on(output)
@@ -297,7 +302,7 @@ class LiveRequest:
             self.cached_tokens = output.cached_tokens
         self.handed_off = self.handed_off or is_from_decode
         self._count(output)
-        if before != (self.handed_off, self.is_prefilling, self.migration):
+        if self.is_finished or before != (self.handed_off, self.is_prefilling, self.migration):
             self.changed(self)
 
     def _count(self, output: TokenOutput) -> None:

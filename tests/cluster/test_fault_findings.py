@@ -59,6 +59,13 @@ FINDINGS = {
         scenario((asked("r0", num_own=6, max_tokens=18, num_answers=4),), max_batch_seqs=3, step_s=0.005),
         (Fault(Point(PointKind.MESSAGE, "gateway-0>prefill-0", 1), FaultKind.DUPLICATE, for_s=0.12),),
     ),
+    # Answers that had ended kept their seats in the gateway's book until the last one had: which waited for a seat.
+    "four answers are placed again on a decode worker with two seats": Case(
+        scenario(
+            (asked("r0", num_own=6, max_tokens=17, num_answers=4),), block_size=2, num_blocks=66, max_batch_seqs=2
+        ),
+        (Fault(Point(PointKind.STEP, "decode-0", 13), FaultKind.CRASH, "decode-0", for_s=0.0146, how=How.UNLISTED),),
+    ),
 }  # fmt: skip
 
 
