@@ -97,9 +97,10 @@ class SimulatedFleet:
             self._coming.remove(worker_id)
         elif member is not None and member.incarnation == incarnation:
             self._leaving.add(worker_id)
-            self._world.in_background(self._leave(member, limit_s))
+            self._world.in_background(self.leave(member, limit_s))
 
-    async def _leave(self, member: Member, limit_s: float) -> None:
+    async def leave(self, member: Member, limit_s: float) -> None:
+        """Returns when it has."""
         with suppress(Unavailable):  # it died
             await drain(self, member, limit_s)
         await self._world.catch_up()

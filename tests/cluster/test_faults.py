@@ -279,6 +279,8 @@ OF_A_KIND = {
     FaultKind.LOSE: message("gateway-0>prefill-0", 1, FaultKind.LOSE),
     FaultKind.DUPLICATE: message("gateway-0>prefill-0", 1, FaultKind.DUPLICATE, 0.01),
     FaultKind.CORRUPT: message("prefill-0>decode-0", 1, FaultKind.CORRUPT),
+    FaultKind.FLIP: Fault(at(PointKind.STEP, "decode-0", 2), FaultKind.FLIP, "decode-0"),
+    FaultKind.LEAVE: Fault(at(PointKind.STEP, "decode-0", 2), FaultKind.LEAVE, "decode-0", for_s=0.3),
 }
 
 

@@ -82,7 +82,7 @@ def _nth(points: Sequence[tuple[Place, Sequence[int]]], index: int) -> Point:
 def _target(chance: Chance, kind: FaultKind, scenario: Scenario) -> str:
     workers = scenario.worker_ids
     match kind:
-        case FaultKind.CRASH | FaultKind.UNLIST:
+        case FaultKind.CRASH | FaultKind.UNLIST | FaultKind.FLIP | FaultKind.LEAVE:
             return workers[chance.below(len(workers))]
         case FaultKind.CANCEL:
             asked = scenario.requests[chance.below(len(scenario.requests))]
@@ -96,7 +96,7 @@ def _target(chance: Chance, kind: FaultKind, scenario: Scenario) -> str:
 
 
 def _duration_s(chance: Chance, kind: FaultKind, at: Point) -> float:
-    if kind in (FaultKind.CANCEL, FaultKind.REORDER, FaultKind.LOSE, FaultKind.CORRUPT):
+    if kind in (FaultKind.CANCEL, FaultKind.REORDER, FaultKind.LOSE, FaultKind.CORRUPT, FaultKind.FLIP):
         return 0.0
     if kind is FaultKind.SKEW:
         return 0.0 if at.number else round(chance.unit() * FARTHEST_AHEAD_S, 3)

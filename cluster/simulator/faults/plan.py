@@ -35,6 +35,8 @@ class FaultKind(StrEnum):
     REORDER = "reorder"  # the message is overtaken by the next one of another call or stream on its link
     LOSE = "lose"  # the message never comes: of a call nothing more does, an open stream breaks
     DUPLICATE = "duplicate"  # the call comes twice, the second time `for_s` later
+    FLIP = "flip"  # no fault, but an order: `target` changes its pool
+    LEAVE = "leave"  # the same: `target` leaves, with `for_s` to serve what it has; then a new life of it comes
     CORRUPT = "corrupt"  # a bit of the frame is wrong: of its payload, its digest, its number or the HandOff
 
 

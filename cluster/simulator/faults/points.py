@@ -17,7 +17,9 @@ from cluster.simulator.faults.plan import Fault, FaultKind, Plan, PointKind
 
 Place = tuple[PointKind, str]
 
-OF_THE_CLUSTER = (FaultKind.CRASH, FaultKind.UNLIST, FaultKind.CANCEL, FaultKind.CUT, FaultKind.SKEW)
+OF_THE_CLUSTER = (
+    FaultKind.CRASH, FaultKind.UNLIST, FaultKind.CANCEL, FaultKind.CUT, FaultKind.SKEW, FaultKind.FLIP, FaultKind.LEAVE,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
+from cluster.control.flip import flip
 from cluster.simulator.faults.loop import fault_loop, within
 from cluster.simulator.faults.network import FaultyNetwork
 from cluster.simulator.faults.plan import Fault, FaultKind, How, PointKind, ends_of, link
 from cluster.simulator.faults.points import Points
+from cluster.simulator.fleet import SimulatedFleet
 from cluster.simulator.log import EventLog
 from cluster.simulator.service_times.model import ServiceTimes, contexts_of
 from cluster.simulator.spec import WorldSpec
 from cluster.simulator.world import GATEWAY, SimulatedWorker, World
 from engine.engine import Engine, EngineSpec
+from engine.errors import SteelyardError
 from engine.step_shape import StepShape
 from engine.types import Role, StepOutputs
 from router.membership import Member
+
+EVACUATE_S, FLIP_S = 0.5, 5.0  # of a flip: for what runs to move, and for the whole
 
 
 class FaultyWorld(World):
@@ -55,10 +61,34 @@ class FaultyWorld(World):
             case FaultKind.CANCEL:
                 with within(GATEWAY):
                     self._cancel(fault.target, fault.how is How.BY_GATEWAY)
+            case FaultKind.FLIP if fault.target in self.workers:
+                with within(GATEWAY):
+                    self.in_background(self._flip(fault.target))
+            case FaultKind.LEAVE if fault.target in self.workers:
+                with within(GATEWAY):
+                    self.in_background(self._leave(fault.target, fault.for_s))
             case FaultKind.SKEW:
                 loop.set_clock(fault.at.where, fault.for_s, fault.rate)
 
+    async def _flip(self, worker_id: str) -> None:
+        """What goes wrong is undone, and the flip's own to tell."""
+        fleet = SimulatedFleet(self)
+        member = fleet.listed(worker_id)
+        if member is not None:
+            to = Role.DECODE if member.role is Role.PREFILL else Role.PREFILL
+            with suppress(SteelyardError):
+                await flip(fleet, worker_id, member.incarnation, to, EVACUATE_S, FLIP_S)
+
+    async def _leave(self, worker_id: str, limit_s: float) -> None:
+        fleet = SimulatedFleet(self)
+        member = fleet.listed(worker_id)
+        if member is not None:
+            await fleet.leave(member, limit_s)
+            self._come_back(worker_id)
+
     def _come_back(self, worker_id: str) -> None:
+        if worker_id in self.workers:  # another fault has brought it back
+            return
         role, index = worker_id.split("-")
         self.add_worker(Role(role), int(index))
 
