@@ -52,6 +52,7 @@ class Mover:
         self._peers = peers
         self._send = send
         self._moves: dict[Key, Key] = {}  # under way: the new key of each
+        self._aborted: set[Key] = set()  # of these, those that ended meanwhile
 
     async def back_up(self, key: Key, target: Endpoint, timeout_s: float) -> None:
         """Copy the full blocks of a sequence to the target's cache. Raises TransferFailed, Overloaded."""
@@ -85,14 +86,18 @@ class Mover:
             frozen = await self._questions.freeze(Freeze(key))
             if frozen.request is None:
                 raise TransferFailed(f"{key} cannot move: {frozen.reason}")
+            if key in self._aborted:  # the abort follows the answer: its blocks are, or will soon be, others'
+                raise TransferFailed(f"{key} has ended")
             await self._move_tail(frozen, target, to, gateway_id, timeout_s)
         finally:
             del self._moves[key]
+            self._aborted.discard(key)
 
     def abort(self, key: Key) -> None:
         """The sequence ends, wherever its move is: nobody may read blocks that others write to."""
         to = self._moves.get(key)
         if to is not None:
+            self._aborted.add(key)
             self._outgoing.close(to)
 
     async def _move_tail(

@@ -219,21 +219,28 @@ class Dispatcher:
 
     @asynccontextmanager
     async def _in_time(self, live: LiveRequest) -> AsyncGenerator[None]:
-        """Raises DeadlineExceeded if its deadline passes before the end, or has passed."""
+        """Raises DeadlineExceeded if its deadline passes before the end, or has passed. Breaks off what is done when it
+        is cancelled."""
         try:
-            async with asyncio.timeout_at(live.deadline):
+            async with asyncio.timeout_at(live.deadline) as live.patience:
                 if live.has_expired:
                     raise TimeoutError
                 yield
             if live.has_expired:
                 raise TimeoutError
         except TimeoutError:
+            if live.is_cancelled:
+                return
             raise DeadlineExceeded(f"the deadline passed after {len(live.tokens)} tokens") from None
+        finally:
+            live.patience = None
 
     async def _place(self, live: LiveRequest) -> None:
         """Choose workers and submit; a failure to submit becomes the placement's first event."""
         begun = self._now()
         placement = await self.placer.choose(live)
+        if live.is_cancelled:
+            return
         live.leave()
         self.placer.placed(live, placement)
         for one in live.placed_together:

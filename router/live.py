@@ -12,6 +12,7 @@ is placed with it, and when that placement fails, placed again with it.
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -64,6 +65,8 @@ class LiveRequest:
     stages: tuple[tuple[str, float], ...] = ()  # of this gateway, to be told with the next output
     last_heard: float = 0.0  # when it was placed, or when tokens of this placement last came
     has_expired: bool = False  # its deadline passed
+    is_cancelled: bool = False  # nobody wants more of it
+    patience: asyncio.Timeout | None = None  # of who places it, at this moment
     _in_doubt: bool = False  # may it have moved?
     _last_epoch: int = 0  # that was ever given
     first_epoch: int = 0  # of this placement; each migration raises the epoch
@@ -255,11 +258,18 @@ class LiveRequest:
         self.stages += ((stage, duration_s),)
 
     def cancel(self) -> None:
-        """Nobody wants more of it: its last output says so, and what still comes is stale."""
+        """Nobody wants more of it: its next output, the last one, says so. What waits is dropped, what still comes is
+        stale, and who is just placing it again stops."""
+        self.is_cancelled = True
         self.placement = self.migration = None
         self._raise_epoch()
+        self._events.clear()
+        self._held = []
+        self._next_index = len(self.tokens)
         self.changed(self)
         self._events.put_nowait(TokenOutput(self.key, self._next_index, (), FinishReason.ABORT))
+        if self.patience is not None and not self.patience.expired():
+            self.patience.reschedule(-math.inf)
 
     async def next_event(self) -> TokenOutput | SteelyardError:
         """The next output in order, or why the placement failed. The caller bounds the wait."""

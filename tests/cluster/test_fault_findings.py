@@ -66,6 +66,10 @@ FINDINGS = {
         ),
         (Fault(Point(PointKind.STEP, "decode-0", 13), FaultKind.CRASH, "decode-0", for_s=0.0146, how=How.UNLISTED),),
     ),
+    # The abort came between the order to stand still and its answer: then a lease was granted on blocks that were free.
+    "a client leaves while its request is about to stand still for a move": Case(
+        scenario((asked("r2", num_own=26, max_tokens=20, leaves_after=13, moves_after=10),), num_decode=2), ()
+    ),
 }  # fmt: skip
 
 

@@ -241,6 +241,27 @@ async def test_one_that_is_cancelled_is_aborted_alone_and_what_still_comes_of_it
 
 
 @in_virtual_time
+@pytest.mark.parametrize("after_s", [0.0, 0.005, 0.5])
+async def test_one_that_is_cancelled_while_it_is_placed_again_ends_there(after_s: float) -> None:
+    """In the pause before that, or after it."""
+    cluster = await ready("p0", "d0")
+    answers = await asked(cluster, 2)
+    cluster["p0"].say(*(token(key(choice), 0, 10 + choice) for choice in range(2)))
+    await settle()
+    cluster["d0"].say(failure(key(1), TransferFailed("broken")))
+    await asyncio.sleep(after_s)
+    cluster.dispatcher.cancel("r.1")
+    await settle()
+    num_before = len(cluster["d0"].submissions)
+    cluster["d0"].say(token(key(0), 1, 20, finish=FinishReason.LENGTH))
+    await asyncio.sleep(30)
+    assert answers.ids == {"r": [10, 20], "r.1": [11]} and answers.finished == ["r.1", "r"]
+    assert answers.task.done() and answers.error is None
+    assert len(cluster["d0"].submissions) == num_before, "nobody computes it again"
+    await cluster.dispatcher.close()
+
+
+@in_virtual_time
 async def test_a_client_that_leaves_takes_all_answers_along() -> None:
     cluster = await ready("p0", "d0")
     answers = await asked(cluster)

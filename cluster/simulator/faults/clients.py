@@ -72,6 +72,11 @@ class Client:
         if here is not None and target is not None:
             self._moving = asyncio.get_running_loop().create_task(self._move_to(world, target), name=f"move of {name}")
 
+    def let_go(self) -> None:
+        """Of its order to move, to which no answer may ever come."""
+        if self._moving is not None:
+            self._moving.cancel()
+
     async def _move_to(self, world: World, target: Member) -> None:
         try:
             await world.dispatcher.moves.migrate(self.asked.name, target)

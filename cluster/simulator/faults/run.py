@@ -141,6 +141,8 @@ class _Run:
         for fault in invariants.gateway_leftovers(world.dispatcher):
             self._watch.found("nothing is left", fault)
         self._watch.world = None  # what ends now was told to
+        for client in self._clients.values():
+            client.let_go()
         await world.close()
         await asyncio.sleep(1.0)
         if tasks := [task.get_name() for task in loop.pending() if task is not asyncio.current_task()]:
