@@ -47,9 +47,10 @@ class Slack:
             return most
         fitting = self._fitting(decoding, limit_s, prompt.computed, most)
         self._num_without += 1
-        if fitting < MIN_CHUNK and self._num_without >= EVERY:
-            fitting = MIN_CHUNK
-        if fitting < MIN_CHUNK:  # what is left of a prompt may be less
+        least = min(MIN_CHUNK, most)
+        if fitting < least and self._num_without >= EVERY:
+            fitting = least
+        if fitting < least:  # what is left of a prompt may be less
             fitting = fitting if fitting >= prompt.num_pending else 0
         if fitting:
             self._num_without = 0

@@ -16,7 +16,7 @@ def beside_s(snapshot: Snapshot, load: WorkerLoad, num_cached: int) -> tuple[flo
     num, tokens, tpot_s = load.decodes.at(snapshot.now)
     num_new = snapshot.ask.num_tokens - num_cached
     size = min(num_new, slack_tokens(snapshot, load, num_cached, HEADROOM * tpot_s if num else math.inf))
-    if size < min(num_new, MIN_CHUNK):
+    if size < min(num_new, MIN_CHUNK, snapshot.limits.prefill_chunk):
         return None
     middle = Chunk(num_cached + (num_new - size) // 2, size)  # steps get longer evenly
     step_s = snapshot.predictor.step_s(load.member.pool, StepShape((middle,), num, round(tokens)))
