@@ -44,16 +44,11 @@ def kill(actor: Actor) -> None:
 
 def kill_by_prefix(prefix: str, namespace: str, *, but: str = "") -> None:
     """Kill every living actor of the namespace whose name begins so, except the one named `but`."""
-    for name in names_of(namespace):
+    named = cast(list[dict[str, str]], ray.util.list_named_actors(all_namespaces=True))
+    for name in (each["name"] for each in named if each["namespace"] == namespace):
         if name.startswith(prefix) and name != but:
             with suppress(ValueError):  # it ended meanwhile
                 kill(cast(Actor, ray.get_actor(name, namespace)))
-
-
-def names_of(namespace: str) -> list[str]:
-    """Of all actors of the namespace that live."""
-    named = cast(list[dict[str, str]], ray.util.list_named_actors(all_namespaces=True))
-    return [each["name"] for each in named if each["namespace"] == namespace]
 
 
 def this_node() -> NodeAffinitySchedulingStrategy:

@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ClusterConfig, PoolConfig
 from cluster.gateway_actor import GatewayActor
-from cluster.ray_actors import Actor, call, kill, kill_by_prefix, make_actor, names_of, this_node
+from cluster.ray_actors import Actor, call, kill, kill_by_prefix, make_actor, this_node
 from cluster.spec import NAME_PREFIX, SUPERVISOR_NAME, Parts, WorkerSpec, actor_name
 from cluster.worker_actor import WorkerActor
 from engine.errors import Unavailable, WorkerLost, error_from_code
@@ -128,9 +128,10 @@ class RaySpawner:
         return RayGateway(actor, await _incarnation_of(actor))
 
     async def living(self) -> list[str]:
-        names = await asyncio.to_thread(names_of, self._namespace)
-        units = [name.removeprefix(NAME_PREFIX) for name in names if name.startswith(NAME_PREFIX)]
-        return [unit for unit in units if unit.partition("-")[0] in set(Role)]
+        """By their placement groups, which they keep over their lives."""
+        prefix = _group_name(self._namespace, "")
+        names = await asyncio.to_thread(_group_names)
+        return sorted(name.removeprefix(prefix) for name in names if name.startswith(prefix))
 
     async def release(self, worker_id: str) -> None:
         await asyncio.to_thread(_remove_groups, _group_name(self._namespace, worker_id), whole=True)
@@ -157,7 +158,12 @@ class RaySpawner:
         bundle = {key: amount * pool.tensor_parallel for key, amount in rank.items() if amount}
         bundle = bundle or {"CPU": 0.001}  # an empty one is refused
         name = _group_name(self._namespace, worker_id)
-        group = await asyncio.to_thread(_find_or_place, name, bundle)
+        placing = asyncio.ensure_future(asyncio.to_thread(_find_or_place, name, bundle))
+        try:
+            group = await asyncio.shield(placing)
+        except asyncio.CancelledError:  # whoever releases it must find it
+            await asyncio.wait([placing])
+            raise
         try:
             async with asyncio.timeout(self._config.cluster.start_timeout_s / 2):
                 await cast(Any, group.ready())
@@ -176,12 +182,16 @@ def remove_all(namespace: str) -> None:
 
 def _remove_groups(name: str, whole: bool) -> None:
     """Those of this name, or whose name begins so."""
-    groups = cast(dict[str, dict[str, str]], placement_group_table())
-    for group in groups.values():
-        is_meant = group["name"] == name if whole else group["name"].startswith(name)
-        if is_meant and group["state"] != "REMOVED":
+    for found in _group_names():
+        if found == name if whole else found.startswith(name):
             with suppress(ValueError):  # it was removed meanwhile
-                remove_placement_group(ray.util.get_placement_group(group["name"]))
+                remove_placement_group(ray.util.get_placement_group(found))
+
+
+def _group_names() -> list[str]:
+    """Of all that are there, or wait for room."""
+    groups = cast(dict[str, dict[str, str]], placement_group_table())
+    return [group["name"] for group in groups.values() if group["state"] != "REMOVED"]
 
 
 def _group_name(namespace: str, worker_id: str) -> str:

@@ -76,7 +76,7 @@ class Spawner(Protocol):
     async def gateway(self, name: str, incarnation: str, port: int) -> GatewayProcess: ...
 
     async def living(self) -> list[str]:
-        """Names of the workers that live, whoever made them."""
+        """Names of the workers that live or have a place on the machines, whoever made them."""
         ...
 
     async def release(self, worker_id: str) -> None:

@@ -55,6 +55,13 @@ class SupervisedFleet:
     def coming(self) -> list[str]:
         return [slot.name for slot in self._workers if slot.member is None and not slot.leaves]
 
+    def new(self) -> list[str]:
+        return [slot.name for slot in self._workers if slot.is_new and slot.member is None and not slot.leaves]
+
+    @property
+    def num_leaving(self) -> int:
+        return sum(slot.leaves for slot in self._workers)
+
     def add(self, role: Role) -> str:
         return self._staff.add_worker(role)
 

@@ -45,6 +45,7 @@ MAX_BACKOFF_S = 30.0
 STEADY_S = 60.0  # an incarnation that served this long clears the backoff
 ABANDONED_S = 3.0  # a job cluster's driver is heard every second
 SETTLE_S = 5.0  # how long an adopted gateway keeps its last membership while we look for its workers
+DRAIN_SLACK_S = 10.0  # for the last answers of a worker that leaves
 APPLY_S = 10.0  # a gateway that has not taken a membership by then is replaced
 
 
@@ -90,7 +91,9 @@ class Supervisor:
     async def run(self) -> None:
         """Keep the cluster until it has been stopped."""
         if self._phase == Phase.STARTING and not self._keepers:
+            self._heard_at = asyncio.get_running_loop().time()
             await self._find_added()
+        if self._phase == Phase.STARTING and not self._keepers:
             for slot in self._gateways:
                 self._keep(self._keep_gateway(slot))
             for slot in self._workers:
@@ -98,7 +101,6 @@ class Supervisor:
             self._keep(self._watch_start())
             if self._config.is_controlled:
                 self._keep(self._control())
-            self._heard_at = asyncio.get_running_loop().time()
             if self._config.cluster.lifetime == "job":
                 self._keep(self._watch_lease())
         await self._stopped.wait()
@@ -247,10 +249,11 @@ class Supervisor:
         """What it has moves on or ends there; then it is gone, with all that it took of the machines."""
         if slot.member is not None:
             try:
-                left = await drain(self._fleet, slot.member, limit_s)
+                async with asyncio.timeout(limit_s + DRAIN_SLACK_S):
+                    left = await drain(self._fleet, slot.member, limit_s)
                 log.info("%s leaves with %d open tasks", slot.name, left)
-            except SteelyardError as error:  # it ended by itself
-                log.info("%s leaves: %s", slot.name, error.message)
+            except Exception as error:  # it has ended by itself, or does not answer: it leaves all the same
+                log.info("%s leaves: %s", slot.name, str(error) or type(error).__name__)
         if slot.keeper is not None:
             slot.keeper.cancel()
             await asyncio.wait([slot.keeper])
@@ -263,13 +266,15 @@ class Supervisor:
         self._announce()
 
     async def _find_added(self) -> None:
-        """Workers that an earlier supervisor of ours had come."""
-        try:
-            async with asyncio.timeout(SETTLE_S):
-                for name in await self._spawner.living():
-                    self._workers.found(name)
-        except Exception as error:  # those that the pools say are there anyway
-            log.warning("added workers, if there are any, could not be found: %s", error or type(error).__name__)
+        """Workers that an earlier supervisor of ours had come. Where some of the first had left, too, no more than may
+        be there begin."""
+        for _ in range(MAX_FIRST_ATTEMPTS):
+            try:
+                async with asyncio.timeout(SETTLE_S):
+                    self._workers.find(await self._spawner.living(), self._config.controller_rules.scale.max_workers)
+                return
+            except Exception as error:  # those that the pools say are there anyway
+                log.warning("added workers, if there are any, were not found: %s", str(error) or type(error).__name__)
 
     # --- membership -----------------------------------------------------------------------------------------------
 

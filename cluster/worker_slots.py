@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from cluster.config import PoolConfig, PoolsSection
@@ -43,12 +43,15 @@ class WorkerSlots:
         index = next(number for number in range(len(taken) + 1) if f"{role}-{number}" not in taken)
         return self._append(f"{role}-{index}", role, is_new=True)
 
-    def found(self, name: str) -> WorkerSlot | None:
-        """One for a worker that lives; None if it has one, or if it is not of our names."""
-        match = _NAME.fullmatch(name)
-        if match is None or any(slot.name == name for slot in self._slots):
-            return None
-        return self._append(name, Role(match[1]), is_new=False)
+    def find(self, living: Sequence[str], most: int | None) -> None:
+        """Slots for all workers that live, whoever had them come; of those that do not, no more than make `most`."""
+        for name in living:
+            match = _NAME.fullmatch(name)
+            if match is not None and all(slot.name != name for slot in self._slots):
+                self._append(name, Role(match[1]), is_new=False)
+        for slot in reversed(self._slots[:]):
+            if living and most is not None and len(self._slots) > most and slot.name not in living:
+                self._slots.remove(slot)
 
     def drop(self, slot: WorkerSlot) -> None:
         self._slots.remove(slot)

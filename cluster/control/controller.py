@@ -48,6 +48,15 @@ class Fleet(Flippable, Protocol):
         """Workers that are not there, and will be."""
         ...
 
+    def new(self) -> Sequence[str]:
+        """Of these, those that were added and have never been there."""
+        ...
+
+    @property
+    def num_leaving(self) -> int:
+        """Workers that leave for good, and are no members any more."""
+        ...
+
     def add(self, role: Role) -> str:
         """Have a worker come; its name."""
         ...
@@ -117,7 +126,10 @@ class Controller:
         is_flipping = self._flipping is not None and not self._flipping.done()
         now = asyncio.get_running_loop().time()
         fleet = self._fleet
-        return Look(now, tuple(reports), tuple(fleet.members()), is_flipping, fleet.is_whole(), tuple(fleet.coming()))
+        return Look(
+            now, tuple(reports), tuple(fleet.members()), is_flipping, fleet.is_whole(), tuple(fleet.coming()),
+            tuple(fleet.new()), fleet.num_leaving,
+        )  # fmt: skip
 
     async def flipped(self) -> None:
         """Returns when no flip is under way."""

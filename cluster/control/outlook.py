@@ -61,6 +61,8 @@ def outlook_of(
     window = seen.demand(rules.window_s)
     if machine is None or window is None or seen.num_arrived(rules.window_s) < fewest:
         return None
+    if (count := seen.num_arrived(rules.window_s)) < rules.fewest:  # the time since the first of a few says little
+        window = replace(window, rate=min(window.rate, count / rules.window_s))
     need = need_of(seen, workers, rules)
     if need is Need.DECODE and all(worker.role is not Role.PREFILL for worker in workers):
         need = Need.NONE  # nobody could be given to it

@@ -74,6 +74,7 @@ class Memory:
     flipped_at: float = -math.inf
     flipped: tuple[str, str] = ("", "")  # the wish that was done then
     patience: Patience = IMPATIENT
+    begun_at: float = math.inf  # when it was seen first
 
 
 def plan(seen: Seen, memory: Memory, rules: ControllerConfig) -> tuple[Plan, Memory]:
@@ -81,7 +82,7 @@ def plan(seen: Seen, memory: Memory, rules: ControllerConfig) -> tuple[Plan, Mem
         rules = rules.model_copy(update={"together": False})
     if fault := absurd(seen, rules):
         return Plan(f"hold: {fault}"), replace(memory, num_wishes=0, patience=IMPATIENT)
-    memory = _with_buckets(seen, memory, rules)
+    memory = _with_buckets(seen, replace(memory, begun_at=min(memory.begun_at, seen.now)), rules)
     if seen.is_flipping:
         frozen = memory.feedback.frozen(seen, rules)
         return Plan("hold: a flip is under way"), replace(memory, num_wishes=0, feedback=frozen)
@@ -111,7 +112,8 @@ def _resized(
         return decided, memory
     ((cohort, outlook),) = outlooks.items()
     outlook = outlook or outlook_of(seen, memory.series, cohort, rules, fewest=1)
-    if outlook is None and (seen.machine(cohort) is None or seen.num_arrived(rules.window_s)):
+    is_idle = outlook is None and not seen.num_arrived(rules.window_s) and seen.now - memory.begun_at >= rules.window_s
+    if outlook is None and (seen.machine(cohort) is None or not is_idle):
         return decided, replace(memory, patience=IMPATIENT)
     bias = memory.feedback.bias
     rated = None if outlook is None else lambda num, times: outlook.rated(num, bias, times)

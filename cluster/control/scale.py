@@ -3,10 +3,11 @@
 1. too few: the best split of all workers, those to come included, attains less than the goal, and more workers attain
    clearly more. When that has been so for `add_after_s`, so many come at once as attain it; they begin in the pools
    that the best split of all of them is short of;
-2. too many: one worker less would lose nothing even of more demand than there is, or nothing comes at all. When that
-   has been so for `remove_after_s`, one leaves: one that has not come yet, else from the pool that the best split of
-   the others has fewer in, whoever has least to move;
-3. there are never fewer than `min_workers` nor more than `max_workers`, workers that are being replaced included.
+2. too many: one worker less would attain the goal, or as much as the most workers would, even of more demand than there
+   is; or nothing comes at all. When that has been so for `remove_after_s`, one leaves: one that was added and has not
+   come yet, else from the pool that the best split of the others has fewer in, whoever has least to move;
+3. there are never fewer than `min_workers` nor more than `max_workers`, those that are being replaced or that are just
+   leaving included. While a worker is listed that nobody has reported on yet, the number stays.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from cluster.control.seen import Seen, burden, pool_of
 from cluster.control.sizing import Split, best
 from engine.types import Role
 
-LOST = 0.005  # of requests, that one worker less may cost where the goal is out of reach anyway
 ALIKE = 0.01  # of what the most workers attain: more would not be worth it
 LEAST = 0.5  # attained: where it is less, that one worker less attains no less either is no reason to let it go
 Rated = Callable[[int, float], Sequence[Split]]  # all splits of so many workers, for so many times the demand
@@ -57,17 +57,21 @@ def resize(
     """`rated` is None when nothing came of late. Of workers of one cohort."""
     fewest, most = rules.min_workers, rules.max_workers
     num = seen.num_workers + len(seen.coming)
+    if seen.num_unreported:
+        return None, patience
     if fewest is None or most is None or not 2 <= fewest <= most:
         return None, IMPATIENT
     now = best(rated(num, 1.0), 0) if rated is not None and num >= 2 else None
-    is_short = now is not None and num < most and now.attained < rules.goal
-    is_spare = num > fewest and not is_short and (rated is None or _is_spare(rated, num, now, rules))
+    room = most - num - seen.num_leaving
+    enough = _enough(rated, most, now, rules.goal) if rated is not None and now is not None else 0.0
+    is_short = now is not None and now.attained < enough - max(0.0, dead_band - ALIKE)
+    is_spare = num > fewest and not is_short and (rated is None or _is_spare(rated, num, now, rules.spare, enough))
     patience = Patience(
         _since(patience.short_since, seen.now) if is_short else None,
         _since(patience.spare_since, seen.now) if is_spare else None,
     )
     if rated is not None and now is not None and _is_due(patience.short_since, seen.now, rules.add_after_s):
-        coming = _added(seen, rated, num, most, now, rules.goal, dead_band)
+        coming = _added(seen, rated, num, room, enough) if room > 0 else ()
         return (Resize(coming) if coming else None), replace(patience, short_since=seen.now)
     if _is_due(patience.spare_since, seen.now, rules.remove_after_s):
         return _removed(seen, rated, num), replace(patience, spare_since=None)
@@ -82,34 +86,32 @@ def _is_due(since: float | None, now: float, after_s: float) -> bool:
     return since is not None and now - since >= after_s
 
 
-def _is_spare(rated: Rated, num: int, now: Split | None, rules: ScaleConfig) -> bool:
+def _enough(rated: Rated, most: int, now: Split, goal: float) -> float:
+    """To attain: the goal or, where that is out of reach, about what the most workers would."""
+    return goal if now.attained >= goal else min(goal, best(rated(most, 1.0), 0).attained - ALIKE)
+
+
+def _is_spare(rated: Rated, num: int, now: Split | None, times: float, enough: float) -> bool:
     if now is None or num - 1 < 2 or now.attained < LEAST:
         return False
-    return best(rated(num - 1, rules.spare), 0).attained >= min(rules.goal, now.attained - LOST)
+    return best(rated(num - 1, times), 0).attained >= enough
 
 
 # --- more -----------------------------------------------------------------------------------------------------
 
 
-def _added(
-    seen: Seen, rated: Rated, num: int, most: int, now: Split, goal: float, dead_band: float
-) -> tuple[Role, ...]:
-    """The fewest that attain the goal, or about what the most would attain; none if that is little more than there
-    is. Sought by doubling, then halving: what is attained grows with the number, but for noise."""
-    at_most = best(rated(most, 1.0), 0)
-    enough = min(goal, at_most.attained - ALIKE)
-    if at_most.attained - now.attained < dead_band:
-        return ()
+def _added(seen: Seen, rated: Rated, num: int, room: int, enough: float) -> tuple[Role, ...]:
+    """The fewest that attain enough, as far as there is room. Sought by doubling, then halving: what is attained grows
+    with the number, but for noise."""
     too_few, count = 0, 1
-    while count < most - num and best(rated(num + count, 1.0), 0).attained < enough:
+    while count < room and best(rated(num + count, 1.0), 0).attained < enough:
         too_few, count = count, 2 * count
-    count = min(count, most - num)
+    count = min(count, room)
     while count - too_few > 1:
         middle = (too_few + count) // 2
         is_enough = best(rated(num + middle, 1.0), 0).attained >= enough
         too_few, count = (too_few, middle) if is_enough else (middle, count)
-    found = best(rated(num + count, 1.0), 0)
-    return _roles(seen, found, count)
+    return _roles(seen, best(rated(num + count, 1.0), 0), count)
 
 
 def _roles(seen: Seen, wanted: Split, count: int) -> tuple[Role, ...]:
@@ -122,14 +124,14 @@ def _roles(seen: Seen, wanted: Split, count: int) -> tuple[Role, ...]:
 
 
 def _removed(seen: Seen, rated: Rated | None, num: int) -> Resize | None:
-    if seen.coming:
-        return Resize(remove=seen.coming[-1])
-    prefill, decode = pool_of(seen.workers, Role.PREFILL), pool_of(seen.workers, Role.DECODE)
+    if seen.new:
+        return Resize(remove=seen.new[-1])
+    there = [worker for worker in seen.workers if worker.takes_requests]
+    prefill, decode = pool_of(there, Role.PREFILL), pool_of(there, Role.DECODE)
     wanted = best(rated(num - 1, 1.0), len(prefill)).num_prefill if rated is not None else min(len(prefill), num // 2)
     giver = prefill if len(prefill) > wanted else decode
     giver = giver if len(giver) > 1 else (decode if giver is prefill else prefill)
-    givers = [worker for worker in giver if worker.takes_requests]
-    if len(giver) < 2 or not givers:
-        return None  # each pool keeps one
-    victim = min(givers, key=lambda one: (burden(one), one.worker_id))
+    if len(giver) < 2 or len(seen.coming) > len(seen.new):
+        return None  # each pool keeps one; and who is being replaced may be the one that would be missed
+    victim = min(giver, key=lambda one: (burden(one), one.worker_id))
     return Resize(remove=victim.worker_id, incarnation=victim.incarnation)

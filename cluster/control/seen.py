@@ -45,7 +45,9 @@ class Need(StrEnum):
 class Seen:
     """`arrived` and `fared` in the order of their times, on the controller's clock, and those of the window at least.
     `tables`: of decode steps, by cohort; `transfer_token_s`: that KV of one token takes on a link. `is_incomplete`:
-    workers that should be there are not; `coming`: all that are not there, those that have never been included."""
+    workers that should be there are not; `coming`: all that are not there, and of
+    these `new` those that were added and have never been; `num_leaving`: workers that leave for good, which are none of
+    `workers`; `num_unreported`: workers that are listed, and of which no gateway has told yet."""
 
     now: float
     reported_at: float  # when a gateway was last heard
@@ -59,6 +61,9 @@ class Seen:
     is_flipping: bool = False
     is_incomplete: bool = False
     coming: tuple[str, ...] = ()
+    new: tuple[str, ...] = ()
+    num_leaving: int = 0
+    num_unreported: int = 0
 
     @property
     def num_workers(self) -> int:

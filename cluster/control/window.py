@@ -31,6 +31,8 @@ class Look:
     is_flipping: bool
     is_whole: bool
     coming: tuple[str, ...] = ()  # workers that are not there yet, or not there again
+    new: tuple[str, ...] = ()  # of these, those that have never been there
+    num_leaving: int = 0  # workers that leave for good, and are no members any more
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,8 @@ def _seen(kept: Kept, look: Look) -> Seen:
         look.now, max((at for at, _ in kept.reports), default=-math.inf), kept.arrived, kept.fared, tuple(stands),
         last.steps if last is not None else (), last.transfer_token_s if last is not None else 0.0,
         last.block_size if last is not None else 1, last.max_batch_seqs if last is not None else 1, look.is_flipping,
-        not look.is_whole or len(stands) < len(look.members), look.coming,
+        not look.is_whole or len(stands) < len(look.members), look.coming, look.new,
+        look.num_leaving, len(look.members) - len(stands),
     )  # fmt: skip
 
 

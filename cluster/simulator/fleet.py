@@ -77,6 +77,13 @@ class SimulatedFleet:
     def coming(self) -> list[str]:
         return self._coming
 
+    def new(self) -> list[str]:
+        return self._coming
+
+    @property
+    def num_leaving(self) -> int:
+        return len(self._leaving)
+
     def add(self, role: Role) -> str:
         taken = {member.worker_id for member in self._world.members()} | set(self._coming)
         index = next(number for number in range(len(taken) + 1) if f"{role}-{number}" not in taken)

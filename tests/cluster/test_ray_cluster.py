@@ -211,7 +211,8 @@ def _kill_supervisor(command: Command, directory: str) -> None:
 
 SCALED = """
 controller:
-  {tick_s: 0.1, fewest: 5, together: false, scale: {max_workers: 5, add_after_s: 1, remove_after_s: 2, drain_s: 1}}
+  {tick_s: 0.1, fewest: 5, window_s: 10, bucket_s: 1, together: false,
+   scale: {max_workers: 5, add_after_s: 1, remove_after_s: 2, drain_s: 1}}
 """
 
 

@@ -434,6 +434,38 @@ async def test_a_restarted_supervisor_finds_the_workers_that_were_added() -> Non
             assert member in second.membership().members
 
 
+async def test_a_restarted_supervisor_has_no_more_workers_come_than_may_be_there() -> None:
+    """One of the first has left, and two were added."""
+    spawner = FakeSpawner()
+    scale = {"min_workers": 2, "max_workers": 4}
+    async with running(spawner, scale=scale) as supervisor:
+        await until(is_ready(supervisor))
+        await added(supervisor, Role.DECODE)
+        await added(supervisor, Role.PREFILL)
+        gone = next(one for one in supervisor.membership().members if one.worker_id == "decode-1")
+        supervisor.remove_worker("decode-1", gone.incarnation, limit_s=1.0)
+        await until(lambda: spawner.released == ["decode-1"])
+        wanted = ids(supervisor)
+        async with running(AdoptingSpawner(spawner), scale=scale) as second:
+            await until(is_ready(second))
+            await until(lambda: len(ids(second)) >= 4)
+            assert sorted(ids(second)) == sorted(wanted)
+
+
+async def test_one_that_does_not_answer_leaves_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def hang() -> int:
+        return await asyncio.get_running_loop().create_future()
+
+    monkeypatch.setattr("cluster.supervisor.DRAIN_SLACK_S", 0.2)
+    spawner = FakeSpawner()
+    async with running(spawner) as supervisor:
+        await until(is_ready(supervisor))
+        member = await added(supervisor, Role.DECODE)
+        monkeypatch.setattr(spawner.latest("decode-2"), "num_open", hang)
+        supervisor.remove_worker("decode-2", member.incarnation, limit_s=0.3)
+        await until(lambda: spawner.released == ["decode-2"])
+
+
 async def test_a_cluster_that_ends_ends_who_is_just_leaving_too() -> None:
     spawner = FakeSpawner()
     async with running(spawner) as supervisor:

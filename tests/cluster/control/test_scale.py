@@ -77,7 +77,7 @@ def test_no_worker_comes_for_what_workers_cannot_mend() -> None:
 def test_nobody_leaves_where_nearly_nothing_is_attained() -> None:
     """Prompts take longer than their target however many workers there are."""
     hopeless = seen(100.0, pools(2, 3), steady(5.0, 35.0, 100.0, num_prompt=9000, ttft_s=0.5, num_output=10.0))
-    assert not resizes(play(hopeless, 60, rules()))
+    assert not resizes(play(hopeless, 60, rules(most=5)))
 
 
 def test_one_too_many_leaves_late_and_one_at_a_time() -> None:
@@ -93,18 +93,19 @@ def test_who_leaves_is_who_has_least_to_move() -> None:
 
 
 def test_one_that_has_not_come_yet_is_let_go_first() -> None:
-    (_, one), *_ = resizes(play(at(1.0, pools(3, 5), coming=("decode-9",)), 25, rules()))
+    (_, one), *_ = resizes(play(at(1.0, pools(3, 5), coming=("decode-9",), new=("decode-9",)), 25, rules()))
     assert (one.remove, one.incarnation) == ("decode-9", "")
 
 
 def test_without_any_requests_one_after_the_other_leaves_down_to_the_fewest() -> None:
-    assert resizes(play(seen(100.0, pools(2, 2), ()), 25, rules(fewest=3)))
-    assert not resizes(play(seen(100.0, pools(2, 1), ()), 60, rules(fewest=3)))
+    found = resizes(play(seen(100.0, pools(2, 2), ()), 85, rules(fewest=3)))
+    assert [tick for tick, _ in found] == [80], "not before it has looked for a window"
+    assert not resizes(play(seen(100.0, pools(2, 1), ()), 160, rules(fewest=3)))
 
 
 def test_what_gateways_do_not_say_is_not_taken_for_no_requests() -> None:
     silent = seen(100.0, pools(3, 3), (), tables=())
-    assert not resizes(play(silent, 60, rules()))
+    assert not resizes(play(silent, 160, rules()))
 
 
 @pytest.mark.parametrize("bounds", [{}, {"min_workers": 4, "max_workers": 4}])

@@ -33,6 +33,13 @@ class FakeFleet:
     def coming(self) -> Sequence[str]:
         return ()
 
+    def new(self) -> Sequence[str]:
+        return ()
+
+    @property
+    def num_leaving(self) -> int:
+        return 0
+
 
 async def told(controller: Controller) -> bool:
     await controller.tick()
