@@ -84,8 +84,11 @@ class PrefillSide:
         return self._given_s() + self._queue.totals.compute_s
 
     def submit(self, submission: Submission) -> None:
-        """Raises Overloaded when too many wait, or those before it would make its first token late."""
+        """Raises Overloaded when too many wait, or those before it would make its first token late. What is here already
+        has only come twice."""
         now, request = self._now(), submission.request
+        if request.key in self._live or self._queue.holds(request.key):
+            return
         waiting = self._queue.waiting(submission, now, self._forecast.compute_s(request.num_tokens, self._stats))
         if not request.generated_ids:
             before_s = self._given_s() + self._queue.before_s(waiting, now)

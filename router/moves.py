@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
-from engine.errors import InvalidRequest, Overloaded, TransferFailed
+from engine.errors import InvalidRequest, Overloaded, TransferFailed, WorkerLost
 from engine.types import Move, TokenOutput
 from router.live import LiveRequest
 from router.membership import Member
@@ -52,6 +52,15 @@ class Moves:
         finally:
             self._counts[outcome] += 1
             live.end_migration(migration, moved)
+            self._fail_if_cut_off(live)
+
+    def _fail_if_cut_off(self, live: LiveRequest) -> None:
+        """Where a link broke while the request moved, whoever broke it did not know that it would be there."""
+        for name in live.workers:
+            link = self._links.get(name)
+            if link is None or not link.connected:
+                live.fail(WorkerLost(f"worker {name[0]} was lost during a move"))
+                return
 
     async def back_up(self, request_id: str, target: Member) -> None:
         """Copy what a request that generates has stored to another worker, so that it could soon move there. Raises as

@@ -70,6 +70,12 @@ FINDINGS = {
     "a client leaves while its request is about to stand still for a move": Case(
         scenario((asked("r2", num_own=26, max_tokens=20, leaves_after=13, moves_after=10),), num_decode=2), ()
     ),
+    # It went to a worker whose stream had broken just before: nobody failed it there, and its tokens came to nobody.
+    "a request moves while the gateway cannot hear the worker that it moves to": Case(
+        scenario((asked("r6", num_own=20, max_tokens=60, moves_after=14),)),
+        (Fault(Point(PointKind.STEP, "decode-0", 14), FaultKind.CUT, "decode-0>gateway-0", for_s=5.5,
+               how=How.BOTH_WAYS),),
+    ),
 }  # fmt: skip
 
 

@@ -204,6 +204,22 @@ async def test_a_request_is_added_offered_published_committed_and_released_in_th
 
 
 @in_virtual_time
+async def test_a_submission_that_comes_twice_is_taken_once() -> None:
+    with house() as h:
+        await h.start()
+        h.submit()
+        assert [type(command) for command in h.sent] == [Add]
+        h.peers.accept()
+        h.turn(Progress(KEY, 8, BLOCKS))
+        h.turn(TokenOutput(KEY, 0, (42,)), Progress(KEY, 10, BLOCKS, done=True))
+        h.submit()
+        h.outbox.release(h.lease)
+        assert [type(command) for command in h.sent] == [Add, Release]
+        await h.told()
+        assert h.is_clean()
+
+
+@in_virtual_time
 async def test_the_hand_off_says_for_how_long_its_blocks_had_been_leaving() -> None:
     with house() as h:
         h.submit()
