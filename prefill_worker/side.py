@@ -84,8 +84,8 @@ class PrefillSide:
         return self._given_s() + self._queue.totals.compute_s
 
     def submit(self, submission: Submission) -> None:
-        """Raises Overloaded when too many wait, or those before it would make its first token late. What is here already
-        has only come twice."""
+        """Raises Overloaded when too many wait, or those before it would make its first token late. One that is here
+        already has only come twice."""
         now, request = self._now(), submission.request
         if request.key in self._live or self._queue.holds(request.key):
             return
