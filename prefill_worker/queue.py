@@ -132,10 +132,6 @@ class PrefillQueue:
         self.tenants.charge(found.tenant, self.rules.prompt_weight * found.num_tokens)
         return found
 
-    def holds(self, key: Key) -> bool:
-        """Does a submission whose first answer this is wait?"""
-        return any(one.submission.request.key == key for one in self._waiting.values())
-
     def remove(self, key: Key) -> bool:
         """Take an answer that was aborted out of its submission, and this with its last one out of the queue."""
         found = next((one for one in self._waiting.values() if key in [r.key for r in one.submission.requests]), None)

@@ -87,7 +87,7 @@ class PrefillSide:
         """Raises Overloaded when too many wait, or those before it would make its first token late. One that is here
         already has only come twice."""
         now, request = self._now(), submission.request
-        if request.key in self._live or self._queue.holds(request.key):
+        if any(self._streams.owner(one.key) is not None for one in submission.requests):
             return
         waiting = self._queue.waiting(submission, now, self._forecast.compute_s(request.num_tokens, self._stats))
         if not request.generated_ids:

@@ -220,6 +220,18 @@ async def test_a_submission_that_comes_twice_is_taken_once() -> None:
 
 
 @in_virtual_time
+async def test_one_that_comes_again_while_all_of_it_runs_here_is_not_begun_again() -> None:
+    with house() as h:
+        h.submit(decode=None)
+        h.turn(TokenOutput(KEY, 0, (42,)))
+        h.submit(decode=None)
+        assert [type(command) for command in h.sent] == [Add]
+        h.turn(TokenOutput(KEY, 1, (43,), FinishReason.LENGTH))
+        await h.told()
+        assert h.is_clean()
+
+
+@in_virtual_time
 async def test_the_hand_off_says_for_how_long_its_blocks_had_been_leaving() -> None:
     with house() as h:
         h.submit()
