@@ -16,11 +16,11 @@ from cluster.simulator.faults.run import run_case
 # Where a run that finds each is near. Another schedule moves it: then a few more are tried, or look for a new one by
 # python -m cluster.simulator.faults --bug benchmarks.planted_bugs:NAME
 NEAR = {
-    "skipped_epoch_fence": 76, "double_free": 0, "lost_release": 7, "reordered_token": 80, "ignored_deadline": 8,
-    "leaked_reservation": 8, "early_free": 0, "endless_lease": 124, "unverified_frame": 220, "dropped_abort": 7,
+    "skipped_epoch_fence": 0, "double_free": 0, "lost_release": 7, "reordered_token": 145, "ignored_deadline": 8,
+    "leaked_reservation": 8, "early_free": 0, "endless_lease": 20, "unverified_frame": 20, "dropped_abort": 7,
 }  # fmt: skip
 MOST_TRIES = 40
-NUM_CLEAN_RUNS = 24
+NUM_CLEAN_RUNS = 60
 
 
 @pytest.mark.parametrize("bug", PLANTED)
