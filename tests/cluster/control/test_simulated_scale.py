@@ -15,17 +15,9 @@ from cluster.simulator.results import SimulationResult
 from cluster.simulator.spec import WorldSpec
 from cluster.simulator.workloads.load import load_workload
 from cluster.simulator.world import World
-from engine.types import Request, Role
-from tests.cluster.control.test_simulated_flips import STEPS, many
+from engine.types import Role
+from tests.cluster.control.test_simulated_flips import STEPS, many, serve
 from tests.cluster.test_simulator import config, play
-
-
-async def answers(world: World, asked: list[Request], every_s: float) -> list[tuple[int, ...]]:
-    tasks = []
-    for one in asked:
-        tasks.append(asyncio.get_running_loop().create_task(world.tokens_of(one)))
-        await asyncio.sleep(every_s)
-    return [await task for task in tasks]
 
 
 @pytest.mark.parametrize("limit_s", [30.0, 0.0])
@@ -37,7 +29,7 @@ def test_a_worker_that_leaves_takes_no_token_along(worker_id: str, limit_s: floa
 
     async def scenario(world: World) -> None:
         fleet = SimulatedFleet(world)
-        serving = asyncio.get_running_loop().create_task(answers(world, asked, 0.02))
+        serving = asyncio.get_running_loop().create_task(serve(world, asked, 0.02))
         await asyncio.sleep(0.15)
         member = fleet.listed(worker_id)
         assert member is not None
