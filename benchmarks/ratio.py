@@ -14,7 +14,8 @@ targets and the fewest workers; results come from the rest. A request that is re
   it is about a bound, not one);
 - `--scaled`: the table again with service times 20 % longer and shorter than planned for;
 - `--goodput`: the highest rate at which 90 and 99 % keep their targets, by bisection, of four systems;
-- `--resume`: what has been played before is not played again, but what `--again` names.
+- `--resume benchmarks/results/ratio-plays.jsonl`: what has been played before is not played again, but what `--again`
+  names.
 """
 
 from __future__ import annotations
