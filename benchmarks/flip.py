@@ -71,7 +71,7 @@ def main() -> None:
     phase_s, num_phases = (20.0, 1) if options.quick else (PHASE_S, NUM_PHASES)
     with tempfile.TemporaryDirectory() as folder:
         journal = Path(folder) / "journal.jsonl"
-        with _cluster(journal) as cluster:
+        with cluster_of(journal, 2, {}) as cluster:
             outcomes = asyncio.run(_play(cluster.url, phase_s, num_phases, options.show))
         changes = _changes(list(read_lines(journal)))
     rows, targets = _judge(outcomes, changes)
@@ -84,12 +84,13 @@ def main() -> None:
     write_json(options.json, rows, targets)
 
 
-def _cluster(journal: Path) -> Cluster:
-    share: dict[str, object] = {"workers": 2, "num_cpus": 0.5}
+def cluster_of(journal: Path, workers: int, rules: dict[str, object]) -> Cluster:
+    """So many workers of each pool."""
+    share: dict[str, object] = {"workers": workers, "num_cpus": 0.5}
     return Cluster(
         {"prefix_cache": False, "num_blocks": 1024},
         router={"policy": "slo", "ttft_s": TTFT_S, "tpot_s": TPOT_S, "canary_s": 120},
-        controller=RULES | {"journal_file": str(journal)},
+        controller=RULES | rules | {"journal_file": str(journal)},
         pools={"prefill": share, "decode": share},
     )
 

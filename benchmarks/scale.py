@@ -19,10 +19,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.flip import RULES, SHORT_ANSWER, TPOT_S, TTFT_S, failures, prompts, require_same, show, unloaded
+from benchmarks.flip import SHORT_ANSWER, cluster_of, failures, prompts, require_same, show, unloaded
 from benchmarks.open_loop import Arrival, Outcome, play, schedule
 from benchmarks.report import Row, machine, median, print_table, write_json
-from benchmarks.serve import Cluster
 from benchmarks.slo import served_model
 from cluster.control.journal import Line
 from cluster.explain import read_lines
@@ -42,21 +41,11 @@ def main() -> None:
     phases_s = (5.0, 25.0, 5.0) if options.quick else PHASES_S
     with tempfile.TemporaryDirectory() as folder:
         journal = Path(folder) / "journal.jsonl"
-        with _cluster(journal) as cluster:
+        with cluster_of(journal, 1, {"scale": SCALE}) as cluster:
             outcomes = asyncio.run(_play(cluster.url, phases_s, options.show))
         rows = [_row(outcomes, list(read_lines(journal)))]
     print_table(f"1 + 1 workers, up to {MOST}, float32; {machine()}", rows)
     write_json(options.json, rows, [])
-
-
-def _cluster(journal: Path) -> Cluster:
-    share: dict[str, object] = {"workers": 1, "num_cpus": 0.5}
-    return Cluster(
-        {"prefix_cache": False, "num_blocks": 1024},
-        router={"policy": "slo", "ttft_s": TTFT_S, "tpot_s": TPOT_S, "canary_s": 120},
-        controller=RULES | {"scale": SCALE, "journal_file": str(journal)},
-        pools={"prefill": share, "decode": share},
-    )
 
 
 async def _play(url: str, phases_s: Sequence[float], shows: bool) -> list[Outcome]:

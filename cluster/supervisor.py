@@ -331,7 +331,7 @@ class Supervisor:
             self._fail(DeadlineExceeded(f"the cluster was not ready within {limit_s:g} s: {self._missing()}"))
 
     def _missing(self) -> str:
-        slots = [slot for slot in self._workers] + self._gateways
+        slots = [*self._workers, *self._gateways]
         missing = [f"{slot.name} is {slot.state}{f' ({slot.reason})' if slot.reason else ''}" for slot in slots
                    if slot.state != UnitState.RUNNING]  # fmt: skip
         return ", ".join(missing) or "no canary came back"
@@ -363,7 +363,7 @@ class Supervisor:
         ends = [slot.process.stop(limits.worker_s) for slot in self._workers if slot.process]
         await asyncio.gather(*(within(limits.worker_step_s, end) for end in ends))
         await within(SWEEP_S, self._spawner.close())
-        for slot in [*self._gateways, *(slot for slot in self._workers)]:
+        for slot in [*self._gateways, *self._workers]:
             slot.state, slot.process = UnitState.STOPPED, None
         self._phase = Phase.STOPPED
         self._announce()

@@ -123,11 +123,12 @@ class Intake:
     async def take_loan(self, loan: Loan, is_worth: Callable[[int], bool] = lambda _num_missing: True) -> None:
         """Copy what another worker lends into the cache here. See Copies.take."""
         begun = self._now()
-        pulled = await self.copies.take(loan, is_worth)
-        if pulled is None:
-            return
-        self.totals = self.totals.with_pull(pulled, self._now() - begun)
-        self._report()
+
+        def came(pulled: Pulled) -> None:
+            self.totals = self.totals.with_pull(pulled, self._now() - begun)
+            self._report()
+
+        await self.copies.take(loan, came, is_worth)
 
     async def abort(self, key: Key) -> None:
         """End a request wherever it is; nothing writes to its blocks once they are given back."""

@@ -40,8 +40,11 @@ class Copies:
     def leases(self) -> tuple[Lease, ...]:
         return tuple(self._leases.values())
 
-    async def take(self, loan: Loan, is_worth: Callable[[int], bool] = lambda _num_missing: True) -> Pulled | None:
-        """Returns when all of it is cached here, or None if the blocks that are missing here are not worth it. Raises
+    async def take(
+        self, loan: Loan, came: Callable[[Pulled], None], is_worth: Callable[[int], bool] = lambda _num_missing: True
+    ) -> None:  # fmt: skip
+        """Returns when all of it is cached here and the lender knows, or when the blocks that are missing here are not
+        worth it. `came` hears of what is cached, though nobody may wait any more when the lender knows. Raises
         Overloaded without room, TransferFailed when the lender is of another cohort or the blocks could not be had."""
         lease, size = loan.lease, self._layout.block_size
         check_cohort(lease.worker_id, lease.cohort, self._cohort)
@@ -57,7 +60,7 @@ class Copies:
             if not is_worth(num_lent - sum(map(len, reserved.present))):
                 self._send(Release(lease.key))
                 await release(self._carriers, lease)
-                return None
+                return
             puller = Puller(
                 self._layout, self._pool, reserved.block_ids, self._carriers.carrier(lease), lease,
                 self._transfer.digests, present=reserved.present, num_lent=num_lent,
@@ -71,5 +74,5 @@ class Copies:
         finally:
             del self._leases[lease.key]
         self._send(Keep(lease.key, loan.names))
+        came(pulled)
         await release(self._carriers, lease)
-        return pulled

@@ -29,12 +29,8 @@ class Outlook:
     may_join: bool  # may all serve both phases?
 
     @property
-    def rate(self) -> float:
-        """The larger of both, in requests/s."""
-        return self.demand.rate
-
-    @property
     def demand(self) -> Demand:
+        """The larger of both."""
         return max(self.present, self.ahead, key=lambda one: one.rate)
 
     def rated_now(self, num_workers: int, bias: Bias, times: float = 1.0) -> list[Split]:

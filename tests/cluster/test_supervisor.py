@@ -337,6 +337,16 @@ async def added(supervisor: Supervisor, role: Role) -> Member:
     return next(one for one in supervisor.membership().members if one.worker_id == name)
 
 
+async def leaving(supervisor: Supervisor, spawner: FakeSpawner) -> FakeWorkerProcess:
+    """A worker that was added, has something to do, and is to leave when that is done."""
+    member = await added(supervisor, Role.DECODE)
+    process = spawner.latest(member.worker_id)
+    process.open_now = 3
+    supervisor.remove_worker(member.worker_id, member.incarnation, limit_s=30.0)
+    await until(lambda: any(one.is_leaving for one in supervisor.membership().members))
+    return process
+
+
 async def test_a_worker_that_is_added_is_kept_like_the_others() -> None:
     spawner = FakeSpawner()
     async with running(spawner) as supervisor:
@@ -353,11 +363,7 @@ async def test_a_worker_that_leaves_serves_what_it_has_and_then_gives_back_what_
     spawner = FakeSpawner()
     async with running(spawner) as supervisor:
         await until(is_ready(supervisor))
-        member = await added(supervisor, Role.DECODE)
-        process = spawner.latest("decode-2")
-        process.open_now = 3
-        supervisor.remove_worker("decode-2", member.incarnation, limit_s=30.0)
-        await until(lambda: any(one.is_leaving for one in supervisor.membership().members))
+        process = await leaving(supervisor, spawner)
         assert supervisor.status().workers[-1].state == UnitState.LEAVING
         assert supervisor._fleet.listed("decode-2") not in supervisor._fleet.members(), "the planner knows it is gone"
         await until(lambda: bool(spawner.gateways[0].evacuated))
@@ -378,20 +384,18 @@ async def test_what_a_leaving_worker_still_has_when_its_time_is_up_ends_with_it(
     async with running(spawner) as supervisor:
         await until(is_ready(supervisor))
         member = await added(supervisor, Role.PREFILL)
-        spawner.latest("prefill-1").open_now = 1
+        process = spawner.latest("prefill-1")
+        process.open_now = 1
         supervisor.remove_worker("prefill-1", member.incarnation, limit_s=0.2)
         await until(lambda: spawner.released == ["prefill-1"])
+        assert (process.open_now, process.num_stops, "prefill-1" in ids(supervisor)) == (1, 1, False)
 
 
 async def test_a_worker_that_dies_while_it_leaves_does_not_come_back() -> None:
     spawner = FakeSpawner()
     async with running(spawner) as supervisor:
         await until(is_ready(supervisor))
-        member = await added(supervisor, Role.DECODE)
-        spawner.latest("decode-2").open_now = 1
-        supervisor.remove_worker("decode-2", member.incarnation, limit_s=30.0)
-        await until(lambda: any(one.is_leaving for one in supervisor.membership().members))
-        spawner.latest("decode-2").end("killed")
+        (await leaving(supervisor, spawner)).end("killed")
         await until(lambda: spawner.released == ["decode-2"])
         await asyncio.sleep(0.6)  # longer than the first backoff
         assert len([one for one in spawner.workers if one.spec.worker_id == "decode-2"]) == 1
@@ -464,16 +468,14 @@ async def test_one_that_does_not_answer_leaves_all_the_same(monkeypatch: pytest.
         monkeypatch.setattr(spawner.latest("decode-2"), "num_open", hang)
         supervisor.remove_worker("decode-2", member.incarnation, limit_s=0.3)
         await until(lambda: spawner.released == ["decode-2"])
+        assert (spawner.latest("decode-2").num_stops, "decode-2" in ids(supervisor)) == (1, False)
 
 
 async def test_a_cluster_that_ends_ends_who_is_just_leaving_too() -> None:
     spawner = FakeSpawner()
     async with running(spawner) as supervisor:
         await until(is_ready(supervisor))
-        member = await added(supervisor, Role.DECODE)
-        spawner.latest("decode-2").open_now = 1
-        supervisor.remove_worker("decode-2", member.incarnation, limit_s=30.0)
-        await until(lambda: any(one.is_leaving for one in supervisor.membership().members))
+        await leaving(supervisor, spawner)
     assert spawner.latest("decode-2").num_stops == 1
     assert {unit.state for unit in supervisor.status().workers} <= {UnitState.STOPPED, UnitState.LEAVING}
 
