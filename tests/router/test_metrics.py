@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from engine.errors import Overloaded, WorkerLost
 from engine.types import FinishReason, KvTransfer, Request, TokenOutput
+from router.api import ControlView
 from router.prediction_error import PredictionError
 from tests.router.fakes import (
     CHAT,
@@ -118,6 +119,21 @@ async def test_placements_that_were_given_up_are_counted_by_what_ended_them() ->
     samples = await scrape(generator)
     assert value(samples, "steelyard_request_retries_total", reason="lease_lost") == 2
     assert value(samples, "steelyard_request_retries_total", reason="overloaded") == 5
+
+
+async def test_the_controllers_word_is_shown() -> None:
+    generator = FakeGenerator()
+    changes = {"num_flips": 3, "num_undone": 1, "num_added": 4, "num_removed": 2, "num_coming": 1}
+    control = ControlView("auto", "hold", best_prefill=2, **changes)
+    generator.view = replace(healthy(), control=control)
+    samples = await scrape(generator)
+    assert value(samples, "steelyard_flips_total", outcome="done") == 3
+    assert value(samples, "steelyard_flips_total", outcome="undone") == 1
+    assert value(samples, "steelyard_workers_changed_total", change="added") == 4
+    assert value(samples, "steelyard_workers_changed_total", change="removed") == 2
+    assert value(samples, "steelyard_workers_coming") == 1
+    assert value(samples, "steelyard_wanted_prefill_workers") == 2
+    assert ("steelyard_flip_seconds", ()) not in samples
 
 
 async def test_prediction_errors_are_shown_by_what_was_predicted() -> None:
