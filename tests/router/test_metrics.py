@@ -123,8 +123,9 @@ async def test_placements_that_were_given_up_are_counted_by_what_ended_them() ->
 
 async def test_the_controllers_word_is_shown() -> None:
     generator = FakeGenerator()
-    changes = {"num_flips": 3, "num_undone": 1, "num_added": 4, "num_removed": 2, "num_coming": 1}
-    control = ControlView("auto", "hold", best_prefill=2, **changes)
+    control = ControlView(
+        "auto", "hold", best_prefill=2, num_flips=3, num_undone=1, num_added=4, num_removed=2, num_coming=1
+    )  # fmt: skip
     generator.view = replace(healthy(), control=control)
     samples = await scrape(generator)
     assert value(samples, "steelyard_flips_total", outcome="done") == 3
