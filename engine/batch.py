@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Groups
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
@@ -15,18 +15,17 @@ from engine.planes import Group
 from engine.scheduler import Batch, Scheduled
 from engine.step_plan import StepPlan
 from engine.types import LAST, MEAN
-from kernels.dispatch import query_tile
-from kernels.reference.attention import Segment, first_key, make_segment, tile_tokens
-from kernels.reference.ladder import Ladders, RowLadder
+from kernels.backend import Attention, Backend, Call, GroupCalls
+from kernels.reference.attention import first_key, tile_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class GroupInput:
-    """Where the layers of one group store and read. block_ids: [num_tokens] of each new token's KV; segments: the
-    attention calls that cover rows 0 to num_tokens."""
+    """Where the layers of one group store and read. block_ids: [num_tokens] of each new token's KV; plan: what their
+    attention made of the calls that cover rows 0 to num_tokens."""
 
     block_ids: torch.Tensor
-    segments: tuple[Segment, ...]
+    plan: object
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +95,12 @@ def plan_step(batch: Batch, groups: Groups[Group], block_size: int) -> StepPlan:
 
 
 def build_input(
-    plan: StepPlan, groups: Groups[Group], block_size: int, heads_per_kv: int, ladders: Ladders, device: str
+    plan: StepPlan, groups: Groups[Group], block_size: int, backend: Backend, attention: Attention, device: str
 ) -> StepInput:
-    """A plan's tensors, for a rank that has so many query heads to each of its KV heads."""
-    ladder, num_samples = ladders.linear, len(plan.sample_rows)
-    padded = ladder.pad(plan.num_tokens)
-    maker = _SegmentMaker(plan, block_size, heads_per_kv, ladders.attention, device)
+    """A plan's tensors, as this model's backend and attention want them."""
+    num_samples = len(plan.sample_rows)
+    padded = backend.pad(plan.num_tokens)
+    plans = attention.plan(_calls(plan, groups, block_size), block_size)
     new_blocks = np.split(plan.new_blocks, len(groups))
     return StepInput(
         num_tokens=plan.num_tokens,
@@ -109,10 +108,9 @@ def build_input(
         positions=_pad(plan.positions, padded, device),
         offsets=_tensor(plan.positions % block_size, device),
         groups=tuple(
-            GroupInput(_tensor(block_ids, device), maker.segments(group.window))
-            for block_ids, group in zip(new_blocks, groups, strict=True)
+            GroupInput(_tensor(block_ids, device), plan) for block_ids, plan in zip(new_blocks, plans, strict=True)
         ),
-        sample_rows=_pad(plan.sample_rows, ladder.pad(num_samples) if num_samples else 0, device),
+        sample_rows=_pad(plan.sample_rows, backend.pad(num_samples), device),
         num_samples=num_samples,
         state_rows=_tensor(plan.state_rows, device),
     )
@@ -202,46 +200,19 @@ def _row(table: BlockTable, start: int, width: int) -> list[int]:
     return [*table.ids[:1] * missing, *ids, *table.ids[:1] * (width - missing - len(ids))]
 
 
-class _SegmentMaker:
-    """Segments of one step, group after group. Groups of one window differ in their blocks only, so masks are made
-    once for all."""
-
-    def __init__(self, plan: StepPlan, block_size: int, heads_per_kv: int, ladder: RowLadder, device: str) -> None:
-        self._spans = _spans(plan)
-        self._tables = plan.tables
-        self._block_size = block_size
-        self._heads_per_kv = heads_per_kv
-        self._ladder = ladder
-        self._device = device
-        self._made: dict[tuple[int, int | None], Segment] = {}
-
-    def segments(self, window: int | None) -> tuple[Segment, ...]:
-        """Of the next group, whose layers have this window."""
-        found, row = [], 0
-        for span in self._spans:
+def _calls(plan: StepPlan, groups: Groups[Group], block_size: int) -> list[GroupCalls]:
+    """Of each group. The plan's tables hold one group after the other."""
+    tables, found = plan.tables, list[GroupCalls]()
+    for group in groups:
+        row, calls = 0, list[Call]()
+        for span in _spans(plan):
+            width = span.num_blocks(group.window, block_size)
+            taken, tables = np.split(tables, [len(span.starts) * width])
             stop = row + len(span.starts) * span.num_new
-            found.append(self._segment(span, slice(row, stop), window))
+            calls.append(Call(slice(row, stop), span.starts, span.num_new, taken.reshape(-1, width)))
             row = stop
-        return tuple(found)
-
-    def _segment(self, span: _Span, rows: slice, window: int | None) -> Segment:
-        blocks = self._next_blocks(span, window)
-        made = self._made.get((rows.start, window))
-        if made is not None:
-            return replace(made, blocks=blocks)
-        made = make_segment(
-            rows, list(span.starts), span.num_new, blocks, self._heads_per_kv, self._block_size, self._ladder,
-            query_tile(blocks.device), window,
-        )  # fmt: skip
-        self._made[(rows.start, window)] = made
-        return made
-
-    def _next_blocks(self, span: _Span, window: int | None) -> torch.Tensor:
-        """[num_seqs, blocks of whole tiles]."""
-        width = span.num_blocks(window, self._block_size)
-        size = len(span.starts) * width
-        taken, self._tables = self._tables[:size], self._tables[size:]
-        return _tensor(taken.reshape(-1, width), self._device)
+        found.append(GroupCalls(tuple(calls), group.window))
+    return found
 
 
 def _spans(plan: StepPlan) -> list[_Span]:

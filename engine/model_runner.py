@@ -17,15 +17,14 @@ from engine.layer_groups import LayersStored
 from engine.logits import process
 from engine.logprobs import logprob_of
 from engine.models.config import ModelConfig
-from engine.models.decoder import Decoder, Results, Weights, probe_weights
+from engine.models.decoder import Decoder, Results, Weights
 from engine.pooling import pool
 from engine.ranks import ONE_RANK, Ranks
 from engine.sampler import sample
 from engine.scheduler import Batch, Scheduled
 from engine.step_plan import StepPlan
 from engine.types import ErrorInfo, Sampled, SamplingParams, TokenLogprob
-from kernels.reference.attention import tile_tokens
-from kernels.reference.ladder import FREE_LADDERS, Ladders, measure_attention, measure_linear
+from kernels.dispatch import Kernels, backend_for
 
 
 class TorchRunner:
@@ -77,9 +76,9 @@ class TorchRunner:
         """As many rows of each item as num_rows_of and num_states_of say, in the batch's order."""
         if len(plan.copies):
             self.cache.copy(plan.copies.reshape(-1, 2))
-        groups = self.model.config.num_heads // self.model.config.num_kv_heads
-        step = build_input(plan, self.cache.layout.groups, self.block_size, groups, self.model.ladders, self.device)
-        return self.model.forward(step, self.cache, stored)
+        model, groups = self.model, self.cache.layout.groups
+        step = build_input(plan, groups, self.block_size, model.backend, model.attention, self.device)
+        return model.forward(step, self.cache, stored)
 
 
 def _split(rows: np.ndarray, counts: Iterable[int]) -> list[np.ndarray]:
@@ -106,16 +105,16 @@ def _prompt_logprobs(item: Scheduled, rows: np.ndarray) -> tuple[TokenLogprob, .
 
 
 def build_model(
-    config: ModelConfig, weights: Weights, block_size: int, batch_invariant: bool, ranks: Ranks = ONE_RANK
-) -> Decoder:
+    config: ModelConfig, weights: Weights, block_size: int, batch_invariant: bool, ranks: Ranks = ONE_RANK,
+    kernels: Kernels = "auto",
+) -> Decoder:  # fmt: skip
     """A model whose row counts keep results independent of the batch, if wanted. Empties `weights`.
 
     Raises ModelError if this machine cannot keep them so for weights of these shapes."""
-    model = Decoder(config, weights, FREE_LADDERS, ranks)
+    model = Decoder(config, weights, backend_for(weights["model.embed_tokens.weight"], kernels), ranks)
     if batch_invariant:
         try:
-            attention = measure_attention(config.head_dim, tile_tokens(block_size), model.embedding, model.weigh)
-            model.ladders = ranks.agree(Ladders(measure_linear(probe_weights(model)), attention))
+            model.backend.settle(model.heads, block_size, ranks.agree)
         except ArithmeticError as error:
             raise ModelError(f"batch_invariant cannot be had for this model: {error}") from error
     return model

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
+from kernels.backend import Backend
 from kernels.cpu import attention as cpu_attention
+from kernels.cpu.native.backend import NativeBackend
+from kernels.cpu.native.library import load_library
 from kernels.cpu.packed import PackedMatrix, can_pack
 from kernels.reference import records
 from kernels.reference.attention import weigh_by_tiles
+from kernels.reference.backend import TorchBackend
 from kernels.reference.ladder import Weigh
 from kernels.reference.matrix import Matrix, PlainMatrix
 
@@ -19,6 +24,7 @@ from kernels.reference.matrix import Matrix, PlainMatrix
 _CPU_QUERY_TILE = 64
 _QUERY_TILE = 256
 
+Kernels = Literal["auto", "torch"]
 CopyRecords = Callable[[torch.Tensor, int, torch.Tensor, torch.Tensor], None]
 
 
@@ -44,6 +50,16 @@ def prepare(weight: torch.Tensor) -> Matrix:
     if weight.device.type == "cpu" and can_pack(weight.dtype):
         return PackedMatrix.of(weight)
     return PlainMatrix(weight)
+
+
+def backend_for(like: torch.Tensor, kernels: Kernels = "auto") -> Backend:
+    """What computes layers on this tensor's device for its type. native: our own code for processors with AVX-512,
+    which a compiler makes once for a machine; auto: that where it can be had."""
+    if like.device.type == "cpu" and kernels != "torch":
+        native = load_library()
+        if native is not None:
+            return NativeBackend(native, like.dtype, torch.get_num_threads())
+    return TorchBackend(like, prepare, weigh_for(like.device, like.dtype), query_tile(like.device))
 
 
 def weigh_for(device: torch.device, dtype: torch.dtype) -> Weigh:

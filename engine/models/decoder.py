@@ -6,53 +6,38 @@ a field of ModelConfig; none is asked for its name here. Weights come under the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Groups
 from collections.abc import Sequence as Names
 from dataclasses import dataclass
 
 import torch
 
-from engine.batch import GroupInput, StepInput
+from engine.batch import StepInput
 from engine.kv_cache import KVCache
 from engine.layer_groups import LayersStored
 from engine.models.config import ModelConfig
 from engine.models.moe import Experts, Mlp, feed_forward
 from engine.models.rope import rope_tables
+from engine.planes import CacheLayout, Group
 from engine.ranks import ONE_RANK, Ranks
-from kernels.dispatch import prepare, weigh_for
-from kernels.reference.attention import Segment, paged_attention
-from kernels.reference.ladder import Ladders, linear
-from kernels.reference.layers import apply_rope, rms_norm, store_kv
-from kernels.reference.matrix import Matrix
+from kernels.backend import Backend, DenseLayer, Gate, GroupPlace, Heads, Linear, Norms, Stack
 
 Weights = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer. Projections that read the same input are stacked: [out, in]."""
+    """One layer. Projections that read the same input are stacked."""
 
     attention_norm: torch.Tensor
-    qkv: Matrix  # [(num_heads + 2 * num_kv_heads) * head_dim, hidden]
-    qkv_bias: torch.Tensor | None
+    qkv: Linear  # hidden -> (num_heads + 2 * num_kv_heads) * head_dim
     q_norm: torch.Tensor | None  # [head_dim]
     k_norm: torch.Tensor | None
-    out: Matrix  # [hidden, num_heads * head_dim]
-    out_bias: torch.Tensor | None
+    out: Linear  # num_heads * head_dim -> hidden
     attention_out_norm: torch.Tensor | None
     mlp_norm: torch.Tensor
     mlp: Mlp | Experts
     mlp_out_norm: torch.Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where one layer reads and writes in this step. cos, sin: [padded_rows, 1, head_dim / 2]."""
-
-    k_cache: torch.Tensor
-    v_cache: torch.Tensor
-    group: GroupInput
-    cos: torch.Tensor
-    sin: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +52,22 @@ class Results:
 class Decoder:
     """forward: a step's tokens -> what its sampled rows give. Writes the new KV, reads all of it from the cache."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, ladders: Ladders, ranks: Ranks = ONE_RANK) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, backend: Backend, ranks: Ranks = ONE_RANK) -> None:
         """Takes the layers' tensors out of `weights`, so that those which are stacked or packed are freed. With several
         ranks, config and weights are this one's parts (engine/models/split.py)."""
         self.config = config
         self.ranks = ranks
-        self.ladders = ladders
+        self.backend = backend
+        self.norms = Norms(config.rms_norm_eps, config.wide_norms)
+        self.heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim, config.attention_scale)
+        self.attention = backend.attention(self.heads, self.norms)
         self.embedding = weights["model.embed_tokens.weight"]  # [vocab, hidden]
-        self.head = prepare(self.embedding if config.tie_embeddings else weights.pop("lm_head.weight"))
-        self.weigh = weigh_for(self.embedding.device, self.embedding.dtype)
+        head = self.embedding if config.tie_embeddings else weights.pop("lm_head.weight")
+        self.head = backend.linear(head, None)
         self.norm = weights["model.norm.weight"]
-        self.layers = [_layer(config, weights, index) for index in range(config.num_layers)]
+        build = _LayerBuilder(config, weights, backend)
+        self.layers = [build.layer(index) for index in range(config.num_layers)]
+        self.stack = self._stack()
         self.rope, self.local_rope = rope_tables(config, self.embedding.device)
         # rounded to the weights' type, as the model was trained with
         self._scale = torch.tensor(config.embedding_scale, dtype=self.embedding.dtype, device=self.embedding.device)
@@ -86,17 +76,34 @@ class Decoder:
         """A layer counts as stored when all ranks have added their part of its
         attention, since each stores its KV before."""
         hidden = self._embed(step.token_ids) * self._scale  # [padded_rows, hidden]
-        for number, (layer, place) in enumerate(zip(self.layers, self._places(step, cache), strict=True), start=1):
-            attended = self.ranks.add(self._attend(layer, self._normed(hidden, layer.attention_norm), place, step))
+        groups = self._groups(step, cache.layout.groups)
+        if self.stack is not None:
+            k, v = cache.planes["k"], cache.planes["v"]
+            hidden, added = self.stack(hidden, k, v, _in_order(cache.layout), groups, stored)
+        else:
+            hidden, added = self._run(hidden, groups, cache, stored)
+        _, final = self.backend.add_norm(hidden, added, self.norm, self.norms)
+        logits = self.head(final[step.sample_rows])[: step.num_samples].float()
+        return Results(self.ranks.gather(logits, self.config.vocab_size), final[step.state_rows].float())
+
+    def _run(
+        self, hidden: torch.Tensor, groups: Groups[GroupPlace], cache: KVCache, stored: LayersStored | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Layer by layer, part by part: hidden, and what is yet to be added to it."""
+        add_norm, norms, added = self.backend.add_norm, self.norms, None
+        places = _in_order(cache.layout)
+        for number, (layer, (group, slot)) in enumerate(zip(self.layers, places, strict=True), start=1):
+            hidden, x = add_norm(hidden, added, layer.attention_norm, norms)
+            k_cache, v_cache = cache.planes["k"][slot], cache.planes["v"][slot]
+            qkv = layer.qkv(x)
+            attended = self.attention.attend(qkv, layer.q_norm, layer.k_norm, k_cache, v_cache, groups[group])
+            attended = self.ranks.add(layer.out(attended))
             if stored is not None:
                 stored(number)
-            hidden = hidden + self._normed(attended, layer.attention_out_norm)
-            fed = feed_forward(self._normed(hidden, layer.mlp_norm), layer.mlp, self.config, self.ladders.linear)
-            hidden = hidden + self._normed(self.ranks.add(fed), layer.mlp_out_norm)
-        rows = self._normed(hidden[step.sample_rows], self.norm)
-        logits = linear(rows, self.head, None, self.ladders.linear)[: step.num_samples].float()
-        states = self._normed(hidden[step.state_rows], self.norm).float()
-        return Results(self.ranks.gather(logits, self.config.vocab_size), states)
+            hidden, x = add_norm(hidden, self._normed(attended, layer.attention_out_norm), layer.mlp_norm, norms)
+            fed = self.ranks.add(feed_forward(x, layer.mlp, self.config, self.backend))
+            added = self._normed(fed, layer.mlp_out_norm)
+        return hidden, added
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Each rank knows some of the vocabulary; to the others' tokens it adds zeros."""
@@ -108,91 +115,83 @@ class Decoder:
         found = self.embedding[torch.where(is_mine, token_ids - mine.start, 0)]
         return self.ranks.add(torch.where(is_mine[:, None], found, 0))
 
-    def _places(self, step: StepInput, cache: KVCache) -> list[_Place]:
-        whole, local = self.rope.at(step.positions), self.local_rope.at(step.positions)
-        places = cache.layout.places()
-        found = []
-        for layer in range(self.config.num_layers):
-            group, slot = places[layer]
-            cos, sin = whole if self.config.window_of(layer) is None else local
-            found.append(_Place(cache.planes["k"][slot], cache.planes["v"][slot], step.groups[group], cos, sin))
-        return found
+    def _groups(self, step: StepInput, groups: Groups[Group]) -> list[GroupPlace]:
+        """Layers of one group share a window, and with it their rotary table."""
+        whole, local = (
+            self.attention.turns(table.cos, table.sin, step.positions) for table in (self.rope, self.local_rope)
+        )
+        return [
+            GroupPlace(one.block_ids, step.offsets, whole if group.window is None else local, one.plan)
+            for one, group in zip(step.groups, groups, strict=True)
+        ]
 
-    def _attend(self, layer: Layer, x: torch.Tensor, place: _Place, step: StepInput) -> torch.Tensor:
-        config, count, group = self.config, step.num_tokens, place.group
-        qkv = linear(x, layer.qkv, layer.qkv_bias, self.ladders.linear).view(len(x), -1, config.head_dim)
-        qk, v = qkv.split((config.num_heads + config.num_kv_heads, config.num_kv_heads), dim=1)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = qk.split((config.num_heads, config.num_kv_heads), dim=1)
-            qk = torch.cat((self._normed(q, layer.q_norm), self._normed(k, layer.k_norm)), dim=1)
-        q, k = apply_rope(qk, place.cos, place.sin).split((config.num_heads, config.num_kv_heads), dim=1)
-        store_kv(place.k_cache, k[:count], group.block_ids, step.offsets)
-        store_kv(place.v_cache, v[:count], group.block_ids, step.offsets)
-        attended = [self._attend_to(q, segment, place) for segment in group.segments]
-        padding = q.new_zeros(len(q) - count, *q.shape[1:])
-        out = torch.cat((*attended, padding)) if len(attended) > 1 or len(padding) else attended[0]
-        return linear(out.flatten(1), layer.out, layer.out_bias, self.ladders.linear)
-
-    def _attend_to(self, q: torch.Tensor, segment: Segment, place: _Place) -> torch.Tensor:
-        scale = self.config.attention_scale
-        return paged_attention(q[segment.rows], place.k_cache, place.v_cache, segment, scale, self.weigh)
+    def _stack(self) -> Stack | None:
+        """Ranks add up between the parts of a layer, and experts are picked there."""
+        dense = [_dense(layer, layer.mlp) for layer in self.layers if isinstance(layer.mlp, Mlp)]
+        if self.ranks.share.size > 1 or len(dense) < len(self.layers):
+            return None
+        return self.backend.stack(dense, self.heads, self.norms)
 
     def _normed(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         """x itself where the family has no such norm."""
-        if weight is None:
-            return x
-        return rms_norm(x, weight, self.config.rms_norm_eps, wide=self.config.wide_norms)
+        return x if weight is None else self.backend.norm(x, weight, self.norms)
 
 
-def probe_weights(model: Decoder) -> list[Matrix]:
-    """One weight of each shape, for measuring ladders."""
-    shapes = {}
-    for layer in model.layers:
-        for weight in (layer.qkv, layer.out, *_mlp_weights(layer.mlp), model.head):
-            shapes.setdefault(weight.shape, weight)
-    return list(shapes.values())
+def _in_order(layout: CacheLayout) -> list[tuple[int, int]]:
+    """Group and slot of each layer."""
+    places = layout.places()
+    return [places[layer] for layer in range(len(places))]
 
 
-def _mlp_weights(part: Mlp | Experts) -> tuple[Matrix, ...]:
-    if isinstance(part, Mlp):
-        return part.gate_up, part.down
-    return part.router, part.experts[0].gate_up, part.experts[0].down
+def _dense(layer: Layer, mlp: Mlp) -> DenseLayer:
+    return DenseLayer(
+        layer.attention_norm, layer.qkv, layer.q_norm, layer.k_norm, layer.out, layer.attention_out_norm,
+        layer.mlp_norm, mlp.gate_up, mlp.down, layer.mlp_out_norm,
+    )  # fmt: skip
 
 
-def _layer(config: ModelConfig, weights: Weights, index: int) -> Layer:
-    prefix = f"model.layers.{index}."
-    qkv, qkv_bias = _stack(weights, prefix, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
-    out, out_bias = _stack(weights, prefix, ("self_attn.o_proj",))
-    sandwich, after = config.sandwich_norms, weights.pop(f"{prefix}post_attention_layernorm.weight")
-    return Layer(
-        attention_norm=weights.pop(f"{prefix}input_layernorm.weight"),
-        qkv=qkv,
-        qkv_bias=qkv_bias,
-        q_norm=weights.pop(f"{prefix}self_attn.q_norm.weight") if config.qk_norm else None,
-        k_norm=weights.pop(f"{prefix}self_attn.k_norm.weight") if config.qk_norm else None,
-        out=out,
-        out_bias=out_bias,
-        # Llama's post_attention_layernorm comes before the feed-forward part, Gemma's before the addition
-        attention_out_norm=after if sandwich else None,
-        mlp_norm=weights.pop(f"{prefix}pre_feedforward_layernorm.weight") if sandwich else after,
-        mlp=_experts(config, weights, prefix) if config.has_experts(index) else _mlp(weights, f"{prefix}mlp."),
-        mlp_out_norm=weights.pop(f"{prefix}post_feedforward_layernorm.weight") if sandwich else None,
-    )
+class _LayerBuilder:
+    """Takes the parts of layers out of `weights`."""
 
+    def __init__(self, config: ModelConfig, weights: Weights, backend: Backend) -> None:
+        self._config = config
+        self._weights = weights
+        self._backend = backend
 
-def _experts(config: ModelConfig, weights: Weights, prefix: str) -> Experts:
-    assert config.moe is not None
-    experts = tuple(_mlp(weights, f"{prefix}mlp.experts.{index}.") for index in range(config.moe.num_experts))
-    return Experts(prepare(weights.pop(f"{prefix}mlp.gate.weight")), experts)
+    def layer(self, index: int) -> Layer:
+        config, prefix = self._config, f"model.layers.{index}."
+        qkv = self._linear(prefix, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
+        out = self._linear(prefix, ("self_attn.o_proj",))
+        sandwich, after = config.sandwich_norms, self._take(f"{prefix}post_attention_layernorm.weight")
+        return Layer(
+            attention_norm=self._take(f"{prefix}input_layernorm.weight"),
+            qkv=qkv,
+            q_norm=self._take(f"{prefix}self_attn.q_norm.weight") if config.qk_norm else None,
+            k_norm=self._take(f"{prefix}self_attn.k_norm.weight") if config.qk_norm else None,
+            out=out,
+            # Llama's post_attention_layernorm comes before the feed-forward part, Gemma's before the addition
+            attention_out_norm=after if sandwich else None,
+            mlp_norm=self._take(f"{prefix}pre_feedforward_layernorm.weight") if sandwich else after,
+            mlp=self._experts(prefix) if config.has_experts(index) else self._mlp(f"{prefix}mlp."),
+            mlp_out_norm=self._take(f"{prefix}post_feedforward_layernorm.weight") if sandwich else None,
+        )
 
+    def _experts(self, prefix: str) -> Experts:
+        assert self._config.moe is not None
+        count = self._config.moe.num_experts
+        experts = tuple(self._mlp(f"{prefix}mlp.experts.{index}.") for index in range(count))
+        return Experts(self._linear(prefix, ("mlp.gate",)), experts)
 
-def _mlp(weights: Weights, prefix: str) -> Mlp:
-    return Mlp(*_stack(weights, prefix, ("gate_proj", "up_proj")), *_stack(weights, prefix, ("down_proj",)))
+    def _mlp(self, prefix: str) -> Mlp:
+        gate = "silu" if self._config.activation == "silu" else "gelu_tanh"
+        return Mlp(self._linear(prefix, ("gate_proj", "up_proj"), gate), self._linear(prefix, ("down_proj",)))
 
+    def _linear(self, prefix: str, names: Names[str], gate: Gate | None = None) -> Linear:
+        """Of stacked projections that read the same input."""
+        parts = [self._take(f"{prefix}{name}.weight") for name in names]
+        biases = [bias for name in names if (bias := self._weights.pop(f"{prefix}{name}.bias", None)) is not None]
+        weight = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return self._backend.linear(weight, torch.cat(biases) if biases else None, gate)
 
-def _stack(weights: Weights, prefix: str, names: Names[str]) -> tuple[Matrix, torch.Tensor | None]:
-    """Stacked weights and biases of projections that read the same input; takes the parts out of `weights`."""
-    parts = [weights.pop(f"{prefix}{name}.weight") for name in names]
-    biases = [bias for name in names if (bias := weights.pop(f"{prefix}{name}.bias", None)) is not None]
-    weight = prepare(torch.cat(parts) if len(parts) > 1 else parts[0])
-    return weight, torch.cat(biases) if biases else None
+    def _take(self, name: str) -> torch.Tensor:
+        return self._weights.pop(name)

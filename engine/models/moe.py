@@ -1,6 +1,6 @@
 """The feed-forward part of a layer: one gated MLP, or a mixture of experts that are such MLPs.
 
-A token's result does not depend on the rest of the batch: the rows of each expert are padded to a rung of the ladder,
+A token's result does not depend on the rest of the batch: the rows of each expert are padded as the backend wants,
 and what a token's experts give is added up in rising order of expert id.
 """
 
@@ -12,51 +12,44 @@ import torch
 import torch.nn.functional as F
 
 from engine.models.config import ModelConfig
-from kernels.reference.ladder import RowLadder, linear
-from kernels.reference.layers import gelu_tanh_and_mul, silu_and_mul
-from kernels.reference.matrix import Matrix
+from kernels.backend import Backend, Linear
 
 
 @dataclass(frozen=True, slots=True)
 class Mlp:
     """down(act(gate(x)) * up(x))."""
 
-    gate_up: Matrix  # [2 * intermediate, hidden]
-    gate_up_bias: torch.Tensor | None
-    down: Matrix  # [hidden, intermediate]
-    down_bias: torch.Tensor | None
+    gate_up: Linear  # gated: hidden -> intermediate
+    down: Linear
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.gate_up(x))
 
 
 @dataclass(frozen=True, slots=True)
 class Experts:
     """Mlps of which a router picks a few for each token."""
 
-    router: Matrix  # [num_experts, hidden]
+    router: Linear  # hidden -> num_experts
     experts: tuple[Mlp, ...]
 
 
-def feed_forward(x: torch.Tensor, part: Mlp | Experts, config: ModelConfig, ladder: RowLadder) -> torch.Tensor:
-    """x: [rows on a rung, hidden] -> the same shape."""
-    return _mlp(x, part, config, ladder) if isinstance(part, Mlp) else _mixture(x, part, config, ladder)
+def feed_forward(x: torch.Tensor, part: Mlp | Experts, config: ModelConfig, backend: Backend) -> torch.Tensor:
+    """x: [as many rows as the backend wants, hidden] -> the same shape."""
+    return part(x) if isinstance(part, Mlp) else _mixture(x, part, config, backend)
 
 
-def _mlp(x: torch.Tensor, mlp: Mlp, config: ModelConfig, ladder: RowLadder) -> torch.Tensor:
-    gate_and_mul = silu_and_mul if config.activation == "silu" else gelu_tanh_and_mul
-    gated = gate_and_mul(linear(x, mlp.gate_up, mlp.gate_up_bias, ladder))
-    return linear(gated, mlp.down, mlp.down_bias, ladder)
-
-
-def _mixture(x: torch.Tensor, part: Experts, config: ModelConfig, ladder: RowLadder) -> torch.Tensor:
+def _mixture(x: torch.Tensor, part: Experts, config: ModelConfig, backend: Backend) -> torch.Tensor:
     assert config.moe is not None
-    logits = linear(x, part.router, None, ladder)
+    logits = part.router(x)
     weights, expert_ids = route(logits, config.moe.experts_per_token, config.moe.normalize)
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert_id, expert in enumerate(part.experts):
         rows, choices = torch.nonzero(expert_ids == expert_id, as_tuple=True)
         if len(rows) == 0:
             continue
-        padded = F.pad(x[rows], (0, 0, 0, ladder.pad(len(rows)) - len(rows)))
-        result = _mlp(padded, expert, config, ladder)[: len(rows)]
+        padded = F.pad(x[rows], (0, 0, 0, backend.pad(len(rows)) - len(rows)))
+        result = expert(padded)[: len(rows)]
         out[rows] += result.float() * weights[rows, choices, None]
     return out.to(x.dtype)
 

@@ -21,10 +21,6 @@ class RopeTable:
     cos: torch.Tensor
     sin: torch.Tensor
 
-    def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both at [rows], as apply_rope takes them: [rows, 1, head_dim / 2]."""
-        return self.cos[positions][:, None], self.sin[positions][:, None]
-
 
 def rope_tables(config: ModelConfig, device: torch.device) -> tuple[RopeTable, RopeTable]:
     """The tables of layers without and with a window; the same one where the model makes no difference."""

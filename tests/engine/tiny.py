@@ -252,10 +252,9 @@ class LogitRecorder:
     def _compute(self, batch: Batch):
         """Each item with the logits [num_new, vocab] of its rows, which a KV slot of its own tells apart."""
         runner, model = self.runner, self.runner.model
-        groups = model.config.num_heads // model.config.num_kv_heads
         layout = runner.cache.layout
         plan = plan_step(batch, layout.groups, layout.block_size)
-        step = build_input(plan, layout.groups, layout.block_size, groups, model.ladders, "cpu")
+        step = build_input(plan, layout.groups, layout.block_size, model.backend, model.attention, "cpu")
         wanted = torch.zeros(len(step.token_ids), dtype=torch.int64)
         wanted[: step.num_tokens] = torch.arange(step.num_tokens)
         logits = model.forward(replace(step, sample_rows=wanted, num_samples=step.num_tokens), runner.cache).logits

@@ -1,0 +1,169 @@
+"""The C++ code as a library: compiled once for a machine, kept in the user's cache, called through ctypes.
+
+1. The name of the file is a digest of the sources, the compiler and the processor's features.
+2. Processes that want it at the same time wait for the first, which compiles it in some ten seconds.
+3. Without AVX-512, a compiler or a folder to write to there is none, which is told once; callers do without.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import logging
+import subprocess
+import tempfile
+from ctypes import POINTER, c_float, c_int, c_long, c_void_p
+from functools import cache
+from pathlib import Path
+
+_SOURCES = Path(__file__).parent
+_FLAGS = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC", "-pthread", "-w")
+_NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
+_COMPILERS = ("c++", "g++")
+
+_log = logging.getLogger("steelyard.kernels")
+
+
+class WeightStruct(ctypes.Structure):
+    """products.h, Weight."""
+
+    _fields_ = [
+        ("panels", c_void_p), ("scales", c_void_p), ("bias", c_void_p), ("form", c_long), ("num_k", c_long),
+        ("num_columns", c_long), ("group", c_long), ("finish", c_long),
+    ]  # fmt: skip
+
+
+class StoreStruct(ctypes.Structure):
+    """layers.h, Store."""
+
+    _fields_ = [
+        ("q_norm", c_void_p), ("k_norm", c_void_p), ("k_cache", c_void_p), ("v_cache", c_void_p),
+        ("positions", c_void_p), ("block_ids", c_void_p), ("cos", c_void_p), ("sin", c_void_p), ("num_rows", c_long),
+        ("num_tokens", c_long), ("num_heads", c_long), ("num_kv_heads", c_long), ("head_dim", c_long),
+        ("block_size", c_long), ("eps", c_float), ("is_wide", c_int),
+    ]  # fmt: skip
+
+
+class AttentionStruct(ctypes.Structure):
+    """attention.h, Attention."""
+
+    _fields_ = [
+        ("q", c_void_p), ("k_cache", c_void_p), ("v_cache", c_void_p), ("out", c_void_p), ("spans", c_void_p),
+        ("tables", c_void_p), ("num_spans", c_long), ("q_stride", c_long), ("num_heads", c_long),
+        ("num_kv_heads", c_long), ("head_dim", c_long), ("block_size", c_long), ("window", c_long), ("scale", c_float),
+    ]  # fmt: skip
+
+
+class LayerStruct(ctypes.Structure):
+    """decoder.h, Layer."""
+
+    _fields_ = [
+        *((name, POINTER(WeightStruct)) for name in ("qkv", "out", "gate_up", "down")),
+        ("attention_norm", c_void_p), ("q_norm", c_void_p), ("k_norm", c_void_p), ("attention_out_norm", c_void_p),
+        ("mlp_norm", c_void_p), ("mlp_out_norm", c_void_p), ("k_cache", c_void_p), ("v_cache", c_void_p),
+        ("group", c_long),
+    ]  # fmt: skip
+
+
+class GroupStruct(ctypes.Structure):
+    """decoder.h, Group."""
+
+    _fields_ = [
+        ("block_ids", c_void_p), ("tables", c_void_p), ("spans", c_void_p), ("cos", c_void_p), ("sin", c_void_p),
+        ("num_spans", c_long), ("window", c_long),
+    ]  # fmt: skip
+
+
+class PassStruct(ctypes.Structure):
+    """decoder.h, Pass."""
+
+    _fields_ = [
+        ("hidden", c_void_p), ("x", c_void_p), ("added", c_void_p), ("positions", c_void_p), ("groups", c_void_p),
+        ("num_rows", c_long), ("width", c_long), ("num_heads", c_long), ("num_kv_heads", c_long), ("head_dim", c_long),
+        ("block_size", c_long), ("scale", c_float), ("eps", c_float), ("is_wide", c_int), ("has_added", c_int),
+    ]  # fmt: skip
+
+
+_NORM = (c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_float, c_int)
+_FUNCTIONS = {
+    "set_threads": (c_int,),
+    "pack_weight": (POINTER(WeightStruct), c_void_p, c_void_p),
+    "multiply": (POINTER(WeightStruct), c_void_p, c_long, c_void_p, c_int),
+    "add_rms_norm_float": _NORM, "add_rms_norm_bf16": _NORM,
+    "rope_store_float": (c_void_p, POINTER(StoreStruct)), "rope_store_bf16": (c_void_p, POINTER(StoreStruct)),
+    "attend_float": (POINTER(AttentionStruct),), "attend_bf16": (POINTER(AttentionStruct),),
+    "run_layers_float": (c_void_p, c_long, POINTER(PassStruct)),
+    "run_layers_bf16": (c_void_p, c_long, POINTER(PassStruct)),
+}  # fmt: skip
+
+
+@cache
+def load_library() -> ctypes.CDLL | None:
+    """The library, compiled if need be; None where it cannot be had."""
+    try:
+        library = ctypes.CDLL(str(_compiled(_folder())))
+    except (OSError, subprocess.SubprocessError) as error:
+        _log.warning("layers are computed by torch: no native code (%s)", error)
+        return None
+    for name, arguments in _FUNCTIONS.items():
+        getattr(library, name).argtypes = arguments
+        getattr(library, name).restype = None
+    library.packed_bytes.argtypes = (POINTER(WeightStruct),)
+    library.packed_bytes.restype = c_long
+    return library
+
+
+def _folder() -> Path:
+    return Path.home() / ".cache" / "steelyard" / "kernels"
+
+
+def _compiled(folder: Path) -> Path:
+    """Raises OSError or SubprocessError."""
+    features = _cpu_features()
+    missing = [name for name in _NEEDED if name not in features]
+    if missing:
+        raise OSError(f"this processor has no {', '.join(missing)}")
+    compiler, version = _compiler()
+    parts = [path.read_bytes() for path in sorted(_SOURCES.glob("*.[hc]*"))]
+    digest = hashlib.blake2b(digest_size=12)
+    for part in (*parts, version, " ".join(_FLAGS).encode(), " ".join(sorted(features)).encode()):
+        digest.update(hashlib.blake2b(part).digest())
+    path = folder / f"native-{digest.hexdigest()}.so"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+        if not path.exists():
+            _compile(compiler, path)
+    return path
+
+
+def _compile(compiler: str, path: Path) -> None:
+    _log.info("compiling kernels for this processor, once: some ten seconds")
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        command = [compiler, *_FLAGS, "-o", str(made), str(_SOURCES / "native.cpp")]
+        done = subprocess.run(command, capture_output=True, timeout=300, check=False)
+        if done.returncode:
+            raise OSError(f"{compiler} failed: {done.stderr.decode(errors='replace').strip()[:500]}")
+        made.replace(path)
+
+
+def _compiler() -> tuple[str, bytes]:
+    """Its name, and what it says of itself. Raises OSError if there is none."""
+    for name in _COMPILERS:
+        try:
+            told = subprocess.run([name, "--version"], capture_output=True, timeout=60, check=True)
+        except (OSError, subprocess.SubprocessError):
+            continue
+        return name, told.stdout
+    raise OSError("there is no C++ compiler (c++ or g++)")
+
+
+def _cpu_features() -> frozenset[str]:
+    """Linux's names of them; none elsewhere."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.split(":")[1] for line in text.splitlines() if line.startswith("flags")), "").split())

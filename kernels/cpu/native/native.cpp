@@ -1,0 +1,52 @@
+// What Python calls (kernels/cpu/native.py). Pointers are of contiguous tensors.
+#include "attention.h"
+#include "decoder.h"
+#include "layers.h"
+#include "products.h"
+
+extern "C" {
+
+void set_threads(int count) { Threads::here().resize(count); }
+
+long packed_bytes(const Weight* w) {
+    switch (w->form) {
+        case FLOATS: return panels_of(*w) * Floats::panel_bytes(w->num_k);
+        case PAIRS: return panels_of(*w) * Pairs::panel_bytes(w->num_k);
+        case BYTES: return panels_of(*w) * Bytes::panel_bytes(w->num_k);
+        default: return panels_of(*w) * Nibbles::panel_bytes(w->num_k);
+    }
+}
+
+void pack_weight(const Weight* w, const void* from, uint8_t* to) {
+    switch (w->form) {
+        case FLOATS: return pack(*w, (const float*)from, to);
+        case PAIRS: return pack(*w, (const bf16*)from, to);
+        default: return pack(*w, (const int8_t*)from, to);
+    }
+}
+
+void multiply(const Weight* w, const void* a, long num_rows, void* out, int is_float) {
+    return is_float ? linear(*w, a, num_rows, (float*)out) : linear(*w, a, num_rows, (bf16*)out);
+}
+
+void add_rms_norm_float(
+    float* hidden, const float* added, const float* weight, float* out, long num_rows, long width, float eps, int is_wide
+) {
+    add_rms_norm(hidden, added, weight, out, num_rows, width, eps, is_wide);
+}
+
+void add_rms_norm_bf16(
+    bf16* hidden, const bf16* added, const bf16* weight, bf16* out, long num_rows, long width, float eps, int is_wide
+) {
+    add_rms_norm(hidden, added, weight, out, num_rows, width, eps, is_wide);
+}
+
+void rope_store_float(float* qkv, const Store<float>* to) { rope_store(qkv, *to); }
+void rope_store_bf16(bf16* qkv, const Store<bf16>* to) { rope_store(qkv, *to); }
+void attend_float(const Attention<float>* about) { attend(*about); }
+void attend_bf16(const Attention<bf16>* about) { attend(*about); }
+
+void run_layers_float(const Layer<float>* layers, long count, Pass<float>* step) { run_layers(layers, count, step); }
+void run_layers_bf16(const Layer<bf16>* layers, long count, Pass<bf16>* step) { run_layers(layers, count, step); }
+
+}  // extern "C"

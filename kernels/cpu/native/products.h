@@ -1,0 +1,365 @@
+// Products of rows with packed weights: out[row, n] = sum over k of a[row, k] * w[n, k].
+//
+// A weight is packed as panels of 32 columns (rows of w), k after k: two vectors of floats, or of pairs of bfloat16.
+// Each result is one chain of fused multiply-adds in rising k (of integers in groups: a chain per group, then a chain
+// of scaled groups), whatever rows are computed with it and on however many threads: bits do not depend on the batch.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "threads.h"
+#include "vectors.h"
+
+constexpr int PANEL = 2 * LANES;
+constexpr int ROWS = 12;             // of one pass: 24 accumulators, two vectors of weights
+constexpr int CHUNK_ROWS = 16 * ROWS;  // of a task: they stay in the second-level cache while panels go by
+constexpr long TASKS_PER_THREAD = 6;
+
+struct Step {
+    __m512i low, high;  // columns 0 to 15 and 16 to 31
+};
+
+// --- how weights are held: `at(panel, step)` is one step of a panel ---------------------------------------------
+
+struct Floats {
+    using Row = float;
+    static constexpr int PER_STEP = 1;
+    static constexpr long panel_bytes(long num_k) { return num_k * PANEL * 4; }
+    Step at(const uint8_t* panel, long step) const {
+        return {_mm512_loadu_si512(panel + step * 128), _mm512_loadu_si512(panel + step * 128 + 64)};
+    }
+    static __m512 add(__m512 sum, __m512i a, __m512i b) {
+        return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
+    }
+};
+
+struct Pairs {  // bfloat16
+    using Row = bf16;
+    static constexpr int PER_STEP = 2;
+    static constexpr long panel_bytes(long num_k) { return num_k * PANEL * 2; }
+    Step at(const uint8_t* panel, long step) const { return Floats().at(panel, step); }
+    static __m512 add(__m512 sum, __m512i a, __m512i b) {
+#ifdef __AVX512BF16__
+        return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+#else
+        const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
+        __m512 odd_a = _mm512_castsi512_ps(_mm512_and_si512(a, upper));
+        __m512 odd_b = _mm512_castsi512_ps(_mm512_and_si512(b, upper));
+        __m512 even_a = _mm512_castsi512_ps(_mm512_slli_epi32(a, 16));
+        __m512 even_b = _mm512_castsi512_ps(_mm512_slli_epi32(b, 16));
+        return _mm512_fmadd_ps(even_a, even_b, _mm512_fmadd_ps(odd_a, odd_b, sum));
+#endif
+    }
+};
+
+// Whole numbers -127 to 127, each exact in bfloat16. A step's 64 bytes: the bfloat16 of byte i comes to lie where
+// unpacking puts it. Their scale is applied to the sum.
+struct Bytes {
+    using Row = bf16;
+    static constexpr int PER_STEP = 2;
+    static constexpr long panel_bytes(long num_k) { return num_k * PANEL; }
+    static __m512 add(__m512 sum, __m512i a, __m512i b) { return Pairs::add(sum, a, b); }
+
+#ifdef __AVX512VBMI__
+    // Sign and magnitude: two tables of 128 bytes hold the halves of each magnitude's bfloat16.
+    __m512i low[2], high[2];
+
+    Bytes() {
+        alignas(64) static const Tables made;
+        for (int part = 0; part < 2; ++part) {
+            low[part] = _mm512_load_si512(made.low + 64 * part);
+            high[part] = _mm512_load_si512(made.high + 64 * part);
+        }
+    }
+    Step at(const uint8_t* panel, long step) const {
+        __m512i x = _mm512_loadu_si512(panel + step * 64);
+        __m512i lower = _mm512_permutex2var_epi8(low[0], x, low[1]);
+        __m512i upper = _mm512_permutex2var_epi8(high[0], x, high[1]);
+        upper = _mm512_ternarylogic_epi64(upper, x, _mm512_set1_epi8((char)0x80), 0xf8);  // upper | (x & sign)
+        return {_mm512_unpacklo_epi8(lower, upper), _mm512_unpackhi_epi8(lower, upper)};
+    }
+
+private:
+    struct Tables {
+        alignas(64) uint8_t low[128], high[128];
+        Tables() {
+            for (int n = 0; n < 128; ++n) {
+                float value = (float)n;
+                uint32_t bits;
+                std::memcpy(&bits, &value, 4);
+                low[n] = (uint8_t)(bits >> 16);
+                high[n] = (uint8_t)(bits >> 24);
+            }
+        }
+    };
+#else
+    Step at(const uint8_t* panel, long step) const {
+        __m512i x = _mm512_loadu_si512(panel + step * 64);
+        __m512i lower = _mm512_unpacklo_epi8(x, _mm512_setzero_si512());
+        __m512i upper = _mm512_unpackhi_epi8(x, _mm512_setzero_si512());
+        return {words(lower), words(upper)};
+    }
+
+private:
+    static __m512i words(__m512i x) {  // sign and magnitude in the lower byte of each 16-bit word
+        auto half = [](__m256i part) {
+            __m512i n = _mm512_cvtepu16_epi32(part);
+            __m512i sign = _mm512_slli_epi32(_mm512_and_si512(n, _mm512_set1_epi32(0x80)), 24);
+            __m512 magnitude = _mm512_cvtepi32_ps(_mm512_and_si512(n, _mm512_set1_epi32(0x7f)));
+            return narrow(_mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(magnitude), sign)));
+        };
+        __m512i low = _mm512_castsi256_si512(half(_mm512_castsi512_si256(x)));
+        return _mm512_inserti64x4(low, half(_mm512_extracti64x4_epi64(x, 1)), 1);
+    }
+#endif
+};
+
+// Whole numbers -8 to 7, two of 4 bits in each of a step's 32 bytes: columns 0 to 15 in the lower ones. Each group of k
+// has a scale and a shift: w = scale * number + shift.
+struct Nibbles {
+    using Row = bf16;
+    static constexpr int PER_STEP = 2;
+    static constexpr long panel_bytes(long num_k) { return num_k * PANEL / 2; }
+    Step at(const uint8_t* panel, long step) const {
+        __m512i x = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(panel + step * 32)));
+        const __m512i table = _mm512_broadcast_i64x4(_mm256_setr_epi16(
+            (short)0xc100, (short)0xc0e0, (short)0xc0c0, (short)0xc0a0, (short)0xc080, (short)0xc040, (short)0xc000,
+            (short)0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0
+        ));  // -8 to 7 as bfloat16
+        return {
+            _mm512_permutexvar_epi16(_mm512_and_si512(x, _mm512_set1_epi16(15)), table),
+            _mm512_permutexvar_epi16(_mm512_srli_epi16(x, 4), table)
+        };
+    }
+    static __m512 add(__m512 sum, __m512i a, __m512i b) { return Pairs::add(sum, a, b); }
+};
+
+// --- the passes -------------------------------------------------------------------------------------------------
+
+template <class W> inline __m512i spread(const typename W::Row* a) {  // one step of a row, in all lanes
+    int32_t bits;
+    std::memcpy(&bits, a, 4);
+    return _mm512_set1_epi32(bits);
+}
+
+// acc[i] += rows i times a panel, over `num_steps` steps.
+template <class W, int NUM> inline void pass(
+    const typename W::Row* a, long a_stride, const uint8_t* panel, long num_steps, __m512 (&acc)[NUM][2]
+) {
+    const W weights;
+    __m512 low[NUM], high[NUM];  // copies, so that they stay in registers
+#pragma GCC unroll 12
+    for (int row = 0; row < NUM; ++row) low[row] = acc[row][0], high[row] = acc[row][1];
+    for (long step = 0; step < num_steps; ++step) {
+        Step b = weights.at(panel, step);
+#pragma GCC unroll 12
+        for (int row = 0; row < NUM; ++row) {
+            __m512i x = spread<W>(a + row * a_stride + step * W::PER_STEP);
+            low[row] = W::add(low[row], x, b.low);
+            high[row] = W::add(high[row], x, b.high);
+        }
+    }
+#pragma GCC unroll 12
+    for (int row = 0; row < NUM; ++row) acc[row][0] = low[row], acc[row][1] = high[row];
+}
+
+// Calls `with` with a compile-time count.
+template <class With> inline void counted(long count, const With& with) {
+    switch (count) {
+        case 1: return with(std::integral_constant<int, 1>());
+        case 2: return with(std::integral_constant<int, 2>());
+        case 3: return with(std::integral_constant<int, 3>());
+        case 4: return with(std::integral_constant<int, 4>());
+        case 5: return with(std::integral_constant<int, 5>());
+        case 6: return with(std::integral_constant<int, 6>());
+        case 7: return with(std::integral_constant<int, 7>());
+        case 8: return with(std::integral_constant<int, 8>());
+        case 9: return with(std::integral_constant<int, 9>());
+        case 10: return with(std::integral_constant<int, 10>());
+        case 11: return with(std::integral_constant<int, 11>());
+        case 12: return with(std::integral_constant<int, 12>());
+    }
+}
+
+// Rows in passes of nearly equal counts: body(first, count as a constant).
+template <class Body> inline void in_passes(long num_rows, const Body& body, long most = ROWS) {
+    long num_passes = (num_rows + most - 1) / most;
+    for (long index = 0; index < num_passes; ++index) {
+        long begin = index * num_rows / num_passes, end = (index + 1) * num_rows / num_passes;
+        counted(end - begin, [&](auto count) { body(begin, count); });
+    }
+}
+
+// --- a linear layer ---------------------------------------------------------------------------------------------
+
+enum Form : long { FLOATS, PAIRS, BYTES, NIBBLES };
+enum Finish : long { PLAIN, SILU_GATED, GELU_GATED };
+
+struct Weight {  // as kernels/cpu/native_matrix.py has it
+    const uint8_t* panels;
+    const float* scales;   // BYTES: [columns of panels]; NIBBLES: panel by panel, group by group, 32 scales and 32 shifts
+    const float* bias;     // [columns of panels], or null
+    long form, num_k, num_columns, group;  // num_columns: of the result, half the panels' where gated
+    long finish;
+};
+
+inline long panels_of(const Weight& w) {
+    long width = w.finish == PLAIN ? PANEL : LANES;
+    return (w.num_columns + width - 1) / width;
+}
+
+template <class T, class Out> inline void finish_row(const Weight& w, long panel, __m512 low, __m512 high, Out* out) {
+    if (w.form == BYTES) {
+        low = _mm512_mul_ps(low, load(w.scales + panel * PANEL));
+        high = _mm512_mul_ps(high, load(w.scales + panel * PANEL + LANES));
+    }
+    if (w.bias) {
+        low = _mm512_add_ps(low, load(w.bias + panel * PANEL));
+        high = _mm512_add_ps(high, load(w.bias + panel * PANEL + LANES));
+    }
+    if (w.finish == PLAIN) {
+        store(out + panel * PANEL, low, first(w.num_columns - panel * PANEL));
+        store(out + panel * PANEL + LANES, high, first(w.num_columns - panel * PANEL - LANES));
+        return;
+    }
+    __m512 gate = rounded<T>(low), up = rounded<T>(high);
+    gate = rounded<T>(w.finish == SILU_GATED ? silu(gate) : gelu_tanh(gate));
+    store(out + panel * LANES, _mm512_mul_ps(gate, up), first(w.num_columns - panel * LANES));
+}
+
+// Rows times one panel. sums: of each row's groups, [rows, groups]; NIBBLES only.
+template <class W, class T, class Out> inline void linear_panel(
+    const Weight& w, const uint8_t* panel, long number, const T* a, const float* sums, long num_rows, Out* out
+) {
+    long num_groups = w.form == NIBBLES ? w.num_k / w.group : 1, num_steps = w.num_k / num_groups / W::PER_STEP;
+    in_passes(num_rows, [&](long begin, auto count) {
+        __m512 total[count][2] = {};
+        if (w.form != NIBBLES) {
+            pass<W>(a + begin * w.num_k, w.num_k, panel, num_steps, total);
+        } else {
+            for (long group = 0; group < num_groups; ++group) {
+                __m512 acc[count][2] = {};
+                long from = group * num_steps;
+                const uint8_t* part = panel + W::panel_bytes(from * W::PER_STEP);
+                pass<W>(a + begin * w.num_k + from * W::PER_STEP, w.num_k, part, num_steps, acc);
+                const float* scales = w.scales + (number * num_groups + group) * 2 * PANEL;
+                for (int row = 0; row < count; ++row) {
+                    __m512 sum = _mm512_set1_ps(sums[(begin + row) * num_groups + group]);
+                    for (int half = 0; half < 2; ++half) {
+                        __m512 scaled = _mm512_fmadd_ps(acc[row][half], load(scales + half * LANES), total[row][half]);
+                        total[row][half] = _mm512_fmadd_ps(sum, load(scales + PANEL + half * LANES), scaled);
+                    }
+                }
+            }
+        }
+        for (int row = 0; row < count; ++row)
+            finish_row<T>(w, number, total[row][0], total[row][1], out + (begin + row) * w.num_columns);
+    }, w.form == NIBBLES ? ROWS / 2 : ROWS);  // a group's sums and the whole ones: twice the accumulators
+}
+
+// One panel of whole numbers as bfloat16.
+template <class W> inline const uint8_t* unpacked(const uint8_t* panel, long num_k) {
+    thread_local std::vector<uint8_t> space;
+    space.resize(Pairs::panel_bytes(num_k));
+    const W weights;
+    for (long step = 0; step < num_k / 2; ++step) {
+        Step b = weights.at(panel, step);
+        _mm512_storeu_si512(space.data() + step * 128, b.low);
+        _mm512_storeu_si512(space.data() + step * 128 + 64, b.high);
+    }
+    return space.data();
+}
+
+constexpr long UNPACK_ROWS = 24;  // more: a panel of whole numbers is unpacked once for all rows
+
+template <class W, class T, class Out> inline void linear_as(
+    const Weight& w, const T* a, const float* sums, long num_rows, Out* out
+) {
+    long num_panels = panels_of(w), num_chunks = (num_rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
+    long num_parts = std::min(num_panels, Threads::here().size() > 1 ? TASKS_PER_THREAD * Threads::here().size() : 1);
+    long num_groups = w.form == NIBBLES ? w.num_k / w.group : 1;
+    Threads::here().run(num_chunks * num_parts, [&](long task) {
+        long chunk = task / num_parts, part = task % num_parts;
+        long begin = chunk * CHUNK_ROWS, count = std::min((long)CHUNK_ROWS, num_rows - begin);
+        const float* own = sums ? sums + begin * num_groups : nullptr;
+        for (long number = part * num_panels / num_parts; number < (part + 1) * num_panels / num_parts; ++number) {
+            const uint8_t* panel = w.panels + number * W::panel_bytes(w.num_k);
+            const T* rows = a + begin * w.num_k;
+            Out* to = out + begin * w.num_columns;
+            if constexpr (!std::is_same_v<W, Floats> && !std::is_same_v<W, Pairs>) {
+                if (num_rows > UNPACK_ROWS) {
+                    linear_panel<Pairs>(w, unpacked<W>(panel, w.num_k), number, rows, own, count, to);
+                    continue;
+                }
+            }
+            linear_panel<W>(w, panel, number, rows, own, count, to);
+        }
+    });
+}
+
+inline std::vector<float> group_sums(const bf16* a, long num_rows, long num_k, long group) {
+    std::vector<float> sums(num_rows * num_k / group);
+    for (long index = 0; index < (long)sums.size(); ++index) {
+        __m512 sum = _mm512_setzero_ps();
+        for (long k = 0; k < group; k += LANES) sum = _mm512_add_ps(sum, load(a + index * group + k));
+        sums[index] = _mm512_reduce_add_ps(sum);
+    }
+    return sums;
+}
+
+// a: [num_rows, num_k] -> out: [num_rows, num_columns]
+template <class Out> inline void linear(const Weight& w, const void* a, long num_rows, Out* out) {
+    switch (w.form) {
+        case FLOATS: return linear_as<Floats>(w, (const float*)a, nullptr, num_rows, out);
+        case PAIRS: return linear_as<Pairs>(w, (const bf16*)a, nullptr, num_rows, out);
+        case BYTES: return linear_as<Bytes>(w, (const bf16*)a, nullptr, num_rows, out);
+        case NIBBLES: {
+            auto sums = group_sums((const bf16*)a, num_rows, w.num_k, w.group);
+            return linear_as<Nibbles>(w, (const bf16*)a, sums.data(), num_rows, out);
+        }
+    }
+}
+
+// --- packing ----------------------------------------------------------------------------------------------------
+
+// The row of w [rows, num_k] that a panel's column is; -1: none. Where gated, the lower half of w is gates.
+inline long row_of(const Weight& w, long panel, long column) {
+    long at = w.finish == PLAIN ? panel * PANEL + column : panel * LANES + column % LANES;
+    if (at >= w.num_columns) return -1;
+    return w.finish == PLAIN || column < LANES ? at : w.num_columns + at;
+}
+
+// from: [rows, num_k] of `size` bytes each, or whole numbers of one byte; to: panels.
+template <class T> inline void pack(const Weight& w, const T* from, uint8_t* to) {
+    const int per_step = w.form == FLOATS ? 1 : 2;
+    Threads::here().run(panels_of(w), [&](long panel) {
+        for (long column = 0; column < PANEL; ++column) {
+            long row = row_of(w, panel, column);
+            for (long k = 0; k < w.num_k; ++k) {
+                T value = row < 0 ? T() : from[row * w.num_k + k];
+                long step = k / per_step, at = column * per_step + k % per_step;  // of the elements of a step
+                uint8_t* base;
+                switch (w.form) {
+                    case BYTES: {  // unpacking takes bytes 0 to 7 of each 16 into the lower vector
+                        long half = at / PANEL, word = at % PANEL, lane = word / 8;
+                        base = to + panel * Bytes::panel_bytes(w.num_k) + step * 64;
+                        int8_t number = (int8_t)value;
+                        base[lane * 16 + half * 8 + word % 8] =
+                            (uint8_t)(number < 0 ? 0x80 | -number : number);
+                        break;
+                    }
+                    case NIBBLES: {
+                        long half = at / PANEL, word = at % PANEL;
+                        base = to + panel * Nibbles::panel_bytes(w.num_k) + step * 32 + word;
+                        uint8_t nibble = (uint8_t)(((int)value + 8) & 15);
+                        *base = half ? (uint8_t)(*base & 15) | (uint8_t)(nibble << 4) : nibble;
+                        break;
+                    }
+                    default:
+                        base = to + (panel * w.num_k / per_step + step) * 128;
+                        std::memcpy(base + at * sizeof(T), &value, sizeof(T));
+                }
+            }
+        }
+    });
+}

@@ -1,0 +1,68 @@
+// Vectors of 16 lanes: types, conversions, exp, sums in a fixed order.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+using bf16 = uint16_t;  // the upper half of a float
+
+constexpr int LANES = 16;
+
+inline __m512 wide(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+
+inline __m256i narrow(__m512 x) {  // to nearest, ties to even; as torch rounds
+#ifdef __AVX512BF16__
+    return (__m256i)_mm512_cvtneps_pbh(x);
+#else
+    __m512i bits = _mm512_castps_si512(x);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    rounded = _mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc00000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+#endif
+}
+
+inline __mmask16 first(long count) { return count >= LANES ? 0xffff : count <= 0 ? 0 : (__mmask16)((1u << count) - 1); }
+
+// Lanes that a mask leaves out are neither read nor written.
+inline __m512 load(const float* from, __mmask16 mask = 0xffff) { return _mm512_maskz_loadu_ps(mask, from); }
+inline __m512 load(const bf16* from, __mmask16 mask = 0xffff) { return wide(_mm256_maskz_loadu_epi16(mask, from)); }
+inline void store(float* to, __m512 x, __mmask16 mask = 0xffff) { _mm512_mask_storeu_ps(to, mask, x); }
+inline void store(bf16* to, __m512 x, __mmask16 mask = 0xffff) { _mm256_mask_storeu_epi16(to, mask, narrow(x)); }
+
+// What a value is after it was stored as T.
+template <class T> inline __m512 rounded(__m512 x);
+template <> inline __m512 rounded<float>(__m512 x) { return x; }
+template <> inline __m512 rounded<bf16>(__m512 x) { return wide(narrow(x)); }
+
+// e^x to about one unit in the last place; 0 below -87.3, also for -inf. Cephes' polynomial.
+inline __m512 exp_of(__m512 x) {
+    const __m512 lowest = _mm512_set1_ps(-87.33654f);
+    __mmask16 is_zero = _mm512_cmp_ps_mask(x, lowest, _CMP_LT_OQ);
+    x = _mm512_min_ps(_mm512_max_ps(x, lowest), _mm512_set1_ps(88.3762626f));
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+    p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+    return _mm512_maskz_scalef_ps((__mmask16)~is_zero, p, n);
+}
+
+inline __m512 silu(__m512 x) {
+    __m512 divisor = _mm512_add_ps(_mm512_set1_ps(1.0f), exp_of(_mm512_sub_ps(_mm512_setzero_ps(), x)));
+    return _mm512_div_ps(x, divisor);
+}
+
+// gelu's tanh approximation (Hendrycks and Gimpel, 2016) as g / (1 + exp(-2u)), u = sqrt(2 / pi) (g + 0.044715 g^3).
+inline __m512 gelu_tanh(__m512 x) {
+    __m512 inner = _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(0.044715f), _mm512_set1_ps(1.0f));
+    inner = _mm512_mul_ps(_mm512_mul_ps(inner, x), _mm512_set1_ps(-1.5957691216057308f));
+    return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), exp_of(inner)));
+}
