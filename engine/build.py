@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from llguidance import LLTokenizer
 
+from engine.config import Quantization
 from engine.engine import Engine
 from engine.grammar import Grammars, read_vocabulary
 from engine.host_tier import HostTier
@@ -22,6 +23,9 @@ from engine.ranks import ONE_RANK, Ranks
 from engine.ring import RingPool, StagingRing
 from engine.setup import EngineSetup
 from engine.shares import rank_layout
+from kernels.reference.quantized import Bits
+
+_BITS: dict[Quantization, Bits] = {"none": 16, "int8": 8, "int4": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,10 @@ def build_model_runner(setup: EngineSetup, pool: SharedPool | None, ranks: Ranks
     if device != "cpu":
         weights = {name: tensor.to(device) for name, tensor in weights.items()}
     with torch.inference_mode():
-        model = build_model(split_config(setup.model, share), weights, block_size, setup.batch_invariant, ranks)
+        model = build_model(
+            split_config(setup.model, share), weights, block_size, setup.batch_invariant, ranks, setup.config.kernels,
+            _BITS[setup.quantization],
+        )  # fmt: skip
         cache = KVCache(rank_layout(setup.layout, share), setup.spec.num_blocks, device, pool)
     return TorchRunner(model, cache, block_size, device, grammars_of(setup))
 

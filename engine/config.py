@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+Quantization = Literal["none", "int8", "int4"]
+
 
 class StrictModel(BaseModel):
     """Unknown keys are refused, nothing changes after load."""
@@ -21,6 +23,10 @@ class ModelSource(StrictModel):
     )
     served_name: str | None = Field(default=None, description="name in the API; the reference's last part when null")
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="type of weights and KV")
+    quantization: Quantization = Field(
+        default="none",
+        description="of linear layers' weights, when they are loaded: int8 by rows, int4 in groups of 32 (head: int8)",
+    )
     max_context: int | None = Field(
         default=None, ge=8, description="longest prompt + output in tokens; the model's own when null"
     )
@@ -34,6 +40,12 @@ class ModelSource(StrictModel):
     pooling: Literal["auto", "last", "mean"] = Field(
         default="auto", description="how hidden states become an embedding; auto: as the model's files say, if they do"
     )
+
+    @model_validator(mode="after")
+    def _numbers_fit(self) -> ModelSource:
+        if self.quantization != "none" and self.dtype != "bfloat16":
+            raise ValueError(f"quantization {self.quantization} needs dtype bfloat16")
+        return self
 
 
 class EngineConfig(StrictModel):
@@ -63,6 +75,9 @@ class EngineConfig(StrictModel):
     )
     pool: Literal["auto", "mapped", "ring"] = Field(
         default="auto", description="mapped: peers map the KV pool; ring: they read it through a ring; auto: by device"
+    )
+    kernels: Literal["auto", "torch"] = Field(
+        default="auto", description="auto: native code where it can be compiled for the processor; torch: never that"
     )
     threads: int = Field(default=1, ge=1, description="CPU threads of one engine")
     calibrate_s: float = Field(

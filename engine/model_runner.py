@@ -25,6 +25,7 @@ from engine.scheduler import Batch, Scheduled
 from engine.step_plan import StepPlan
 from engine.types import ErrorInfo, Sampled, SamplingParams, TokenLogprob
 from kernels.dispatch import Kernels, backend_for
+from kernels.reference.quantized import Bits
 
 
 class TorchRunner:
@@ -106,12 +107,14 @@ def _prompt_logprobs(item: Scheduled, rows: np.ndarray) -> tuple[TokenLogprob, .
 
 def build_model(
     config: ModelConfig, weights: Weights, block_size: int, batch_invariant: bool, ranks: Ranks = ONE_RANK,
-    kernels: Kernels = "auto",
+    kernels: Kernels = "auto", bits: Bits = 16,
 ) -> Decoder:  # fmt: skip
-    """A model whose row counts keep results independent of the batch, if wanted. Empties `weights`.
+    """A model whose row counts keep results independent of the batch, if wanted. Empties `weights`. `bits`: of its
+    linear layers' weights.
 
     Raises ModelError if this machine cannot keep them so for weights of these shapes."""
-    model = Decoder(config, weights, backend_for(weights["model.embed_tokens.weight"], kernels), ranks)
+    backend = backend_for(weights["model.embed_tokens.weight"], kernels, batch_invariant)
+    model = Decoder(config, weights, backend, ranks, bits)
     if batch_invariant:
         try:
             model.backend.settle(model.heads, block_size, ranks.agree)

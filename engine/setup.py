@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from engine.config import EngineConfig, ModelSource
+from engine.config import EngineConfig, ModelSource, Quantization
 from engine.engine import EngineSpec
 from engine.errors import ModelError
 from engine.layer_groups import LayerGroups
@@ -32,6 +32,7 @@ class EngineSetup:
     config: EngineConfig
     dtype: str
     batch_invariant: bool
+    quantization: Quantization = "none"
     num_ranks: int = 1  # of the worker; `layout` and `model` are of all of them together
 
 
@@ -68,9 +69,12 @@ def plan_engine(
         limits, config.num_blocks, model.max_context, model.vocab_size, frozenset(model.eos_token_ids), hash_key,
         LayerGroups.of(layout, layer_group_bytes if config.device == "cpu" else 0),
     )  # fmt: skip
-    cohort = layout_hash(layout, files.name, fingerprint(files))
+    name = files.name if source.quantization == "none" else f"{files.name} in {source.quantization}"
+    cohort = layout_hash(layout, name, fingerprint(files))
     invariant = source.dtype == "float32" if config.batch_invariant is None else config.batch_invariant
-    return EngineSetup(files, model, spec, layout, cohort, config, source.dtype, invariant, num_ranks)
+    return EngineSetup(
+        files, model, spec, layout, cohort, config, source.dtype, invariant, source.quantization, num_ranks
+    )
 
 
 def fingerprint(files: ModelFiles) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from kernels.reference.ladder import Ladders
+from kernels.reference.quantized import Bits
 
 Gate = Literal["silu", "gelu_tanh"]
 Agree = Callable[[Ladders], Ladders]  # of all ranks
@@ -113,6 +114,10 @@ class DenseLayer:
 class Stack(Protocol):
     """All layers of a model at once."""
 
+    def takes(self, num_rows: int) -> bool:
+        """Is that the faster way for so many?"""
+        ...
+
     def __call__(
         self, hidden: torch.Tensor, k: torch.Tensor, v: torch.Tensor, places: Groups[tuple[int, int]],
         groups: Groups[GroupPlace], stored: Callable[[int], None] | None,
@@ -146,8 +151,11 @@ class Attention(Protocol):
 class Backend(Protocol):
     """Computes layers on one device for one type."""
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None, gate: Gate | None = None) -> Linear:
-        """weight: [out, in]; bias: [out]. May copy them: drop the originals."""
+    def linear(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, gate: Gate | None = None, bits: Bits = 16
+    ) -> Linear:  # fmt: skip
+        """weight: [out, in], kept with so many bits (kernels/reference/quantized.py); bias: [out]. May copy them: drop
+        the originals."""
         ...
 
     def attention(self, heads: Heads, norms: Norms) -> Attention: ...

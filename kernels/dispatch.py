@@ -11,7 +11,7 @@ import torch
 from kernels.backend import Backend
 from kernels.cpu import attention as cpu_attention
 from kernels.cpu.native.backend import NativeBackend
-from kernels.cpu.native.library import load_library
+from kernels.cpu.native.library import NAMES, has_amx, load_library
 from kernels.cpu.packed import PackedMatrix, can_pack
 from kernels.reference import records
 from kernels.reference.attention import weigh_by_tiles
@@ -52,13 +52,15 @@ def prepare(weight: torch.Tensor) -> Matrix:
     return PlainMatrix(weight)
 
 
-def backend_for(like: torch.Tensor, kernels: Kernels = "auto") -> Backend:
+def backend_for(like: torch.Tensor, kernels: Kernels, is_invariant: bool) -> Backend:
     """What computes layers on this tensor's device for its type. native: our own code for processors with AVX-512,
-    which a compiler makes once for a machine; auto: that where it can be had."""
-    if like.device.type == "cpu" and kernels != "torch":
-        native = load_library()
-        if native is not None:
-            return NativeBackend(native, like.dtype, torch.get_num_threads())
+    which a compiler makes once for a machine; auto: that where it can be had. is_invariant: a row's bits must not
+    depend on how many rows there are (`Backend.settle`)."""
+    if like.device.type == "cpu" and like.dtype in NAMES and kernels != "torch":
+        library = load_library()
+        if library is not None:
+            is_tiled = not is_invariant and like.dtype == torch.bfloat16 and has_amx() and can_pack(like.dtype)
+            return NativeBackend(library, like.dtype, torch.get_num_threads(), is_tiled)
     return TorchBackend(like, prepare, weigh_for(like.device, like.dtype), query_tile(like.device))
 
 

@@ -21,6 +21,7 @@ from engine.models.rope import rope_tables
 from engine.planes import CacheLayout, Group
 from engine.ranks import ONE_RANK, Ranks
 from kernels.backend import Backend, DenseLayer, Gate, GroupPlace, Heads, Linear, Norms, Stack
+from kernels.reference.quantized import Bits
 
 Weights = dict[str, torch.Tensor]
 
@@ -52,9 +53,12 @@ class Results:
 class Decoder:
     """forward: a step's tokens -> what its sampled rows give. Writes the new KV, reads all of it from the cache."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, backend: Backend, ranks: Ranks = ONE_RANK) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: Weights, backend: Backend, ranks: Ranks = ONE_RANK, bits: Bits = 16
+    ) -> None:  # fmt: skip
         """Takes the layers' tensors out of `weights`, so that those which are stacked or packed are freed. With several
-        ranks, config and weights are this one's parts (engine/models/split.py)."""
+        ranks, config and weights are this one's parts (engine/models/split.py). Linear layers keep so many bits of a
+        weight; the head, to which words that differ little matter most, at least 8."""
         self.config = config
         self.ranks = ranks
         self.backend = backend
@@ -63,9 +67,9 @@ class Decoder:
         self.attention = backend.attention(self.heads, self.norms)
         self.embedding = weights["model.embed_tokens.weight"]  # [vocab, hidden]
         head = self.embedding if config.tie_embeddings else weights.pop("lm_head.weight")
-        self.head = backend.linear(head, None)
+        self.head = backend.linear(head, None, bits=bits if bits == 16 else 8)
         self.norm = weights["model.norm.weight"]
-        build = _LayerBuilder(config, weights, backend)
+        build = _LayerBuilder(config, weights, backend, bits)
         self.layers = [build.layer(index) for index in range(config.num_layers)]
         self.stack = self._stack()
         self.rope, self.local_rope = rope_tables(config, self.embedding.device)
@@ -77,7 +81,7 @@ class Decoder:
         attention, since each stores its KV before."""
         hidden = self._embed(step.token_ids) * self._scale  # [padded_rows, hidden]
         groups = self._groups(step, cache.layout.groups)
-        if self.stack is not None:
+        if self.stack is not None and self.stack.takes(hidden.shape[0]):
             k, v = cache.planes["k"], cache.planes["v"]
             hidden, added = self.stack(hidden, k, v, _in_order(cache.layout), groups, stored)
         else:
@@ -153,10 +157,11 @@ def _dense(layer: Layer, mlp: Mlp) -> DenseLayer:
 class _LayerBuilder:
     """Takes the parts of layers out of `weights`."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, backend: Backend) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, backend: Backend, bits: Bits) -> None:
         self._config = config
         self._weights = weights
         self._backend = backend
+        self._bits: Bits = bits
 
     def layer(self, index: int) -> Layer:
         config, prefix = self._config, f"model.layers.{index}."
@@ -180,18 +185,20 @@ class _LayerBuilder:
         assert self._config.moe is not None
         count = self._config.moe.num_experts
         experts = tuple(self._mlp(f"{prefix}mlp.experts.{index}.") for index in range(count))
-        return Experts(self._linear(prefix, ("mlp.gate",)), experts)
+        return Experts(self._linear(prefix, ("mlp.gate",), bits=16), experts)
 
     def _mlp(self, prefix: str) -> Mlp:
         gate = "silu" if self._config.activation == "silu" else "gelu_tanh"
         return Mlp(self._linear(prefix, ("gate_proj", "up_proj"), gate), self._linear(prefix, ("down_proj",)))
 
-    def _linear(self, prefix: str, names: Names[str], gate: Gate | None = None) -> Linear:
+    def _linear(
+        self, prefix: str, names: Names[str], gate: Gate | None = None, bits: Bits | None = None
+    ) -> Linear:  # fmt: skip
         """Of stacked projections that read the same input."""
         parts = [self._take(f"{prefix}{name}.weight") for name in names]
         biases = [bias for name in names if (bias := self._weights.pop(f"{prefix}{name}.bias", None)) is not None]
         weight = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return self._backend.linear(weight, torch.cat(biases) if biases else None, gate)
+        return self._backend.linear(weight, torch.cat(biases) if biases else None, gate, bits or self._bits)
 
     def _take(self, name: str) -> torch.Tensor:
         return self._weights.pop(name)

@@ -11,10 +11,9 @@ import torch
 from kernels.backend import Agree, Call, DenseLayer, Gate, GroupCalls, GroupPlace, Heads, Norms
 from kernels.reference.attention import Segment, make_segment, paged_attention, tile_tokens
 from kernels.reference.ladder import FREE_LADDERS, Ladders, Weigh, linear, measure_attention, measure_linear
-from kernels.reference.layers import apply_rope, gelu_tanh_and_mul, rms_norm, silu_and_mul, store_kv
+from kernels.reference.layers import GATES, apply_rope, rms_norm, store_kv
 from kernels.reference.matrix import Matrix
-
-_GATES = {"silu": silu_and_mul, "gelu_tanh": gelu_tanh_and_mul}
+from kernels.reference.quantized import Bits, quantize
 
 
 class TorchBackend:
@@ -31,8 +30,11 @@ class TorchBackend:
         self._prepare = prepare
         self._shapes: dict[torch.Size, Matrix] = {}  # one weight of each shape
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None, gate: Gate | None = None) -> TorchLinear:
-        matrix = self._prepare(weight)
+    def linear(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, gate: Gate | None = None, bits: Bits = 16
+    ) -> TorchLinear:  # fmt: skip
+        quantized = quantize(weight, bits)
+        matrix = self._prepare(weight if quantized is None else quantized.restored().to(weight.dtype))
         self._shapes.setdefault(matrix.shape, matrix)
         return TorchLinear(self, matrix, bias, gate)
 
@@ -68,7 +70,7 @@ class TorchLinear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         out = linear(x, self.matrix, self.bias, self.backend.ladders.linear)
-        return out if self.gate is None else _GATES[self.gate](out)
+        return out if self.gate is None else GATES[self.gate](out)
 
 
 class TorchAttention:

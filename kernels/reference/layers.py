@@ -45,6 +45,9 @@ def gelu_tanh_and_mul(x: torch.Tensor) -> torch.Tensor:
     return torch.div(wide, divisor, out=divisor).to(x.dtype).mul_(up)
 
 
+GATES = {"silu": silu_and_mul, "gelu_tanh": gelu_tanh_and_mul}
+
+
 def store_kv(cache: torch.Tensor, new: torch.Tensor, block_ids: torch.Tensor, offsets: torch.Tensor) -> None:
     """Write new[i] ([tokens, heads, dim]) to cache[block_ids[i], :, offsets[i]] ([blocks, heads, block_size, dim])."""
     cache[block_ids, :, offsets] = new

@@ -20,6 +20,7 @@ from engine.models.store import resolve
 from engine.models.weights import load_weights
 from engine.planes import attention_layout
 from engine.types import Key
+from kernels.dispatch import Kernels
 from kernels.reference.layers import gelu_tanh_and_mul
 from tests.engine.tiny import (
     LogitRecorder,
@@ -95,7 +96,7 @@ class Saved:
     def logits(self, token_ids: list[int]) -> torch.Tensor:
         return self.model(torch.tensor([token_ids])).logits[0]
 
-    def check(self, **limits: int) -> None:
+    def check(self, **limits: Any) -> None:
         built = engine_of(self.config, self.weights, **limits)
         recorder = LogitRecorder(built.runner)
         prompts = [random_prompt(self.config, length, seed) for seed, length in enumerate(LENGTHS)]
@@ -120,9 +121,12 @@ def test_the_saved_config_reads_as_the_shape_that_was_saved(case: tuple[ModelCon
     assert saved.config.attention_scale == config.attention_scale
 
 
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
 @pytest.mark.parametrize("chunk", [1, 7, 256])
-def test_logits_equal_those_of_transformers_at_every_position(case: tuple[ModelConfig, Saved], chunk: int) -> None:
-    case[1].check(prefill_chunk=chunk)
+def test_logits_equal_those_of_transformers_at_every_position(
+    case: tuple[ModelConfig, Saved], chunk: int, kernels: Kernels
+) -> None:
+    case[1].check(prefill_chunk=chunk, kernels=kernels)
 
 
 @pytest.mark.parametrize(("config", "old"), [

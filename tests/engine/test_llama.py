@@ -17,6 +17,8 @@ from engine.model_runner import build_model
 from engine.models.config import ModelConfig, RopeScaling
 from engine.models.decoder import Weights
 from engine.types import Add, Key, Request
+from kernels.dispatch import Kernels
+from kernels.reference.quantized import Bits, quantize
 from tests.engine.tiny import (
     LogitRecorder,
     hf_model,
@@ -44,6 +46,9 @@ CONFIGS = {
 }  # fmt: skip
 LENGTHS = (1, 3, 16, 17, 37, 140)  # one token, on and beside block borders, and past the first key tile
 TOLERANCE = 1e-4
+
+
+KERNELS: tuple[Kernels, ...] = ("auto", "torch")
 
 
 @pytest.fixture(scope="module", params=CONFIGS, ids=str)
@@ -76,11 +81,14 @@ class Oracle:
             torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize(("chunk", "block_size"), [(256, 4), (1, 16), (7, 4), (7, 16)])
-def test_logits_equal_those_of_transformers_at_every_position(oracle: Oracle, chunk: int, block_size: int) -> None:
+def test_logits_equal_those_of_transformers_at_every_position(
+    oracle: Oracle, chunk: int, block_size: int, kernels: Kernels
+) -> None:
     built = tiny_engine(
         oracle.config, oracle.weights, block_size=block_size, num_blocks=400 // block_size, prefill_chunk=chunk,
-        prefix_cache=False, shuffle_seed=chunk,
+        prefix_cache=False, shuffle_seed=chunk, kernels=kernels,
     )  # fmt: skip
     oracle.check(built, oracle.prompts)
 
@@ -90,6 +98,34 @@ def test_logits_equal_those_of_transformers_without_batch_invariance(oracle: Ora
         oracle.config, oracle.weights, num_blocks=100, prefix_cache=False, batch_invariant=False, shuffle_seed=5
     )
     oracle.check(built, oracle.prompts)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_whole_numbers_give_the_logits_of_the_weights_that_they_keep(bits: Bits, kernels: Kernels) -> None:
+    """transformers' model gets what a weight of so many bits stands for; bfloat16 is rounded elsewhere, too."""
+    config = tiny_config(hidden_size=64, num_heads=4, head_dim=32, intermediate_size=96)
+    weights = random_weights(config, seed=3, dtype=torch.bfloat16)
+    kept = {name: _kept(name, weight, bits) for name, weight in weights.items()}
+    assert (kept["lm_head.weight"] != weights["lm_head.weight"]).any()
+    built = tiny_engine(config, weights, kernels=kernels, bits=bits, prefix_cache=False)
+    recorder, prompt = LogitRecorder(built.runner), random_prompt(config, 40, seed=1)
+    run(built.engine, recorder, [request("one", prompt, max_tokens=2)])
+    with torch.inference_mode():
+        wanted = hf_model(config, kept)(torch.tensor([prompt])).logits[0]
+        plain = hf_model(config, {name: weight.float() for name, weight in weights.items()})(torch.tensor([prompt]))
+    got = recorder.of(Key("one", 0))[: len(prompt)]
+    error, change = (got - wanted).norm(), (plain.logits[0] - wanted).norm()
+    assert error < 0.03 * wanted.norm()
+    assert bits == 8 or error < 0.5 * change, "the weights are not these numbers"
+
+
+def _kept(name: str, weight: torch.Tensor, bits: Bits) -> torch.Tensor:
+    if "norm" in name or "embed" in name:
+        return weight.float()
+    quantized = quantize(weight, 8 if name == "lm_head.weight" else bits)
+    assert quantized is not None
+    return quantized.restored()
 
 
 def test_a_chunk_longer_than_one_attention_call_equals_transformers() -> None:
@@ -115,8 +151,9 @@ ROOMY: dict[str, Any] = {"num_blocks": 120, "block_size": 16}
 class Invariance:
     """Sixteen requests of one model, and the logits of each alone, its prompt in one piece."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, kernels: Kernels) -> None:
         self.config = config
+        self.kernels: Kernels = kernels
         self.weights: Weights = random_weights(config, seed=11, dtype=dtype)
         prompts = [random_prompt(config, length, seed) for seed, length in enumerate(BATCH_LENGTHS)]
         self.requests = [request(str(index), prompt, max_tokens=4) for index, prompt in enumerate(prompts)]
@@ -124,8 +161,11 @@ class Invariance:
         for item in self.requests:
             self.alone |= self.compute([item], prefill_chunk=512, prefix_cache=False)
 
+    def engine(self, **limits: Any) -> BuiltEngine:
+        return tiny_engine(self.config, self.weights, kernels=self.kernels, **limits)
+
     def compute(self, requests: list[Request], **limits: Any) -> dict[Key, torch.Tensor]:
-        built = tiny_engine(self.config, self.weights, **(ROOMY | limits))
+        built = self.engine(**(ROOMY | limits))
         recorder = LogitRecorder(built.runner)
         tokens = run(built.engine, recorder, requests)
         assert all(len(tokens[item.key]) == 4 for item in requests)
@@ -137,10 +177,10 @@ class Invariance:
             assert torch.equal(logits, self.alone[key]), f"{key}: {(logits - self.alone[key]).abs().max()}"
 
 
-@pytest.fixture(scope="module", params=itertools.product(INVARIANT, ("float32", "bfloat16")), ids=str)
+@pytest.fixture(scope="module", params=itertools.product(INVARIANT, ("float32", "bfloat16"), KERNELS), ids=str)
 def invariance(request: pytest.FixtureRequest) -> Invariance:
-    name, dtype = request.param
-    return Invariance(INVARIANT[name], getattr(torch, dtype))
+    name, dtype, kernels = request.param
+    return Invariance(INVARIANT[name], getattr(torch, dtype), kernels)
 
 
 @pytest.mark.parametrize("num_seqs", [2, 3, 7, 16])
@@ -163,7 +203,9 @@ def test_the_block_size_changes_no_bit(invariance: Invariance) -> None:
 
 
 def test_a_prefix_found_in_the_cache_changes_no_bit(invariance: Invariance) -> None:
-    built = tiny_engine(invariance.config, invariance.weights, block_size=16, num_blocks=160, shuffle_seed=4)
+    built = tiny_engine(
+        invariance.config, invariance.weights, kernels=invariance.kernels, block_size=16, num_blocks=160, shuffle_seed=4
+    )
     recorder = LogitRecorder(built.runner)
     run(built.engine, recorder, invariance.requests)
     again = [replace(item, epoch=1) for item in invariance.requests]
@@ -179,10 +221,19 @@ def test_a_prefix_found_in_the_cache_changes_no_bit(invariance: Invariance) -> N
 def test_preemption_changes_no_bit(invariance: Invariance) -> None:
     """Sequences that lose their blocks are computed again, prompt and tokens in one."""
     requests = [replace(item, sampling=replace(item.sampling, max_tokens=24)) for item in invariance.requests[1:5]]
-    roomy = tiny_engine(invariance.config, invariance.weights, num_blocks=120, prefix_cache=False)
+    roomy = tiny_engine(
+        invariance.config, invariance.weights, kernels=invariance.kernels, num_blocks=120, prefix_cache=False
+    )
     wanted = LogitRecorder(roomy.runner)
     tokens = run(roomy.engine, wanted, requests)
-    tight = tiny_engine(invariance.config, invariance.weights, num_blocks=62, prefix_cache=False, max_batch_tokens=300)
+    tight = tiny_engine(
+        invariance.config,
+        invariance.weights,
+        kernels=invariance.kernels,
+        num_blocks=62,
+        prefix_cache=False,
+        max_batch_tokens=300,
+    )
     recorder = LogitRecorder(tight.runner)
     assert run(tight.engine, recorder, requests) == tokens
     assert tight.engine.stats().num_preemptions > 0
@@ -195,16 +246,30 @@ def test_a_seeded_stream_is_the_same_alone_and_in_a_batch(invariance: Invariance
         request(name, prompt, max_tokens=12, temperature=1.2, top_k=40, top_p=0.95, seed=seed)
         for seed, (name, prompt) in enumerate(prompts)
     ]
-    together = tiny_engine(invariance.config, invariance.weights, num_blocks=400, prefill_chunk=20, shuffle_seed=2)
+    together = tiny_engine(
+        invariance.config,
+        invariance.weights,
+        kernels=invariance.kernels,
+        num_blocks=400,
+        prefill_chunk=20,
+        shuffle_seed=2,
+    )
     tokens = run(together.engine, together.runner, requests)
     for item in requests:
-        alone = tiny_engine(invariance.config, invariance.weights, num_blocks=120)
+        alone = invariance.engine(num_blocks=120)
         assert run(alone.engine, alone.runner, [item])[item.key] == tokens[item.key]
 
 
 def test_logits_of_sampled_rows_equal_those_of_all_rows(invariance: Invariance) -> None:
     """What the recorder of these tests sees is what the runner samples from."""
-    built = tiny_engine(invariance.config, invariance.weights, block_size=16, num_blocks=120, prefix_cache=False)
+    built = tiny_engine(
+        invariance.config,
+        invariance.weights,
+        kernels=invariance.kernels,
+        block_size=16,
+        num_blocks=120,
+        prefix_cache=False,
+    )
     for item in invariance.requests[:6]:
         built.engine.handle(Add(item))
     batch = built.engine.begin()
@@ -229,6 +294,6 @@ class PlaceMatters(TorchFunctionMode):
 def test_a_machine_that_cannot_keep_rows_alike_is_refused_where_batch_invariance_is_wanted() -> None:
     config = tiny_config()
     with PlaceMatters(), pytest.raises(ModelError, match="batch_invariant cannot be had"):
-        build_model(config, random_weights(config, seed=0), block_size=4, batch_invariant=True)
+        build_model(config, random_weights(config, seed=0), block_size=4, batch_invariant=True, kernels="torch")
     with PlaceMatters():
-        build_model(config, random_weights(config, seed=0), block_size=4, batch_invariant=False)
+        build_model(config, random_weights(config, seed=0), block_size=4, batch_invariant=False, kernels="torch")

@@ -317,7 +317,8 @@ def test_a_second_turn_moves_only_what_the_target_has_not_kept(groups: tuple[Gro
 
 @given(st.data())
 def test_any_turns_on_a_pool_under_pressure_give_the_tokens_of_one_engine(data: st.DataObject) -> None:
-    source, target = Bench(num_blocks=120), Bench(num_blocks=data.draw(st.integers(45, 70)))
+    smallest = 3 * 17  # a table of three groups for the longest, 65 tokens: with less it would be refused
+    source, target = Bench(num_blocks=120), Bench(num_blocks=data.draw(st.integers(smallest, 70)))
     base = prompt_of(40, 3)
     for number in range(data.draw(st.integers(2, 6))):
         kept, own = data.draw(st.integers(0, 40)), prompt_of(data.draw(st.integers(1, 9)), 50 + number)

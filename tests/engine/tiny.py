@@ -29,6 +29,8 @@ from engine.models.weights import expected_shapes
 from engine.planes import attention_layout
 from engine.scheduler import Batch, SchedulerLimits
 from engine.types import Add, FinishReason, Key, Request, Sampled, SamplingParams, StepOutputs
+from kernels.dispatch import Kernels
+from kernels.reference.quantized import Bits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -155,7 +157,8 @@ def _hf_weights(config: ModelConfig, weights: Weights) -> Weights:
 
 def tiny_engine(
     config: ModelConfig, weights: Weights, *, num_blocks: int = 64, batch_invariant: bool = True,
-    shuffle_seed: int | None = None, host_tier_blocks: int = 0, grammars: Grammars | None = None, **limits: Any,
+    shuffle_seed: int | None = None, host_tier_blocks: int = 0, grammars: Grammars | None = None,
+    kernels: Kernels = "auto", bits: Bits = 16, **limits: Any,
 ) -> BuiltEngine:  # fmt: skip
     """An engine over a poisoned pool. `limits` replace fields of its SchedulerLimits; `weights` are left alone."""
     torch.set_num_threads(1)  # as engine.build does by default
@@ -170,7 +173,9 @@ def tiny_engine(
         bounds, num_blocks, config.max_context, config.vocab_size, frozenset(config.eos_token_ids), hash_key=b"tiny"
     )
     with torch.inference_mode():
-        model = build_model(config, dict(weights), bounds.block_size, batch_invariant)
+        model = build_model(
+            config, dict(weights), bounds.block_size, batch_invariant, kernels=kernels, bits=bits
+        )  # fmt: skip
         cache = KVCache(layout, num_blocks, "cpu", None)
         cache.fill(float("nan"))
     tier_bytes = host_tier_blocks * layout.bytes_per_block

@@ -54,6 +54,7 @@ public:
         long lowest = about_.window ? std::max(span.first_key, span.start + begin - about_.window + 1) : span.first_key;
         for (long key = lowest / KEYS * KEYS; key < last; key += KEYS) {
             pack_tile(span, kv_head, key, lowest, last);
+            ask_for(span, kv_head, key + KEYS, last);
             score(span, begin, key);
             weigh();
         }
@@ -85,6 +86,19 @@ private:
         for (long at = 0; at < KEYS; at += LANES)
             pack_keys(k + at, mine_.keys.data() + at / PANEL * PANEL * dim_, at % PANEL);
         pack_values(v);
+    }
+
+    // The blocks of a tile are scattered: where there is little to compute, the next one is on its way meanwhile.
+    void ask_for(const Span& span, long kv_head, long key, long last) const {
+        if (num_rows_ > ROWS) return;
+        long size = about_.block_size, bytes = size * dim_ * (long)sizeof(T);
+        for (long at = (key - span.first_key) / size; at * size + span.first_key < std::min(key + KEYS, last); ++at) {
+            long record = (about_.tables[span.table + at] * about_.num_kv_heads + kv_head) * size * dim_;
+            for (long byte = 0; byte < bytes; byte += 64) {
+                _mm_prefetch((const char*)(about_.k_cache + record) + byte, _MM_HINT_T1);
+                _mm_prefetch((const char*)(about_.v_cache + record) + byte, _MM_HINT_T1);
+            }
+        }
     }
 
     // 16 keys into lanes `lane` to `lane` + 15 of each step of a panel.
@@ -152,31 +166,35 @@ private:
         }
     }
 
-    // Scores of a tile, scaled; -inf where a row does not see.
+    // Scores of a tile, as powers of two; -inf where a row does not see.
     void score(const Span& span, long begin, long key) {
         mine_.scores.resize(num_rows_ * KEYS);
-        const __m512 scale = _mm512_set1_ps(about_.scale);
-        const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        const __m512 unseen = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+        const __m512 scale = _mm512_set1_ps(about_.scale * 1.44269504f);
+        long position = span.start + begin;  // of the first row
+        bool all_seen = key + KEYS <= position + 1 && !about_.window;
         for (long part = 0; part < KEYS; part += PANEL) {
             const uint8_t* panel = (const uint8_t*)(mine_.keys.data() + part * dim_);
             in_passes(num_rows_, [&](long from, auto count) {
                 __m512 acc[count][2] = {};
                 pass<W>(&mine_.queries[from * dim_], dim_, panel, dim_ / W::PER_STEP, acc);
-                for (int index = 0; index < count; ++index) {
-                    long row = from + index, position = span.start + begin + row / groups_;
-                    int high = (int)std::clamp(position - key - part, -1L, KEYS);  // the last place that it sees
-                    int low = about_.window ? (int)std::clamp(position - about_.window + 1 - key - part, -1L, KEYS) : -1;
-                    for (int half = 0; half < 2; ++half) {
-                        __m512i place = _mm512_add_epi32(lanes, _mm512_set1_epi32(half * LANES));
-                        __mmask16 is_seen = _mm512_cmple_epi32_mask(place, _mm512_set1_epi32(high));
-                        is_seen &= _mm512_cmpge_epi32_mask(place, _mm512_set1_epi32(low));
-                        __m512 scaled = _mm512_mask_mul_ps(unseen, is_seen, acc[index][half], scale);
-                        store(&mine_.scores[row * KEYS + part + half * LANES], scaled);
+                float* to = &mine_.scores[from * KEYS + part];
+                for (int row = 0; row < count; ++row, to += KEYS) {
+                    __m512 low = _mm512_mul_ps(acc[row][0], scale), high = _mm512_mul_ps(acc[row][1], scale);
+                    if (!all_seen) {
+                        long last = position + (from + row) / groups_ - key - part;
+                        low = seen(low, last), high = seen(high, last - LANES);
                     }
+                    store(to, low), store(to + LANES, high);
                 }
             });
         }
+    }
+
+    // -inf beyond place `last`, and before the window that ends there.
+    __m512 seen(__m512 scores, long last) const {
+        __mmask16 mask = first(last + 1);
+        if (about_.window) mask &= (__mmask16)~first(last + 1 - about_.window);
+        return _mm512_mask_mov_ps(_mm512_set1_ps(-std::numeric_limits<float>::infinity()), mask, scores);
     }
 
     // Scores become weights; the sums so far are turned to the new highest score, and the tile's are added.
@@ -192,11 +210,11 @@ private:
             bool is_seen = highest > -std::numeric_limits<float>::infinity();
             __m512 sum = _mm512_setzero_ps();
             for (int part = 0; part < KEYS / LANES; ++part) {
-                __m512 weight = is_seen ? exp_of(_mm512_sub_ps(x[part], _mm512_set1_ps(highest))) : sum;
+                __m512 weight = is_seen ? exp2_of(_mm512_sub_ps(x[part], _mm512_set1_ps(highest))) : sum;
                 store(&mine_.weights[row * KEYS + part * LANES], weight);
                 if (is_seen) sum = _mm512_add_ps(sum, rounded<T>(weight));
             }
-            float factor = is_seen ? _mm512_cvtss_f32(exp_of(_mm512_set1_ps(mine_.highest[row] - highest))) : 1.0f;
+            float factor = is_seen ? _mm512_cvtss_f32(exp2_of(_mm512_set1_ps(mine_.highest[row] - highest))) : 1.0f;
             mine_.sums[row] = mine_.sums[row] * factor + _mm512_reduce_add_ps(sum);
             mine_.highest[row] = highest;
             mine_.factors[row] = factor;

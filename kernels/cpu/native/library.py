@@ -17,10 +17,14 @@ from ctypes import POINTER, c_float, c_int, c_long, c_void_p
 from functools import cache
 from pathlib import Path
 
+import torch
+
 _SOURCES = Path(__file__).parent
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC", "-pthread", "-w")
 _NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
 _COMPILERS = ("c++", "g++")
+
+NAMES = {torch.float32: "float", torch.bfloat16: "bf16"}  # of the functions for a type
 
 _log = logging.getLogger("steelyard.kernels")
 
@@ -167,3 +171,12 @@ def _cpu_features() -> frozenset[str]:
     except OSError:
         return frozenset()
     return frozenset(next((line.split(":")[1] for line in text.splitlines() if line.startswith("flags")), "").split())
+
+
+def has_amx() -> bool:
+    """Has this processor tiles of bfloat16, which torch's oneDNN multiplies by?"""
+    return "amx_bf16" in _cpu_features()
+
+
+def pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

@@ -197,7 +197,8 @@ enum Finish : long { PLAIN, SILU_GATED, GELU_GATED };
 
 struct Weight {  // as kernels/cpu/native_matrix.py has it
     const uint8_t* panels;
-    const float* scales;   // BYTES: [columns of panels]; NIBBLES: panel by panel, group by group, 32 scales and 32 shifts
+    const void* scales;    // BYTES: floats, [columns of panels]; NIBBLES: halves, panel by panel and group by group 32
+                           // scales and 32 shifts
     const float* bias;     // [columns of panels], or null
     long form, num_k, num_columns, group;  // num_columns: of the result, half the panels' where gated
     long finish;
@@ -210,8 +211,9 @@ inline long panels_of(const Weight& w) {
 
 template <class T, class Out> inline void finish_row(const Weight& w, long panel, __m512 low, __m512 high, Out* out) {
     if (w.form == BYTES) {
-        low = _mm512_mul_ps(low, load(w.scales + panel * PANEL));
-        high = _mm512_mul_ps(high, load(w.scales + panel * PANEL + LANES));
+        const float* scales = (const float*)w.scales + panel * PANEL;
+        low = _mm512_mul_ps(low, load(scales));
+        high = _mm512_mul_ps(high, load(scales + LANES));
     }
     if (w.bias) {
         low = _mm512_add_ps(low, load(w.bias + panel * PANEL));
@@ -242,12 +244,13 @@ template <class W, class T, class Out> inline void linear_panel(
                 long from = group * num_steps;
                 const uint8_t* part = panel + W::panel_bytes(from * W::PER_STEP);
                 pass<W>(a + begin * w.num_k + from * W::PER_STEP, w.num_k, part, num_steps, acc);
-                const float* scales = w.scales + (number * num_groups + group) * 2 * PANEL;
-                for (int row = 0; row < count; ++row) {
-                    __m512 sum = _mm512_set1_ps(sums[(begin + row) * num_groups + group]);
-                    for (int half = 0; half < 2; ++half) {
-                        __m512 scaled = _mm512_fmadd_ps(acc[row][half], load(scales + half * LANES), total[row][half]);
-                        total[row][half] = _mm512_fmadd_ps(sum, load(scales + PANEL + half * LANES), scaled);
+                const __m256i* scales = (const __m256i*)w.scales + (number * num_groups + group) * 4;
+                for (int half = 0; half < 2; ++half) {
+                    __m512 scale = _mm512_cvtph_ps(scales[half]), shift = _mm512_cvtph_ps(scales[2 + half]);
+                    for (int row = 0; row < count; ++row) {
+                        __m512 sum = _mm512_set1_ps(sums[(begin + row) * num_groups + group]);
+                        total[row][half] = _mm512_fmadd_ps(acc[row][half], scale, total[row][half]);
+                        total[row][half] = _mm512_fmadd_ps(sum, shift, total[row][half]);
                     }
                 }
             }
