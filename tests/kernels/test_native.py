@@ -245,9 +245,10 @@ def test_code_that_does_not_compile_is_told_with_what_the_compiler_says(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     native(torch.float32)  # skips where there is no compiler
-    (tmp_path / "native.cpp").write_text("int broken(")
+    for name in native_library._PARTS:
+        (tmp_path / name).write_text("int broken(")
     monkeypatch.setattr(native_library, "_SOURCES", tmp_path)
-    with pytest.raises(OSError, match=r"failed: .*native\.cpp"):
+    with pytest.raises(OSError, match=r"failed: .*\.cpp"):
         native_library._compiled(tmp_path / "made")
     assert not list((tmp_path / "made").glob("*.so"))
 

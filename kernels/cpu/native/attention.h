@@ -169,7 +169,7 @@ private:
     // Scores of a tile, as powers of two; -inf where a row does not see.
     void score(const Span& span, long begin, long key) {
         mine_.scores.resize(num_rows_ * KEYS);
-        const __m512 scale = _mm512_set1_ps(about_.scale * 1.44269504f);
+        const __m512 scale = _mm512_set1_ps(about_.scale * LOG2_E);
         long position = span.start + begin;  // of the first row
         bool all_seen = key + KEYS <= position + 1 && !about_.window;
         for (long part = 0; part < KEYS; part += PANEL) {
@@ -214,7 +214,8 @@ private:
                 store(&mine_.weights[row * KEYS + part * LANES], weight);
                 if (is_seen) sum = _mm512_add_ps(sum, rounded<T>(weight));
             }
-            float factor = is_seen ? _mm512_cvtss_f32(exp2_of(_mm512_set1_ps(mine_.highest[row] - highest))) : 1.0f;
+            float change = mine_.highest[row] - highest;
+            float factor = is_seen && change < 0 ? _mm512_cvtss_f32(exp2_of(_mm512_set1_ps(change))) : 1.0f;
             mine_.sums[row] = mine_.sums[row] * factor + _mm512_reduce_add_ps(sum);
             mine_.highest[row] = highest;
             mine_.factors[row] = factor;

@@ -2,7 +2,7 @@
 #pragma once
 #include "attention.h"
 #include "layers.h"
-#include "products.h"
+#include "linear.h"
 
 template <class T> struct Layer {  // norms that a family has not are null
     const Weight *qkv, *out, *gate_up, *down;

@@ -14,20 +14,26 @@ template <class Work> inline void each_row(long num_rows, long width, const Work
     });
 }
 
+// work(at, mask) for each vector of a row.
+template <class Work> inline void each_vector(long width, const Work& work) {
+    long at = 0;
+    for (; at + LANES <= width; at += LANES) work(at, (__mmask16)0xffff);
+    if (at < width) work(at, first(width - at));
+}
+
 template <class T> inline void normed_row(T* out, const T* x, const T* weight, long width, float eps, bool is_wide) {
     __m512 squares = _mm512_setzero_ps();
-    for (long at = 0; at < width; at += LANES) {
-        __m512 value = load(x + at, first(width - at));
+    each_vector(width, [&](long at, __mmask16 mask) {
+        __m512 value = load(x + at, mask);
         squares = _mm512_fmadd_ps(value, value, squares);
-    }
+    });
     float mean = _mm512_reduce_add_ps(squares) / (float)width;
     __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(mean + eps));
-    for (long at = 0; at < width; at += LANES) {
-        __mmask16 mask = first(width - at);
+    each_vector(width, [&](long at, __mmask16 mask) {
         __m512 value = _mm512_mul_ps(load(x + at, mask), scale);
         if (!is_wide) value = rounded<T>(value);
         store(out + at, _mm512_mul_ps(value, load(weight + at, mask)), mask);
-    }
+    });
 }
 
 // hidden += added (where there is any); out = norm of hidden. All [num_rows, width].
@@ -37,10 +43,10 @@ template <class T> inline void add_rms_norm(
     each_row(num_rows, width, [&](long row) {
         T* own = hidden + row * width;
         if (added) {
-            for (long at = 0; at < width; at += LANES) {
-                __mmask16 mask = first(width - at);
-                store(own + at, _mm512_add_ps(load(own + at, mask), load(added + row * width + at, mask)), mask);
-            }
+            const T* other = added + row * width;
+            each_vector(width, [&](long at, __mmask16 mask) {
+                store(own + at, _mm512_add_ps(load(own + at, mask), load(other + at, mask)), mask);
+            });
         }
         if (out) normed_row(out + row * width, own, weight, width, eps, is_wide);
     });
@@ -57,12 +63,11 @@ template <class T> struct Store {  // where new keys and values go, and what hap
 };
 
 template <class T> inline void rope_head(T* x, const float* cos, const float* sin, long half) {
-    for (long at = 0; at < half; at += LANES) {
-        __mmask16 mask = first(half - at);
+    each_vector(half, [&](long at, __mmask16 mask) {
         __m512 a = load(x + at, mask), b = load(x + half + at, mask), c = load(cos + at, mask), s = load(sin + at, mask);
         store(x + at, _mm512_sub_ps(_mm512_mul_ps(a, c), _mm512_mul_ps(b, s)), mask);
         store(x + half + at, _mm512_add_ps(_mm512_mul_ps(b, c), _mm512_mul_ps(a, s)), mask);
-    }
+    });
 }
 
 // qkv: [num_rows, (num_heads + 2 num_kv_heads) head_dim]; q and k are turned in place, k and v of tokens are stored.

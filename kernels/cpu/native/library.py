@@ -13,6 +13,7 @@ import hashlib
 import logging
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, c_float, c_int, c_long, c_void_p
 from functools import cache
 from pathlib import Path
@@ -20,7 +21,8 @@ from pathlib import Path
 import torch
 
 _SOURCES = Path(__file__).parent
-_FLAGS = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC", "-pthread", "-w")
+_FLAGS = ("-std=c++20", "-march=native", "-fno-math-errno", "-fPIC", "-pthread", "-w")
+_PARTS = {"linear.cpp": "-O2", "nibbles.cpp": "-O3", "native.cpp": "-O3"}
 _NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
 _COMPILERS = ("c++", "g++")
 
@@ -30,7 +32,7 @@ _log = logging.getLogger("steelyard.kernels")
 
 
 class WeightStruct(ctypes.Structure):
-    """products.h, Weight."""
+    """linear.h, Weight."""
 
     _fields_ = [
         ("panels", c_void_p), ("scales", c_void_p), ("bias", c_void_p), ("form", c_long), ("num_k", c_long),
@@ -92,7 +94,7 @@ class PassStruct(ctypes.Structure):
 _NORM = (c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_float, c_int)
 _FUNCTIONS = {
     "set_threads": (c_int,),
-    "pack_weight": (POINTER(WeightStruct), c_void_p, c_void_p),
+    "pack_panels": (POINTER(WeightStruct), c_void_p, c_void_p),
     "multiply": (POINTER(WeightStruct), c_void_p, c_long, c_void_p, c_int),
     "add_rms_norm_float": _NORM, "add_rms_norm_bf16": _NORM,
     "rope_store_float": (c_void_p, POINTER(StoreStruct)), "rope_store_bf16": (c_void_p, POINTER(StoreStruct)),
@@ -113,8 +115,8 @@ def load_library() -> ctypes.CDLL | None:
     for name, arguments in _FUNCTIONS.items():
         getattr(library, name).argtypes = arguments
         getattr(library, name).restype = None
-    library.packed_bytes.argtypes = (POINTER(WeightStruct),)
-    library.packed_bytes.restype = c_long
+    library.panel_bytes_of.argtypes = (POINTER(WeightStruct),)
+    library.panel_bytes_of.restype = c_long
     return library
 
 
@@ -131,7 +133,7 @@ def _compiled(folder: Path) -> Path:
     compiler, version = _compiler()
     parts = [path.read_bytes() for path in sorted(_SOURCES.glob("*.[hc]*"))]
     digest = hashlib.blake2b(digest_size=12)
-    for part in (*parts, version, " ".join(_FLAGS).encode(), " ".join(sorted(features)).encode()):
+    for part in (*parts, version, repr((_FLAGS, _PARTS)).encode(), " ".join(sorted(features)).encode()):
         digest.update(hashlib.blake2b(part).digest())
     path = folder / f"native-{digest.hexdigest()}.so"
     folder.mkdir(parents=True, exist_ok=True)
@@ -146,11 +148,21 @@ def _compile(compiler: str, path: Path) -> None:
     _log.info("compiling kernels for this processor, once: some ten seconds")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
-        command = [compiler, *_FLAGS, "-o", str(made), str(_SOURCES / "native.cpp")]
-        done = subprocess.run(command, capture_output=True, timeout=300, check=False)
-        if done.returncode:
-            raise OSError(f"{compiler} failed: {done.stderr.decode(errors='replace').strip()[:500]}")
+        parts = [str(Path(folder) / f"{name}.o") for name in _PARTS]
+        commands = [
+            [compiler, *_FLAGS, level, "-c", "-o", part, str(_SOURCES / name)]
+            for part, (name, level) in zip(parts, _PARTS.items(), strict=True)
+        ]
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(_run, commands))
+        _run([compiler, *_FLAGS, "-shared", "-o", str(made), *parts])
         made.replace(path)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, timeout=300, check=False)
+    if done.returncode:
+        raise OSError(f"{command[0]} failed: {done.stderr.decode(errors='replace').strip()[:500]}")
 
 
 def _compiler() -> tuple[str, bytes]:

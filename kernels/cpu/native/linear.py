@@ -1,4 +1,4 @@
-"""Linear layers over packed panels (products.h).
+"""Linear layers over packed panels (linear.h).
 
 On a processor with AMX, oneDNN multiplies many rows of bfloat16 several times as fast as AVX-512 can. There a second
 copy of the weight is kept for that, unless a row's bits must not depend on how many there are.
@@ -17,7 +17,7 @@ from kernels.cpu.packed import PackedMatrix
 from kernels.reference.layers import GATES
 from kernels.reference.quantized import GROUP, Bits, Quantized, quantize
 
-_PLAIN_FORMS = {torch.float32: 0, torch.bfloat16: 1}  # products.h, Form
+_PLAIN_FORMS = {torch.float32: 0, torch.bfloat16: 1}  # linear.h, Form
 _BYTES, _NIBBLES = 2, 3
 _FINISHES: dict[Gate | None, int] = {None: 0, "silu": 1, "gelu_tanh": 2}
 _PANEL = 32  # columns, products.h
@@ -49,10 +49,10 @@ class NativeLinear:
         self._scales = None if quantized is None else _scales(quantized, gate)
         self.struct.bias = self._bias.data_ptr() if self._bias is not None else None
         self.struct.scales = self._scales.data_ptr() if self._scales is not None else None
-        self._panels = space.take(library.packed_bytes(self._reference))
+        self._panels = space.take(library.panel_bytes_of(self._reference))
         self.struct.panels = self._panels.data_ptr()
         source = weight.contiguous() if quantized is None else quantized.numbers
-        library.pack_weight(self._reference, source.data_ptr(), self.struct.panels)
+        library.pack_panels(self._reference, source.data_ptr(), self.struct.panels)
         self.tiled = PackedMatrix.of(weight) if is_tiled and quantized is None else None
         self._plain_bias = bias if self.tiled is not None else None
 
@@ -74,7 +74,7 @@ def _form(weight: torch.Tensor, quantized: Quantized | None) -> int:
 
 
 def _scales(quantized: Quantized, gate: Gate | None) -> torch.Tensor:
-    """As products.h, Weight has them."""
+    """As linear.h, Weight has them."""
     scales = _panelled(quantized.scales, gate)  # [panels, columns, groups]
     if quantized.shifts is None:
         return scales.contiguous()

@@ -2,28 +2,15 @@
 #include "attention.h"
 #include "decoder.h"
 #include "layers.h"
-#include "products.h"
+#include "linear.h"
 
 extern "C" {
 
 void set_threads(int count) { Threads::here().resize(count); }
 
-long packed_bytes(const Weight* w) {
-    switch (w->form) {
-        case FLOATS: return panels_of(*w) * Floats::panel_bytes(w->num_k);
-        case PAIRS: return panels_of(*w) * Pairs::panel_bytes(w->num_k);
-        case BYTES: return panels_of(*w) * Bytes::panel_bytes(w->num_k);
-        default: return panels_of(*w) * Nibbles::panel_bytes(w->num_k);
-    }
-}
+long panel_bytes_of(const Weight* w) { return packed_bytes(*w); }
 
-void pack_weight(const Weight* w, const void* from, uint8_t* to) {
-    switch (w->form) {
-        case FLOATS: return pack(*w, (const float*)from, to);
-        case PAIRS: return pack(*w, (const bf16*)from, to);
-        default: return pack(*w, (const int8_t*)from, to);
-    }
-}
+void pack_panels(const Weight* w, const void* from, uint8_t* to) { pack_weight(*w, from, to); }
 
 void multiply(const Weight* w, const void* a, long num_rows, void* out, int is_float) {
     return is_float ? linear(*w, a, num_rows, (float*)out) : linear(*w, a, num_rows, (bf16*)out);

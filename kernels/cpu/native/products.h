@@ -14,6 +14,7 @@ constexpr int PANEL = 2 * LANES;
 constexpr int ROWS = 12;             // of one pass: 24 accumulators, two vectors of weights
 constexpr int CHUNK_ROWS = 16 * ROWS;  // of a task: they stay in the second-level cache while panels go by
 constexpr long TASKS_PER_THREAD = 6;
+constexpr long FEWEST_AHEAD = 9, MOST_AHEAD = 48;  // rows: with fewer the processor sees what comes, with more it has time
 
 struct Step {
     __m512i low, high;  // columns 0 to 15 and 16 to 31
@@ -142,9 +143,9 @@ template <class W> inline __m512i spread(const typename W::Row* a) {  // one ste
     return _mm512_set1_epi32(bits);
 }
 
-// acc[i] += rows i times a panel, over `num_steps` steps.
-template <class W, int NUM> inline void pass(
-    const typename W::Row* a, long a_stride, const uint8_t* panel, long num_steps, __m512 (&acc)[NUM][2]
+// acc[i] += rows i times a panel, over `num_steps` steps. What lies `ahead` of each is asked for meanwhile, if anything.
+template <class W, bool LOOKS_AHEAD = false, int NUM> inline void pass(
+    const typename W::Row* a, long a_stride, const uint8_t* panel, long num_steps, __m512 (&acc)[NUM][2], long ahead = 0
 ) {
     const W weights;
     __m512 low[NUM], high[NUM];  // copies, so that they stay in registers
@@ -152,6 +153,10 @@ template <class W, int NUM> inline void pass(
     for (int row = 0; row < NUM; ++row) low[row] = acc[row][0], high[row] = acc[row][1];
     for (long step = 0; step < num_steps; ++step) {
         Step b = weights.at(panel, step);
+        if constexpr (LOOKS_AHEAD) {
+            const char* next = (const char*)panel + W::panel_bytes(step * W::PER_STEP) + ahead;
+            for (long byte = 0; byte < W::panel_bytes(W::PER_STEP); byte += 64) _mm_prefetch(next + byte, _MM_HINT_T1);
+        }
 #pragma GCC unroll 12
         for (int row = 0; row < NUM; ++row) {
             __m512i x = spread<W>(a + row * a_stride + step * W::PER_STEP);
@@ -188,181 +193,4 @@ template <class Body> inline void in_passes(long num_rows, const Body& body, lon
         long begin = index * num_rows / num_passes, end = (index + 1) * num_rows / num_passes;
         counted(end - begin, [&](auto count) { body(begin, count); });
     }
-}
-
-// --- a linear layer ---------------------------------------------------------------------------------------------
-
-enum Form : long { FLOATS, PAIRS, BYTES, NIBBLES };
-enum Finish : long { PLAIN, SILU_GATED, GELU_GATED };
-
-struct Weight {  // as kernels/cpu/native_matrix.py has it
-    const uint8_t* panels;
-    const void* scales;    // BYTES: floats, [columns of panels]; NIBBLES: halves, panel by panel and group by group 32
-                           // scales and 32 shifts
-    const float* bias;     // [columns of panels], or null
-    long form, num_k, num_columns, group;  // num_columns: of the result, half the panels' where gated
-    long finish;
-};
-
-inline long panels_of(const Weight& w) {
-    long width = w.finish == PLAIN ? PANEL : LANES;
-    return (w.num_columns + width - 1) / width;
-}
-
-template <class T, class Out> inline void finish_row(const Weight& w, long panel, __m512 low, __m512 high, Out* out) {
-    if (w.form == BYTES) {
-        const float* scales = (const float*)w.scales + panel * PANEL;
-        low = _mm512_mul_ps(low, load(scales));
-        high = _mm512_mul_ps(high, load(scales + LANES));
-    }
-    if (w.bias) {
-        low = _mm512_add_ps(low, load(w.bias + panel * PANEL));
-        high = _mm512_add_ps(high, load(w.bias + panel * PANEL + LANES));
-    }
-    if (w.finish == PLAIN) {
-        store(out + panel * PANEL, low, first(w.num_columns - panel * PANEL));
-        store(out + panel * PANEL + LANES, high, first(w.num_columns - panel * PANEL - LANES));
-        return;
-    }
-    __m512 gate = rounded<T>(low), up = rounded<T>(high);
-    gate = rounded<T>(w.finish == SILU_GATED ? silu(gate) : gelu_tanh(gate));
-    store(out + panel * LANES, _mm512_mul_ps(gate, up), first(w.num_columns - panel * LANES));
-}
-
-// Rows times one panel. sums: of each row's groups, [rows, groups]; NIBBLES only.
-template <class W, class T, class Out> inline void linear_panel(
-    const Weight& w, const uint8_t* panel, long number, const T* a, const float* sums, long num_rows, Out* out
-) {
-    long num_groups = w.form == NIBBLES ? w.num_k / w.group : 1, num_steps = w.num_k / num_groups / W::PER_STEP;
-    in_passes(num_rows, [&](long begin, auto count) {
-        __m512 total[count][2] = {};
-        if (w.form != NIBBLES) {
-            pass<W>(a + begin * w.num_k, w.num_k, panel, num_steps, total);
-        } else {
-            for (long group = 0; group < num_groups; ++group) {
-                __m512 acc[count][2] = {};
-                long from = group * num_steps;
-                const uint8_t* part = panel + W::panel_bytes(from * W::PER_STEP);
-                pass<W>(a + begin * w.num_k + from * W::PER_STEP, w.num_k, part, num_steps, acc);
-                const __m256i* scales = (const __m256i*)w.scales + (number * num_groups + group) * 4;
-                for (int half = 0; half < 2; ++half) {
-                    __m512 scale = _mm512_cvtph_ps(scales[half]), shift = _mm512_cvtph_ps(scales[2 + half]);
-                    for (int row = 0; row < count; ++row) {
-                        __m512 sum = _mm512_set1_ps(sums[(begin + row) * num_groups + group]);
-                        total[row][half] = _mm512_fmadd_ps(acc[row][half], scale, total[row][half]);
-                        total[row][half] = _mm512_fmadd_ps(sum, shift, total[row][half]);
-                    }
-                }
-            }
-        }
-        for (int row = 0; row < count; ++row)
-            finish_row<T>(w, number, total[row][0], total[row][1], out + (begin + row) * w.num_columns);
-    }, w.form == NIBBLES ? ROWS / 2 : ROWS);  // a group's sums and the whole ones: twice the accumulators
-}
-
-// One panel of whole numbers as bfloat16.
-template <class W> inline const uint8_t* unpacked(const uint8_t* panel, long num_k) {
-    thread_local std::vector<uint8_t> space;
-    space.resize(Pairs::panel_bytes(num_k));
-    const W weights;
-    for (long step = 0; step < num_k / 2; ++step) {
-        Step b = weights.at(panel, step);
-        _mm512_storeu_si512(space.data() + step * 128, b.low);
-        _mm512_storeu_si512(space.data() + step * 128 + 64, b.high);
-    }
-    return space.data();
-}
-
-constexpr long UNPACK_ROWS = 24;  // more: a panel of whole numbers is unpacked once for all rows
-
-template <class W, class T, class Out> inline void linear_as(
-    const Weight& w, const T* a, const float* sums, long num_rows, Out* out
-) {
-    long num_panels = panels_of(w), num_chunks = (num_rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
-    long num_parts = std::min(num_panels, Threads::here().size() > 1 ? TASKS_PER_THREAD * Threads::here().size() : 1);
-    long num_groups = w.form == NIBBLES ? w.num_k / w.group : 1;
-    Threads::here().run(num_chunks * num_parts, [&](long task) {
-        long chunk = task / num_parts, part = task % num_parts;
-        long begin = chunk * CHUNK_ROWS, count = std::min((long)CHUNK_ROWS, num_rows - begin);
-        const float* own = sums ? sums + begin * num_groups : nullptr;
-        for (long number = part * num_panels / num_parts; number < (part + 1) * num_panels / num_parts; ++number) {
-            const uint8_t* panel = w.panels + number * W::panel_bytes(w.num_k);
-            const T* rows = a + begin * w.num_k;
-            Out* to = out + begin * w.num_columns;
-            if constexpr (!std::is_same_v<W, Floats> && !std::is_same_v<W, Pairs>) {
-                if (num_rows > UNPACK_ROWS) {
-                    linear_panel<Pairs>(w, unpacked<W>(panel, w.num_k), number, rows, own, count, to);
-                    continue;
-                }
-            }
-            linear_panel<W>(w, panel, number, rows, own, count, to);
-        }
-    });
-}
-
-inline std::vector<float> group_sums(const bf16* a, long num_rows, long num_k, long group) {
-    std::vector<float> sums(num_rows * num_k / group);
-    for (long index = 0; index < (long)sums.size(); ++index) {
-        __m512 sum = _mm512_setzero_ps();
-        for (long k = 0; k < group; k += LANES) sum = _mm512_add_ps(sum, load(a + index * group + k));
-        sums[index] = _mm512_reduce_add_ps(sum);
-    }
-    return sums;
-}
-
-// a: [num_rows, num_k] -> out: [num_rows, num_columns]
-template <class Out> inline void linear(const Weight& w, const void* a, long num_rows, Out* out) {
-    switch (w.form) {
-        case FLOATS: return linear_as<Floats>(w, (const float*)a, nullptr, num_rows, out);
-        case PAIRS: return linear_as<Pairs>(w, (const bf16*)a, nullptr, num_rows, out);
-        case BYTES: return linear_as<Bytes>(w, (const bf16*)a, nullptr, num_rows, out);
-        case NIBBLES: {
-            auto sums = group_sums((const bf16*)a, num_rows, w.num_k, w.group);
-            return linear_as<Nibbles>(w, (const bf16*)a, sums.data(), num_rows, out);
-        }
-    }
-}
-
-// --- packing ----------------------------------------------------------------------------------------------------
-
-// The row of w [rows, num_k] that a panel's column is; -1: none. Where gated, the lower half of w is gates.
-inline long row_of(const Weight& w, long panel, long column) {
-    long at = w.finish == PLAIN ? panel * PANEL + column : panel * LANES + column % LANES;
-    if (at >= w.num_columns) return -1;
-    return w.finish == PLAIN || column < LANES ? at : w.num_columns + at;
-}
-
-// from: [rows, num_k] of `size` bytes each, or whole numbers of one byte; to: panels.
-template <class T> inline void pack(const Weight& w, const T* from, uint8_t* to) {
-    const int per_step = w.form == FLOATS ? 1 : 2;
-    Threads::here().run(panels_of(w), [&](long panel) {
-        for (long column = 0; column < PANEL; ++column) {
-            long row = row_of(w, panel, column);
-            for (long k = 0; k < w.num_k; ++k) {
-                T value = row < 0 ? T() : from[row * w.num_k + k];
-                long step = k / per_step, at = column * per_step + k % per_step;  // of the elements of a step
-                uint8_t* base;
-                switch (w.form) {
-                    case BYTES: {  // unpacking takes bytes 0 to 7 of each 16 into the lower vector
-                        long half = at / PANEL, word = at % PANEL, lane = word / 8;
-                        base = to + panel * Bytes::panel_bytes(w.num_k) + step * 64;
-                        int8_t number = (int8_t)value;
-                        base[lane * 16 + half * 8 + word % 8] =
-                            (uint8_t)(number < 0 ? 0x80 | -number : number);
-                        break;
-                    }
-                    case NIBBLES: {
-                        long half = at / PANEL, word = at % PANEL;
-                        base = to + panel * Nibbles::panel_bytes(w.num_k) + step * 32 + word;
-                        uint8_t nibble = (uint8_t)(((int)value + 8) & 15);
-                        *base = half ? (uint8_t)(*base & 15) | (uint8_t)(nibble << 4) : nibble;
-                        break;
-                    }
-                    default:
-                        base = to + (panel * w.num_k / per_step + step) * 128;
-                        std::memcpy(base + at * sizeof(T), &value, sizeof(T));
-                }
-            }
-        }
-    });
 }

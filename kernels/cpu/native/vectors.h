@@ -8,6 +8,7 @@
 using bf16 = uint16_t;  // the upper half of a float
 
 constexpr int LANES = 16;
+constexpr float LOG2_E = 1.44269504f;
 
 inline __m512 wide(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 
@@ -37,27 +38,12 @@ template <class T> inline __m512 rounded(__m512 x);
 template <> inline __m512 rounded<float>(__m512 x) { return x; }
 template <> inline __m512 rounded<bf16>(__m512 x) { return wide(narrow(x)); }
 
-// e^x to about one unit in the last place; 0 below -87.3, also for -inf. Cephes' polynomial.
-inline __m512 exp_of(__m512 x) {
-    const __m512 lowest = _mm512_set1_ps(-87.33654f);
-    __mmask16 is_zero = _mm512_cmp_ps_mask(x, lowest, _CMP_LT_OQ);
-    x = _mm512_min_ps(_mm512_max_ps(x, lowest), _mm512_set1_ps(88.3762626f));
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-    p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-    return _mm512_maskz_scalef_ps((__mmask16)~is_zero, p, n);
-}
-
-// 2^x for x up to 0, to about one unit in the last place; 0 below -150, also for -inf. Taylor's series of 2^r.
+// 2^x to about one unit in the last place, for x up to 127 and above that as for 127; 0 below -126, also for -inf.
+// Taylor's series of 2^r; n goes into the exponent as a whole number, since scalef is slow where it over- or underflows.
 inline __m512 exp2_of(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-160.0f));
+    const __m512 lowest = _mm512_set1_ps(-126.0f);
+    __mmask16 is_some = _mm512_cmp_ps_mask(x, lowest, _CMP_GE_OQ);
+    x = _mm512_min_ps(_mm512_max_ps(x, lowest), _mm512_set1_ps(127.0f));
     __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT), r = _mm512_sub_ps(x, n);
     __m512 p = _mm512_set1_ps(1.5403530e-4f);
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3333558e-3f));
@@ -66,17 +52,18 @@ inline __m512 exp2_of(__m512 x) {
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.4022651e-1f));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.9314718e-1f));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, n);
+    __m512i exponent = _mm512_slli_epi32(_mm512_cvtps_epi32(n), 23);
+    return _mm512_castsi512_ps(_mm512_maskz_add_epi32(is_some, _mm512_castps_si512(p), exponent));
 }
 
 inline __m512 silu(__m512 x) {
-    __m512 divisor = _mm512_add_ps(_mm512_set1_ps(1.0f), exp_of(_mm512_sub_ps(_mm512_setzero_ps(), x)));
-    return _mm512_div_ps(x, divisor);
+    __m512 power = exp2_of(_mm512_mul_ps(x, _mm512_set1_ps(-LOG2_E)));
+    return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), power));
 }
 
 // gelu's tanh approximation (Hendrycks and Gimpel, 2016) as g / (1 + exp(-2u)), u = sqrt(2 / pi) (g + 0.044715 g^3).
 inline __m512 gelu_tanh(__m512 x) {
     __m512 inner = _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(0.044715f), _mm512_set1_ps(1.0f));
-    inner = _mm512_mul_ps(_mm512_mul_ps(inner, x), _mm512_set1_ps(-1.5957691216057308f));
-    return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), exp_of(inner)));
+    inner = _mm512_mul_ps(_mm512_mul_ps(inner, x), _mm512_set1_ps(-1.5957691216057308f * LOG2_E));
+    return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), exp2_of(inner)));
 }
