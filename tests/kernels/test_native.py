@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,36 @@ def test_what_lies_in_unused_slots_changes_no_bit(dtype: torch.dtype) -> None:
         assert torch.equal(attend(native(dtype), case), wanted)
         for cache in (case.k_cache, case.v_cache):
             cache[cache == torch.tensor(rubbish).to(dtype)] = NAN
+
+
+def test_threads_may_change_in_number_while_engines_compute_side_by_side() -> None:
+    backend = native(torch.float32, 2)
+    layer, x = backend.linear(random(400, 64), None), random(40, 64, seed=1)
+    wanted, wrong = layer(x), list[int]()
+
+    def compute(seed: int) -> None:
+        for number in range(400):
+            if not torch.equal(layer(x), wanted):
+                wrong.append(number)
+            if number % 7 == seed:
+                backend.library.set_threads(1 + (number + seed) % 4)
+
+    threads = [threading.Thread(target=compute, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    native(torch.float32)
+    assert not wrong
+
+
+@TYPES
+def test_nan_in_a_slot_that_is_seen_shows(dtype: torch.dtype) -> None:
+    """Else tests that poison what must not be read would prove nothing."""
+    for plane in ("k_cache", "v_cache"):
+        case = make_case([150], 3, dtype=dtype)
+        getattr(case, plane)[case.blocks[0, 2], :, 1] = NAN
+        assert attend(native(dtype), case).isnan().all()
 
 
 @TYPES

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <functional>
 #include <mutex>
@@ -19,6 +20,7 @@ public:
 
     // So many, the caller's included.
     void resize(int count) {
+        count = std::min(count, (int)MOST - 1);
         std::lock_guard<std::mutex> guard(busy_);
         unsigned past = round_.load();
         for (int have = size_; have < count; ++have) std::thread([=, this] { serve(have, past); }).detach();
@@ -38,7 +40,10 @@ public:
         count_ = count;
         next_.store(0, std::memory_order_relaxed);
         running_.store(active_ - 1, std::memory_order_relaxed);
-        round_.fetch_add(1, std::memory_order_release);
+        // one word tells that there is a round and who takes part: a thread that slept through a change of their number
+        // must not mistake one round for another
+        unsigned number = round_.load(std::memory_order_relaxed) / MOST + 1;
+        round_.store(number * MOST + active_, std::memory_order_release);
         round_.notify_all();
         take();
         while (running_.load(std::memory_order_acquire)) _mm_pause();
@@ -47,6 +52,7 @@ public:
     int size() const { return active_; }
 
 private:
+    static constexpr unsigned MOST = 1024;  // threads
     static constexpr int SPINS = 4000;  // some 50 us: as long as a step's Python takes between two calls
 
     // A fork has the caller's thread only.
@@ -63,7 +69,7 @@ private:
                 else round_.wait(seen, std::memory_order_acquire);
             }
             seen = now;
-            if (number >= active_) continue;
+            if (number >= (int)(now % MOST)) continue;
             take();
             running_.fetch_sub(1, std::memory_order_release);
         }

@@ -38,12 +38,13 @@ template <class T> inline __m512 rounded(__m512 x);
 template <> inline __m512 rounded<float>(__m512 x) { return x; }
 template <> inline __m512 rounded<bf16>(__m512 x) { return wide(narrow(x)); }
 
-// 2^x to about one unit in the last place, for x up to 127 and above that as for 127; 0 below -126, also for -inf.
+// 2^x to about one unit in the last place, for x up to 127 and above that as for 127; 0 below -126, also for -inf; NaN
+// for NaN, which is why it comes second in min and max.
 // Taylor's series of 2^r; n goes into the exponent as a whole number, since scalef is slow where it over- or underflows.
 inline __m512 exp2_of(__m512 x) {
     const __m512 lowest = _mm512_set1_ps(-126.0f);
-    __mmask16 is_some = _mm512_cmp_ps_mask(x, lowest, _CMP_GE_OQ);
-    x = _mm512_min_ps(_mm512_max_ps(x, lowest), _mm512_set1_ps(127.0f));
+    __mmask16 is_some = _mm512_cmp_ps_mask(x, lowest, _CMP_NLT_UQ);
+    x = _mm512_min_ps(_mm512_set1_ps(127.0f), _mm512_max_ps(lowest, x));
     __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT), r = _mm512_sub_ps(x, n);
     __m512 p = _mm512_set1_ps(1.5403530e-4f);
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3333558e-3f));
