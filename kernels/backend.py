@@ -158,6 +158,11 @@ class Backend(Protocol):
         the originals."""
         ...
 
+    def norm_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """A norm's weight, as this backend reads it: everything that is asked for a norm's weight wants it so. It may
+        come in another type than the rest (engine/models/weights.py)."""
+        ...
+
     def attention(self, heads: Heads, norms: Norms) -> Attention: ...
 
     def stack(self, layers: Layers[DenseLayer], heads: Heads, norms: Norms) -> Stack | None:

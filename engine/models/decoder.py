@@ -68,7 +68,7 @@ class Decoder:
         self.embedding = weights["model.embed_tokens.weight"]  # [vocab, hidden]
         head = self.embedding if config.tie_embeddings else weights.pop("lm_head.weight")
         self.head = backend.linear(head, None, bits=bits if bits == 16 else 8)
-        self.norm = weights["model.norm.weight"]
+        self.norm = backend.norm_weight(weights["model.norm.weight"])
         build = _LayerBuilder(config, weights, backend, bits)
         self.layers = [build.layer(index) for index in range(config.num_layers)]
         self.stack = self._stack()
@@ -167,18 +167,18 @@ class _LayerBuilder:
         config, prefix = self._config, f"model.layers.{index}."
         qkv = self._linear(prefix, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
         out = self._linear(prefix, ("self_attn.o_proj",))
-        sandwich, after = config.sandwich_norms, self._take(f"{prefix}post_attention_layernorm.weight")
+        sandwich, after = config.sandwich_norms, self._norm(f"{prefix}post_attention_layernorm")
         return Layer(
-            attention_norm=self._take(f"{prefix}input_layernorm.weight"),
+            attention_norm=self._norm(f"{prefix}input_layernorm"),
             qkv=qkv,
-            q_norm=self._take(f"{prefix}self_attn.q_norm.weight") if config.qk_norm else None,
-            k_norm=self._take(f"{prefix}self_attn.k_norm.weight") if config.qk_norm else None,
+            q_norm=self._norm(f"{prefix}self_attn.q_norm") if config.qk_norm else None,
+            k_norm=self._norm(f"{prefix}self_attn.k_norm") if config.qk_norm else None,
             out=out,
             # Llama's post_attention_layernorm comes before the feed-forward part, Gemma's before the addition
             attention_out_norm=after if sandwich else None,
-            mlp_norm=self._take(f"{prefix}pre_feedforward_layernorm.weight") if sandwich else after,
+            mlp_norm=self._norm(f"{prefix}pre_feedforward_layernorm") if sandwich else after,
             mlp=self._experts(prefix) if config.has_experts(index) else self._mlp(f"{prefix}mlp."),
-            mlp_out_norm=self._take(f"{prefix}post_feedforward_layernorm.weight") if sandwich else None,
+            mlp_out_norm=self._norm(f"{prefix}post_feedforward_layernorm") if sandwich else None,
         )
 
     def _experts(self, prefix: str) -> Experts:
@@ -199,6 +199,9 @@ class _LayerBuilder:
         biases = [bias for name in names if (bias := self._weights.pop(f"{prefix}{name}.bias", None)) is not None]
         weight = torch.cat(parts) if len(parts) > 1 else parts[0]
         return self._backend.linear(weight, torch.cat(biases) if biases else None, gate, bits or self._bits)
+
+    def _norm(self, name: str) -> torch.Tensor:
+        return self._backend.norm_weight(self._take(f"{name}.weight"))
 
     def _take(self, name: str) -> torch.Tensor:
         return self._weights.pop(name)

@@ -38,6 +38,9 @@ class TorchBackend:
         self._shapes.setdefault(matrix.shape, matrix)
         return TorchLinear(self, matrix, bias, gate)
 
+    def norm_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight
+
     def attention(self, heads: Heads, norms: Norms) -> TorchAttention:
         return TorchAttention(self, heads, norms)
 

@@ -201,3 +201,17 @@ def test_what_would_change_the_arithmetic_is_refused_by_name(
     with pytest.raises(ModelError, match=field) as caught:
         config_from_hf(fields)
     assert caught.value.param == field
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_norms_that_are_loaded_in_float32_keep_their_digits_beside_bfloat16(kernels: Kernels) -> None:
+    """As Gemma's are: the same numbers in the loader's type and in the model's give nearly one answer."""
+    weights = random_weights(GEMMA3, seed=5, dtype=torch.bfloat16)
+    wide = {name: weight.float() if "norm" in name else weight for name, weight in weights.items()}
+    prompt, found = random_prompt(GEMMA3, 20, seed=1), list[torch.Tensor]()
+    for own in (weights, wide):
+        built = engine_of(GEMMA3, own, kernels=kernels)
+        recorder = LogitRecorder(built.runner)
+        run(built.engine, recorder, [request("one", prompt, max_tokens=2)])
+        found.append(recorder.of(Key("one", 0)))
+    assert (found[0] - found[1]).norm() < 0.01 * found[0].norm()

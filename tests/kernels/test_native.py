@@ -85,7 +85,8 @@ def test_norms_are_the_references(dtype: torch.dtype, wide: bool, width: int) ->
     weight = random(width, dtype=dtype, seed=2)
     for extra in (None, added):
         wanted = reference(dtype).add_norm(hidden.clone(), extra, weight, norms)
-        got = native(dtype).add_norm(hidden.clone(), extra, weight, norms)
+        backend = native(dtype)
+        got = backend.add_norm(hidden.clone(), extra, backend.norm_weight(weight), norms)
         assert torch.equal(got[0], wanted[0])
         # the sum of squares is added in another order: the last digit may differ
         close: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-6}
@@ -111,9 +112,11 @@ def test_keys_are_turned_and_stored_as_the_reference_does(dtype: torch.dtype, he
     for cache, new in zip(wanted, (turned, values), strict=True):
         store_kv(cache, new, block_ids, offsets)
 
-    attention = native(dtype).attention(heads, NORMS)
+    backend = native(dtype)
+    attention = backend.attention(heads, NORMS)
     (plan,) = attention.plan([GroupCalls((), None)], block_size)
     place = GroupPlace(block_ids, offsets, attention.turns(angles.cos(), angles.sin(), positions), plan)
+    q_norm, k_norm = (None if norm is None else backend.norm_weight(norm) for norm in (q_norm, k_norm))
     attention.attend(qkv, q_norm, k_norm, got[0], got[1], place)
     close: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
     for one, other in zip(got, wanted, strict=True):
@@ -291,7 +294,7 @@ def _layer(
         return backend.linear(random(rows, columns, dtype=dtype, seed=seed + at) / 8, None, gate)
 
     def norm(size: int, at: int) -> torch.Tensor:
-        return 1 + random(size, dtype=dtype, seed=seed + at) / 8
+        return backend.norm_weight(1 + random(size, dtype=dtype, seed=seed + at) / 8)
 
     sandwich = [norm(width, at) if has_sandwich else None for at in (7, 8)]
     own = [norm(heads.head_dim, at) if has_sandwich else None for at in (9, 10)]

@@ -40,6 +40,9 @@ class NativeBackend:
     ) -> NativeLinear:  # fmt: skip
         return NativeLinear(self.library, self._space, weight, bias, gate, bits, self._is_tiled)
 
+    def norm_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.float().contiguous()
+
     def attention(self, heads: Heads, norms: Norms) -> NativeAttention:
         return NativeAttention(self.library, self.dtype, heads, norms)
 

@@ -6,7 +6,7 @@
 
 template <class T> struct Layer {  // norms that a family has not are null
     const Weight *qkv, *out, *gate_up, *down;
-    const T *attention_norm, *q_norm, *k_norm, *attention_out_norm, *mlp_norm, *mlp_out_norm;
+    const float *attention_norm, *q_norm, *k_norm, *attention_out_norm, *mlp_norm, *mlp_out_norm;
     T *k_cache, *v_cache;
     long group;  // of Step's
 };
@@ -34,7 +34,7 @@ template <class T> struct Rooms {
 template <class T> inline void run_layer(const Layer<T>& layer, Pass<T>& step, Rooms<T>& rooms) {
     const Group& group = step.groups[layer.group];
     long rows = step.num_rows, heads = step.num_heads * step.head_dim;
-    auto normed = [&](T* x, const T* weight) {
+    auto normed = [&](T* x, const float* weight) {
         if (weight) add_rms_norm<T>(x, nullptr, weight, x, rows, step.width, step.eps, step.is_wide);
     };
     add_rms_norm<T>(

@@ -21,7 +21,7 @@ template <class Work> inline void each_vector(long width, const Work& work) {
     if (at < width) work(at, first(width - at));
 }
 
-template <class T> inline void normed_row(T* out, const T* x, const T* weight, long width, float eps, bool is_wide) {
+template <class T> inline void normed_row(T* out, const T* x, const float* weight, long width, float eps, bool is_wide) {
     __m512 squares = _mm512_setzero_ps();
     each_vector(width, [&](long at, __mmask16 mask) {
         __m512 value = load(x + at, mask);
@@ -38,7 +38,7 @@ template <class T> inline void normed_row(T* out, const T* x, const T* weight, l
 
 // hidden += added (where there is any); out = norm of hidden. All [num_rows, width].
 template <class T> inline void add_rms_norm(
-    T* hidden, const T* added, const T* weight, T* out, long num_rows, long width, float eps, bool is_wide
+    T* hidden, const T* added, const float* weight, T* out, long num_rows, long width, float eps, bool is_wide
 ) {
     each_row(num_rows, width, [&](long row) {
         T* own = hidden + row * width;
@@ -53,7 +53,7 @@ template <class T> inline void add_rms_norm(
 }
 
 template <class T> struct Store {  // where new keys and values go, and what happens to q and k before
-    const T *q_norm, *k_norm;      // [head_dim], or null
+    const float *q_norm, *k_norm;  // [head_dim], or null
     T *k_cache, *v_cache;          // [blocks, num_kv_heads, block_size, head_dim]
     const int64_t *positions, *block_ids;  // [num_rows], [num_tokens]
     const float *cos, *sin;                // [max_context, head_dim / 2]
@@ -78,7 +78,7 @@ template <class T> inline void rope_store(T* qkv, const Store<T>& to) {
         long half = to.head_dim / 2, position = to.positions[row];
         for (long head = 0; head < num_turned; ++head) {
             T* x = own + head * to.head_dim;
-            const T* norm = head < to.num_heads ? to.q_norm : to.k_norm;
+            const float* norm = head < to.num_heads ? to.q_norm : to.k_norm;
             if (norm) normed_row(x, x, norm, to.head_dim, to.eps, to.is_wide);
             rope_head(x, to.cos + position * half, to.sin + position * half, half);
         }

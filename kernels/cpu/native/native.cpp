@@ -23,7 +23,7 @@ void add_rms_norm_float(
 }
 
 void add_rms_norm_bf16(
-    bf16* hidden, const bf16* added, const bf16* weight, bf16* out, long num_rows, long width, float eps, int is_wide
+    bf16* hidden, const bf16* added, const float* weight, bf16* out, long num_rows, long width, float eps, int is_wide
 ) {
     add_rms_norm(hidden, added, weight, out, num_rows, width, eps, is_wide);
 }
