@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from kernels.backend import Attention, Backend, Call, DenseLayer, Gate, GroupCalls, GroupPlace, Heads, Linear
 from kernels.cpu.native import library as native_library
 from kernels.cpu.native.linear import TILED_ROWS
+from kernels.cpu.native.stack import NativeStack
 from kernels.reference.layers import GATES, apply_rope, rms_norm, store_kv
 from kernels.reference.quantized import Bits, quantize
 from tests.kernels.native import DTYPES, NORMS, attend, native, random, reference
@@ -258,6 +260,29 @@ def test_all_layers_in_one_call_give_the_bits_of_their_parts(dtype: torch.dtype,
     assert told == [1, 2, 3]
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     native(dtype)
+
+
+def test_a_cache_of_another_shape_at_the_same_place_is_another_cache() -> None:
+    """As when one is freed and the next is made: the layers' places in it are not where they were."""
+    backend, heads = native(torch.float32), Heads(4, 2, 8, 0.3)
+    layers = [_layer(backend, heads, 32, 48, False, torch.float32, 20 * index) for index in range(2)]
+    attention, places = backend.attention(heads, NORMS), [(0, 0), (0, 1)]
+    case = make_case([90, 40], 6, heads.num_heads, heads.num_kv_heads, heads.head_dim, 4)
+    memory = [torch.empty(2, 3 * len(case.k_cache), *case.k_cache.shape[1:]) for _ in range(2)]
+
+    def compute(num_blocks: int, used: list[NativeStack]) -> torch.Tensor:
+        shape = (2, num_blocks, *case.k_cache.shape[1:])
+        planes = [part.flatten()[: math.prod(shape)].view(shape).zero_() for part in memory]
+        for plane, cache in zip(planes, (case.k_cache, case.v_cache), strict=True):
+            plane[:, : len(cache)] = cache
+        hidden = random(12, 32, seed=9)
+        stack = used[0] if used else backend.stack(layers, heads, NORMS)
+        own, added = stack(hidden, planes[0], planes[1], places, [_group(attention, case, heads)], None)
+        return own + added
+
+    one = [backend.stack(layers, heads, NORMS)]
+    for num_blocks in (len(case.k_cache), 3 * len(case.k_cache), len(case.k_cache)):
+        assert torch.equal(compute(num_blocks, one), compute(num_blocks, []))
 
 
 def test_without_a_compiler_or_a_processor_for_it_torch_computes(

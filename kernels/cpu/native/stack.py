@@ -25,7 +25,7 @@ class NativeStack:
         self._layers = layers  # they keep what the structs point to
         self._structs = (LayerStruct * len(layers))(*map(_layer_struct, layers))
         self._is_tiled = any(isinstance(layer.down, NativeLinear) and layer.down.tiled is not None for layer in layers)
-        self._cache: tuple[int, ...] = ()  # what the structs point to in it
+        self._cache: tuple[object, ...] = ()  # the one that the structs point into
         self._heads = heads
         self._norms = norms
 
@@ -55,7 +55,7 @@ class NativeStack:
         return hidden, added
 
     def _point_to(self, k: torch.Tensor, v: torch.Tensor, places: Groups[tuple[int, int]]) -> None:
-        cache = (k.data_ptr(), v.data_ptr())
+        cache = (k.data_ptr(), v.data_ptr(), k.shape, tuple(places))  # another cache may come to lie at the same place
         if cache == self._cache:
             return
         for layer, (group, slot) in zip(self._structs, places, strict=True):
