@@ -15,7 +15,7 @@ from tests.cluster.harness import LocalCluster, local_cluster
 from tests.cluster.test_hits import write_windowed_model
 from tests.cluster.tiny_model import write_tiny_model
 
-NUM_TOKENS = 160
+NUM_TOKENS = 400  # enough for some moves, though a tiny model gives thousands of tokens in a second
 SAMPLING = SamplingParams(max_tokens=NUM_TOKENS, temperature=1.0, seed=7, ignore_eos=True, repetition_penalty=1.1)
 ASKED = Request("asked", tuple(7 + token % 90 for token in range(45)), SAMPLING)
 
