@@ -73,8 +73,10 @@ def cache_times(size: int, rounds: int) -> tuple[float, float, float, float]:
     hashed = [_timed(lambda prompt=prompt: hashes_of(prompt, root)) for prompt in prompts]
     matched = [_timed(lambda: blocks.match(known)) for _ in range(rounds)]
     missed = [_timed(lambda: blocks.match([*known[:-1], b"unknown"])) for _ in range(rounds)]
+    assert len(blocks.match(known)) == num_blocks and len(blocks.match([*known[:-1], b"unknown"])) == num_blocks - 1
     taken = [_timed(lambda prompt=prompt: take(blocks, hashes_of(prompt, root))) for prompt in prompts]
-    assert blocks.match(known) and blocks.num_available == size and blocks.num_leaked({}) == 0
+    assert len(blocks.match(hashes_of(prompts[-1], root))) == num_blocks, "what came last is not there"
+    assert blocks.num_available == size and blocks.num_leaked({}) == 0
     take_s = median(taken) - median(hashed)
     return median(hashed), median(matched), median(missed), take_s
 

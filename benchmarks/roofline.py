@@ -1,6 +1,7 @@
 """How far an engine's step is from what this machine can do: operations and bytes of a prefill and of a decode step.
 
-    python -m benchmarks.roofline [--quick] [--threads N] [--dtype bfloat16] [--quantization int8] [--json FILE]
+    python -m benchmarks.roofline [--quick] [--threads N] [--dtype bfloat16] [--quantization int8] [--kernels torch]
+        [--json FILE]
 
 1. The machine's limits are measured in the same run, in turns with the steps: the rate of a large matrix product by
    torch, and the bandwidth of reading a buffer as large as the model's weights, in huge pages and in small ones.
@@ -61,7 +62,7 @@ def main() -> None:
     options = _options()
     config = EngineConfig(
         threads=options.threads, prefix_cache=False, num_blocks=1024, max_batch_tokens=WIDE_STEP,
-        prefill_chunk=WIDE_STEP, batch_invariant=True,
+        prefill_chunk=WIDE_STEP, batch_invariant=True, kernels=options.kernels,
     )  # fmt: skip
     source = ModelSource(dtype=options.dtype, quantization=options.quantization)
     setup = plan_engine(source, config, hash_key=bytes(16))
@@ -72,7 +73,8 @@ def main() -> None:
     limits, times = measure(steps, setup, ours, prompts, options.threads, rounds)
     peak, bandwidth = max(limits["operations/s"]), max(limits["bytes/s, huge pages"])
     rows = [_row(step, times[step], work(step, setup), peak, bandwidth) for step in steps]
-    title = f"{setup.files.name} in {options.dtype}, quantization {options.quantization}, {options.threads} threads"
+    numbers = f"{options.dtype}, quantization {options.quantization}, kernels {options.kernels}"
+    title = f"{setup.files.name} in {numbers}, {options.threads} threads"
     print_table(f"{title}; {machine()}", rows)
     for name, found in limits.items():
         print(f"10^9 {name}: {spread([one / 1e9 for one in found])}")
@@ -153,6 +155,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--quantization", choices=list(BITS), default="none")
+    parser.add_argument("--kernels", choices=["auto", "torch"], default="auto", help="as engine.kernels")
     parser.add_argument("--json", metavar="FILE", help="write rows there too")
     return parser.parse_args()
 

@@ -1,5 +1,5 @@
-"""Memory for weights, in huge pages where the system has them: a step reads every page of it, and walks through four
-kilobytes at a time cost more than the reading (python -m benchmarks.roofline shows both)."""
+"""Memory for weights, in huge pages where the system has them: a step reads all of it, and finds fewer pages faster
+(python -m benchmarks.roofline reads a buffer in pages of either size)."""
 
 from __future__ import annotations
 

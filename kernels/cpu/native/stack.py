@@ -1,5 +1,5 @@
-"""All dense layers of a model in one call into the C++ library (decoder.h): a step's way through Python costs as much
-as reading a small model's weights."""
+"""All dense layers of a model in one call into the C++ library (decoder.h): part by part they are eight calls a layer,
+and what Python does between them is a large part of a small model's step."""
 
 from __future__ import annotations
 
