@@ -95,25 +95,24 @@ def plan_step(batch: Batch, groups: Groups[Group], block_size: int) -> StepPlan:
 
 
 def build_input(
-    plan: StepPlan, groups: Groups[Group], block_size: int, backend: Backend, attention: Attention, device: str
+    plan: StepPlan, groups: Groups[Group], block_size: int, backend: Backend, attention: Attention
 ) -> StepInput:
     """A plan's tensors, as this model's backend and attention want them."""
     num_samples = len(plan.sample_rows)
     padded = backend.pad(plan.num_tokens)
     plans = attention.plan(_calls(plan, groups, block_size), block_size)
-    new_blocks = np.split(plan.new_blocks, len(groups))
+    token_ids, positions, offsets, sample_rows, state_rows, *new_blocks = backend.place([
+        _pad(plan.token_ids, padded),
+        _pad(plan.positions, padded),
+        plan.positions % block_size,
+        _pad(plan.sample_rows, backend.pad(num_samples)),
+        plan.state_rows,
+        *np.split(plan.new_blocks, len(groups)),
+    ])  # fmt: skip
+    inputs = tuple(GroupInput(block_ids, plan) for block_ids, plan in zip(new_blocks, plans, strict=True))
     return StepInput(
-        num_tokens=plan.num_tokens,
-        token_ids=_pad(plan.token_ids, padded, device),
-        positions=_pad(plan.positions, padded, device),
-        offsets=_tensor(plan.positions % block_size, device),
-        groups=tuple(
-            GroupInput(_tensor(block_ids, device), plan) for block_ids, plan in zip(new_blocks, plans, strict=True)
-        ),
-        sample_rows=_pad(plan.sample_rows, backend.pad(num_samples), device),
-        num_samples=num_samples,
-        state_rows=_tensor(plan.state_rows, device),
-    )
+        plan.num_tokens, token_ids, positions, offsets, inputs, sample_rows, num_samples, state_rows
+    )  # fmt: skip
 
 
 class _RowBuilder:
@@ -225,11 +224,7 @@ def _numbers(values: list[int]) -> np.ndarray:
     return np.array(values, np.int64)
 
 
-def _tensor(values: np.ndarray, device: str) -> torch.Tensor:
-    return torch.tensor(values, device=device)  # a copy: a plan's arrays may be views of a message
-
-
-def _pad(values: np.ndarray, length: int, device: str) -> torch.Tensor:
+def _pad(values: np.ndarray, length: int) -> np.ndarray:
     padded = np.zeros(length, np.int64)
     padded[: len(values)] = values
-    return torch.from_numpy(padded).to(device)
+    return padded

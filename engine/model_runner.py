@@ -78,7 +78,7 @@ class TorchRunner:
         if len(plan.copies):
             self.cache.copy(plan.copies.reshape(-1, 2))
         model, groups = self.model, self.cache.layout.groups
-        step = build_input(plan, groups, self.block_size, model.backend, model.attention, self.device)
+        step = build_input(plan, groups, self.block_size, model.backend, model.attention)
         return model.forward(step, self.cache, stored)
 
 

@@ -177,6 +177,10 @@ class Backend(Protocol):
         """How many rows a Linear wants for so many."""
         ...
 
+    def place(self, arrays: Groups[np.ndarray]) -> list[torch.Tensor]:
+        """Copies of a step's numbers on this backend's device. May be under way when it returns."""
+        ...
+
     def norm(self, x: torch.Tensor, weight: torch.Tensor, norms: Norms) -> torch.Tensor: ...
 
     def add_norm(

@@ -24,7 +24,7 @@ from kernels.reference.matrix import Matrix, PlainMatrix
 _CPU_QUERY_TILE = 64
 _QUERY_TILE = 256
 
-Kernels = Literal["auto", "torch"]
+Kernels = Literal["auto", "torch", "triton"]
 CopyRecords = Callable[[torch.Tensor, int, torch.Tensor, torch.Tensor], None]
 
 
@@ -53,10 +53,14 @@ def prepare(weight: torch.Tensor) -> Matrix:
 
 
 def backend_for(like: torch.Tensor, kernels: Kernels, is_invariant: bool) -> Backend:
-    """What computes layers on this tensor's device for its type. native: our own code for processors with AVX-512,
-    which a compiler makes once for a machine; auto: that where it can be had. is_invariant: a row's bits must not
-    depend on how many rows there are (`Backend.settle`)."""
-    if like.device.type == "cpu" and like.dtype in NAMES and kernels != "torch":
+    """What computes layers on this tensor's device for its type. auto: Triton's kernels on a CUDA device, on a
+    processor with AVX-512 our own code, which a compiler makes once for a machine, else torch. is_invariant: a row's
+    bits must not depend on how many rows there are (`Backend.settle`)."""
+    if kernels == "triton" or (kernels == "auto" and like.device.type == "cuda"):
+        from kernels.triton.backend import TritonBackend  # Triton is there where CUDA is
+
+        return TritonBackend(like, is_invariant)
+    if like.device.type == "cpu" and like.dtype in NAMES and kernels == "auto":
         library = load_library()
         if library is not None:
             is_tiled = not is_invariant and like.dtype == torch.bfloat16 and has_amx() and can_pack(like.dtype)

@@ -1,10 +1,17 @@
-"""The order of a run: files with slow tests first, so that none of them is what one process still does when all others
-have ended. Within both kinds, and within a file, the order stays.
+"""Before anything is imported: how Triton's kernels run. And the order of a run: files with slow tests first, so that
+none of them is what one process still does when all others have ended. Within both kinds, and within a file, the order
+stays.
 """
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
+
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported, by whomever
 
 
 @pytest.hookimpl(trylast=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Groups
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from kernels.backend import Agree, Call, DenseLayer, Gate, GroupCalls, GroupPlace, Heads, Norms
@@ -53,6 +54,9 @@ class TorchBackend:
 
     def pad(self, rows: int) -> int:
         return self.ladders.linear.pad(rows) if rows else 0
+
+    def place(self, arrays: Groups[np.ndarray]) -> list[torch.Tensor]:
+        return [torch.tensor(array, device=self.like.device) for array in arrays]
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, norms: Norms) -> torch.Tensor:
         return rms_norm(x, weight, norms.eps, norms.wide)

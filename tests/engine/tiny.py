@@ -259,7 +259,7 @@ class LogitRecorder:
         runner, model = self.runner, self.runner.model
         layout = runner.cache.layout
         plan = plan_step(batch, layout.groups, layout.block_size)
-        step = build_input(plan, layout.groups, layout.block_size, model.backend, model.attention, "cpu")
+        step = build_input(plan, layout.groups, layout.block_size, model.backend, model.attention)
         wanted = torch.zeros(len(step.token_ids), dtype=torch.int64)
         wanted[: step.num_tokens] = torch.arange(step.num_tokens)
         logits = model.forward(replace(step, sample_rows=wanted, num_samples=step.num_tokens), runner.cache).logits

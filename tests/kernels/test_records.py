@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
 
 from kernels.reference import records as reference
+from tests.kernels.interpreted import DEVICES
 
-ON_DEVICE = torch.cuda.is_available()
-if not ON_DEVICE:
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are loaded
-pytest.importorskip("triton")
-from kernels.triton import records  # noqa: E402
-from kernels.triton.records import TILE  # noqa: E402
+from kernels.triton import records  # isort: skip
+from kernels.triton.records import TILE  # isort: skip
 
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(ON_DEVICE, reason="the kernels were loaded for the device")),
-    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not ON_DEVICE, reason="no CUDA device here")]),
-]
 LAYERS, BLOCKS = 4, 7
 
 
@@ -52,21 +42,3 @@ def test_no_records_are_no_launch(device: str) -> None:
     records.gather_records(plane, 0, none, torch.empty(2, 0, 8, device=device))
     records.scatter_records(plane, 0, none, torch.empty(2, 0, 8, device=device))
     assert torch.equal(plane, plane_of(8, torch.float32, device))
-
-
-def test_every_architecture_that_we_name_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No device is needed: Triton brings its assembler."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-    from triton.runtime.jit import JITFunction
-
-    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")  # Triton warns of its default; there is nothing to fuse
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    function = JITFunction(records._copy_records.fn)
-    types = {"plane": "*bf16", "block_ids": "*i64", "slot": "*bf16", "TO_SLOT": "constexpr", "TILE": "constexpr"}
-    types |= {name: "i32" for name in ("first_layer", "num_ids", "width")} | {"layer_stride": "i64"}
-    for capability in (80, 90):
-        for to_slot in (True, False):
-            constants = {"TO_SLOT": to_slot, "TILE": TILE}
-            source = ASTSource(function, {name: types[name] for name in function.arg_names}, constants)
-            assert compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]

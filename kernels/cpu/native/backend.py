@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence as Groups
 
+import numpy as np
 import torch
 
 from kernels.backend import Agree, DenseLayer, Gate, Heads, Norms
@@ -56,6 +57,9 @@ class NativeBackend:
 
     def pad(self, rows: int) -> int:
         return rows
+
+    def place(self, arrays: Groups[np.ndarray]) -> list[torch.Tensor]:
+        return [torch.tensor(array) for array in arrays]
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, norms: Norms) -> torch.Tensor:
         return self.add_norm(x, None, weight, norms)[1]

@@ -1,0 +1,68 @@
+"""Products whose rows do not depend on each other: one tiling and one order of additions for any number of rows.
+
+cuBLAS chooses its code by the number of rows. This one is for engines that promise batch invariance, and costs what
+`python -m benchmarks.gpu_engine` says.
+"""
+
+# Triton's language is Python to its parser, not to its types.
+# pyright: reportCallIssue=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.triton.product import precision_for, product
+
+_ROWS, _COLUMNS, _INNER = 64, 64, 64
+_GROUP = 8  # tiles of rows that are computed side by side, so that weights are found in the second-level cache
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _multiply(
+    x, weight, bias, out, num_rows, num_columns, num_k,
+    HAS_BIAS: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+    GROUP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # x: [num_rows, num_k]; weight: [num_columns, num_k]; out: [num_rows, num_columns]; WHOLE: num_k is whole INNERs
+    row_tiles, column_tiles = tl.cdiv(num_rows, ROWS), tl.cdiv(num_columns, COLUMNS)
+    in_group = GROUP * column_tiles
+    first = tl.program_id(0) // in_group * GROUP
+    size = tl.minimum(row_tiles - first, GROUP)
+    row = (first + tl.program_id(0) % in_group % size) * ROWS + tl.arange(0, ROWS)
+    column = (tl.program_id(0) % in_group // size) * COLUMNS + tl.arange(0, COLUMNS)
+    k = tl.arange(0, INNER)
+    x_place = x + row.to(tl.int64)[:, None] * num_k + k[None, :]
+    w_place = weight + column.to(tl.int64)[None, :] * num_k + k[:, None]
+    is_row, is_column = (row < num_rows)[:, None], (column < num_columns)[None, :]
+    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for at in range(0, num_k, INNER):
+        if WHOLE:
+            left = tl.load(x_place, mask=is_row, other=0.0)
+            right = tl.load(w_place, mask=is_column, other=0.0)
+        else:
+            inside = k < num_k - at
+            left = tl.load(x_place, mask=is_row & inside[None, :], other=0.0)
+            right = tl.load(w_place, mask=is_column & inside[:, None], other=0.0)
+        sums = product(left, right, sums, PRECISION)
+        x_place += INNER
+        w_place += INNER
+    if HAS_BIAS:
+        sums += tl.load(bias + column, mask=column < num_columns, other=0.0).to(tl.float32)[None, :]
+    place = out + row.to(tl.int64)[:, None] * num_columns + column[None, :]
+    tl.store(place, sums.to(out.dtype.element_ty), mask=is_row & is_column)
+
+
+def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [rows, in] @ weight [out, in].T + bias [out] -> [rows, out]. All contiguous."""
+    num_rows, num_k = x.shape
+    num_columns = weight.shape[0]
+    out = x.new_empty(num_rows, num_columns)
+    if num_rows:
+        _multiply[(triton.cdiv(num_rows, _ROWS) * triton.cdiv(num_columns, _COLUMNS),)](
+            x, weight, x if bias is None else bias, out, num_rows, num_columns, num_k,
+            HAS_BIAS=bias is not None, WHOLE=num_k % _INNER == 0, ROWS=_ROWS, COLUMNS=_COLUMNS, INNER=_INNER,
+            GROUP=_GROUP, PRECISION=precision_for(x), num_warps=4, num_stages=4,
+        )  # fmt: skip
+    return out
