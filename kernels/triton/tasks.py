@@ -75,8 +75,7 @@ def make_tasks(calls: Calls[Call], window: int | None, block_size: int, cut: Cut
 
 
 def most_parts(num_tiles: int, cut: Cut) -> int:
-    """Parts of so many tiles cannot be more, where the cut is not at fixed places: a window's begin anywhere, which makes
-    one more of each tile."""
+    """Of so many tiles, where they are not cut at fixed places. One more of each, for a window may begin anywhere."""
     return 2 * num_tiles + cut.num_shares
 
 
