@@ -1,7 +1,8 @@
 """The relay: a TCP link of our own between a consumer and its producer's address, which can be made to fail.
 
 1. `start` listens on a port that the system chooses; each connection to it opens one to the target;
-2. every chunk of bytes that arrives passes `fault`, a record that may be replaced at any time by `set`;
+2. every chunk of bytes that arrives passes `fault`, a record that may be replaced at any time by `set`; then, if it
+   comes from the producer, what `amend` made for its connection;
 3. `stop` resets what is open.
 What comes from the producer is hurt, what goes to it is only delayed or swallowed. It knows nothing of what is carried.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -34,13 +35,19 @@ class Fault:
 
 
 HEALED = Fault()
+Amendment = Callable[[bytes], bytes]  # the next bytes of a connection, hurt -> what the consumer gets
+
+
+def as_it_is() -> Amendment:
+    return lambda data: data
 
 
 class Relay:
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, amend: Callable[[], Amendment] = as_it_is) -> None:
         """`target`: host:port."""
         host, port = target.rsplit(":", 1)
         self._target = (host, int(port))
+        self._amend = amend
         self.fault = HEALED
         self.num_bytes = 0  # from the producer, since the fault was set
         self._pipes: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
@@ -78,18 +85,18 @@ class Relay:
             _abort(writer)
             return
         async with asyncio.TaskGroup() as pipes:
-            for source, target, is_hurt in ((reader, out, False), (back, writer, True)):
-                pipe = pipes.create_task(self._pipe(source, target, is_hurt))
+            for source, target, amend in ((reader, out, None), (back, writer, self._amend())):
+                pipe = pipes.create_task(self._pipe(source, target, amend))
                 self._pipes[pipe] = target
                 pipe.add_done_callback(self._pipes.pop)
 
-    async def _pipe(self, source: asyncio.StreamReader, target: asyncio.StreamWriter, is_hurt: bool) -> None:
-        """Until one end closes; then the other one is closed."""
+    async def _pipe(self, source: asyncio.StreamReader, target: asyncio.StreamWriter, amend: Amendment | None) -> None:
+        """Until one end closes; then the other one is closed. `amend`: of what may be hurt."""
         try:
             while chunk := await source.read(CHUNK_BYTES):
                 if self.fault.delay_s:
                     await asyncio.sleep(self.fault.delay_s)
-                if not await self._pass(chunk, source, target, is_hurt):
+                if not await self._pass(chunk, source, target, amend):
                     break
         except OSError:
             pass
@@ -97,11 +104,11 @@ class Relay:
             target.close()
 
     async def _pass(
-        self, chunk: bytes, source: asyncio.StreamReader, target: asyncio.StreamWriter, is_hurt: bool
+        self, chunk: bytes, source: asyncio.StreamReader, target: asyncio.StreamWriter, amend: Amendment | None
     ) -> bool:
         """Whether the connection goes on."""
         fault = self.fault
-        if not is_hurt:
+        if amend is None:
             target.write(chunk)
             await target.drain()
             return True
@@ -109,13 +116,13 @@ class Relay:
         if fault.swallows:
             return True
         if fault.truncate_at is not None and first <= fault.truncate_at < self.num_bytes:
-            target.write(chunk[: fault.truncate_at - first])
+            target.write(amend(chunk[: fault.truncate_at - first]))
             return False
         if fault.reorders:
             following = await source.read(CHUNK_BYTES)
             self.num_bytes += len(following)
             chunk = following + chunk
-        target.write(_flipped(chunk, first, fault) * (2 if fault.duplicates else 1))
+        target.write(amend(_flipped(chunk, first, fault) * (2 if fault.duplicates else 1)))
         await target.drain()
         return True
 
@@ -139,9 +146,9 @@ def _abort(writer: asyncio.StreamWriter) -> None:
 
 
 @asynccontextmanager
-async def relay_to(target: str) -> AsyncIterator[tuple[Relay, str]]:
+async def relay_to(target: str, amend: Callable[[], Amendment] = as_it_is) -> AsyncIterator[tuple[Relay, str]]:
     """A relay, and its address."""
-    relay = Relay(target)
+    relay = Relay(target, amend)
     address = await relay.start()
     try:
         yield relay, address

@@ -21,6 +21,7 @@ from kv_transfer.config import TransferConfig
 from kv_transfer.pull import Pulled, Puller
 from tests.cluster.harness import LocalCluster, local_cluster
 from tests.cluster.tiny_model import write_tiny_model
+from tests.faults.goaway import NamedCodes
 from tests.faults.relay import HEALED, Fault, Relay, relay_to
 from tests.kv_transfer.fakes import PRODUCER, Transfer, transfer
 from tests.kv_transfer.test_shm_carrier import serve
@@ -67,7 +68,7 @@ async def linked(carrier: str) -> AsyncIterator[Linked]:
     """The pair has met and been measured."""
     with transfer(60, producer=replace(PRODUCER, incarnation=secrets.token_hex(8))) as case:
         config = TransferConfig.model_validate({"carrier": carrier})
-        async with serve(case, config) as served, relay_to(served.lease.address) as (relay, address):
+        async with serve(case, config) as served, relay_to(served.lease.address, NamedCodes) as (relay, address):
             lease = replace(served.lease, address=address)
             await served.carriers.pair(lease)
             chosen = served.carriers.carrier(lease)
@@ -161,7 +162,7 @@ async def worker_pair(carrier: str, folder: Path) -> AsyncIterator[Pair]:
     }  # fmt: skip
     async with local_cluster(overrides) as cluster:
         side = cluster.workers["prefill-0"]._sides._prefill
-        async with relay_to(side._me.address) as (relay, address):
+        async with relay_to(side._me.address, NamedCodes) as (relay, address):
             side._me = replace(side._me, address=address)
             yield Pair(cluster, relay)
 
