@@ -150,8 +150,8 @@ class Worker:
         else:
             self._block_bytes = pool
         budget_s = setup.config.calibrate_s
-        calibration = await asyncio.to_thread(calibrate, setup.spec, built.runner, budget_s, time.perf_counter)
-        return ThreadStepRunner(built.engine, built.runner, calibration), None  # the tensors keep the memory
+        calibration = await asyncio.to_thread(calibrate, setup.spec, built.steps, budget_s, time.perf_counter)
+        return ThreadStepRunner(built.engine, built.steps, calibration), None  # the tensors keep the memory
 
     def _porter_setup(self, setup: EngineSetup) -> PorterSetup:
         """The worker's patience with its porter is shorter than a pull's with the worker."""

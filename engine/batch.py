@@ -100,7 +100,7 @@ def build_input(
     """A plan's tensors, as this model's backend and attention want them."""
     num_samples = len(plan.sample_rows)
     padded = backend.pad(plan.num_tokens)
-    plans = attention.plan(_calls(plan, groups, block_size), block_size)
+    plans = attention.plan(calls_of(plan, groups, block_size), block_size)
     token_ids, positions, offsets, sample_rows, state_rows, *new_blocks = backend.place([
         _pad(plan.token_ids, padded),
         _pad(plan.positions, padded),
@@ -125,7 +125,8 @@ class _RowBuilder:
 
     def add(self, item: Scheduled) -> None:
         stop = item.start + item.num_new
-        self.token_ids += item.sequence.tokens[item.start : stop]
+        known = item.sequence.tokens[item.start : stop]
+        self.token_ids += known + [0] * (item.num_new - len(known))  # the device has it (engine/ahead.py)
         self.positions += range(item.start, stop)
         self.last_row[id(item)] = len(self.token_ids) - 1
 
@@ -199,7 +200,7 @@ def _row(table: BlockTable, start: int, width: int) -> list[int]:
     return [*table.ids[:1] * missing, *ids, *table.ids[:1] * (width - missing - len(ids))]
 
 
-def _calls(plan: StepPlan, groups: Groups[Group], block_size: int) -> list[GroupCalls]:
+def calls_of(plan: StepPlan, groups: Groups[Group], block_size: int) -> list[GroupCalls]:
     """Of each group. The plan's tables hold one group after the other."""
     tables, found = plan.tables, list[GroupCalls]()
     for group in groups:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from llguidance import LLTokenizer
 
 from engine.config import Quantization
-from engine.engine import Engine
+from engine.engine import Engine, ModelRunner
 from engine.grammar import Grammars, read_vocabulary
 from engine.host_tier import HostTier
 from engine.kv_cache import DTYPES, KVCache
@@ -25,20 +26,40 @@ from engine.setup import EngineSetup
 from engine.shares import rank_layout
 from kernels.reference.quantized import Bits
 
+logger = logging.getLogger(__name__)
 _BITS: dict[Quantization, Bits] = {"none": 16, "int8": 8, "int4": 4}
 
 
 @dataclass(frozen=True, slots=True)
 class BuiltEngine:
+    """steps: what computes the engine's steps, over `runner`'s model and cache."""
+
     engine: Engine
     runner: TorchRunner
     cache: KVCache
+    steps: ModelRunner
 
 
 def build_engine(setup: EngineSetup, pool: SharedPool | None) -> BuiltEngine:
     """Load the model and make its engine over `pool` (None: KV tensors of their own). Raises ModelError."""
     runner = build_model_runner(setup, pool)
-    return BuiltEngine(Engine(setup.spec, host_tier(setup, pool or runner.cache)), runner, runner.cache)
+    engine = Engine(setup.spec, host_tier(setup, pool or runner.cache))
+    return BuiltEngine(engine, runner, runner.cache, _steps(setup, runner))
+
+
+def _steps(setup: EngineSetup, runner: TorchRunner) -> ModelRunner:
+    if setup.config.device == "cpu":
+        return runner
+    from engine.decode_graphs import CudaCapture, DecodeGraphs, can_capture  # these need Triton
+    from engine.device_runner import DeviceRunner
+
+    if not can_capture(runner.model):
+        return DeviceRunner(runner, None)
+    limits = setup.spec.limits
+    graphs = DecodeGraphs(runner.model, runner.cache, limits.block_size, limits.max_batch_seqs, CudaCapture())
+    with torch.inference_mode():
+        graphs.prepare(lambda count, total: logger.info("captured %d of %d decode graphs", count, total))
+    return DeviceRunner(runner, graphs)
 
 
 def build_model_runner(setup: EngineSetup, pool: SharedPool | None, ranks: Ranks = ONE_RANK) -> TorchRunner:

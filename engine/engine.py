@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Protocol
 
+from engine.ahead import follow
 from engine.block_manager import BlockManager, Holder, HolderKind
 from engine.block_table import BlockTable, first_needed, num_blocks_for, transfer_entries
 from engine.host_tier import HostTier, TierStats
@@ -161,7 +162,12 @@ class Engine:
         self._tells_cache = self._tells_cache or self._is_new or not only_decodes
         self._is_new = False
         for item, chosen in zip(batch.scheduled, sampled, strict=True):
-            self._finish_item(item, chosen)
+            if item.sequence.tables:  # else it ended in the step before, after this one was launched
+                self._finish_item(item, chosen)
+
+    def ahead(self, batch: Batch) -> Batch | None:
+        """What follows this batch, which is being computed, if that is known already (engine/ahead.py)."""
+        return follow(self.scheduler, batch, self.spec.max_context)
 
     def learn(self, record: StepRecord) -> None:
         """How long the step took that was finished last."""

@@ -27,7 +27,7 @@ def process(
     where 4 and 5 would ban all that is allowed, they are left out with 1 to 3."""
     if allowed is not None:
         logits = np.where(allowed[: len(logits)], logits, MINUS_INFINITY)
-    changed = logits.copy() if _changes(params, len(tokens) - num_prompt) else logits
+    changed = logits.copy() if changes(params, len(tokens) - num_prompt) else logits
     if changed is logits:
         return logits
     for token_id, bias in params.logit_bias:
@@ -45,7 +45,8 @@ def process(
     return logits if np.isneginf(changed).all() else changed
 
 
-def _changes(params: SamplingParams, num_generated: int) -> bool:
+def changes(params: SamplingParams, num_generated: int) -> bool:
+    """Will these change the logits of a token after so many, a grammar apart?"""
     penalizes = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
     return bool(params.logit_bias or params.bad_words or penalizes or num_generated < params.min_tokens)
 

@@ -45,7 +45,10 @@ class TorchRunner:
         """As rank 0: the others compute the step, too."""
         plan = plan_step(batch, self.cache.layout.groups, self.block_size)
         self.model.ranks.tell(plan)
-        results = self.compute(plan, stored)
+        return self.sampled(batch, self.compute(plan, stored))
+
+    def sampled(self, batch: Batch, results: Results) -> list[Sampled]:
+        """What is chosen after each item, or pooled of it. Waits for the device."""
         rows, states = results.logits.cpu().numpy(), results.states.cpu().numpy()
         masks = self._grammars.masks([item.sequence if item.samples else None for item in batch.scheduled])
         return [

@@ -48,6 +48,10 @@ class SocketInbox:
             return None
         return taken
 
+    @property
+    def has_news(self) -> bool:
+        return self._has_news(wait=False)
+
     def _has_news(self, wait: bool) -> bool:
         ready, _, _ = select.select([self._sock, *self.followers], [], [], None if wait else 0)
         if self._sock not in ready and ready:

@@ -17,21 +17,23 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, TypeVar, runtime_checkable
 
 from engine.child import STOP_TIMEOUT_S, child_env, end_child
 from engine.engine import Engine, ModelRunner
 from engine.errors import ModelError, WorkerLost, error_from_code
+from engine.layer_groups import LayersStored
 from engine.pool import SharedPool
 from engine.rank_pools import RankPools, pools_of
 from engine.scheduler import Batch
 from engine.setup import EngineSetup
-from engine.step_shape import StepRecord
+from engine.step_shape import StepRecord, StepShape
 from engine.types import Command, ErrorInfo, Sampled, StepOutputs
 
 LENGTH = struct.Struct("<I")
+Step = TypeVar("Step")
 
 
 class StepRunner(Protocol):
@@ -48,9 +50,30 @@ class StepRunner(Protocol):
     async def stop(self) -> None: ...
 
 
+@runtime_checkable
+class AheadRunner(ModelRunner, Protocol[Step]):
+    """A model runner that computes beside the processor (engine/device_runner.py)."""
+
+    def launch(self, batch: Batch, stored: LayersStored | None = None, after: Step | None = None) -> Step:
+        """Begin a step, and do not wait. after: the step of the same items one position before, whose tokens may still
+        be unknown."""
+        ...
+
+    def can_follow(self, launched: Step, batch: Batch) -> bool:
+        """May `batch` be launched after that before it is collected?"""
+        ...
+
+    def collect(self, launched: Step) -> list[Sampled]: ...
+
+
 class Inbox(Protocol):
     def take(self, block: bool) -> list[Command] | None:
         """Commands that have come, after waiting for one if `block`; None when the engine is to end."""
+        ...
+
+    @property
+    def has_news(self) -> bool:
+        """Would `take` give anything?"""
         ...
 
 
@@ -76,12 +99,14 @@ def drive(
         batch = begin_turn(engine, commands, emit)
         ended = None
         if batch is not None:
-            shape = batch.shape  # as it is before the step moves its sequences on
-            engine.finish(batch, compute(engine, model, batch, emit))
-            ended = time.perf_counter()
-            record = StepRecord(shape, ended - begun)
-            engine.learn(record)
-            emit(replace(engine.take_outputs(), steps=(record,)))
+            steps = steps_from(engine, model, batch, inbox, emit)
+            for one, shape, sampled in steps:
+                engine.finish(one, sampled)
+                ended = time.perf_counter()
+                record = StepRecord(shape, ended - begun)
+                engine.learn(record)
+                emit(replace(engine.take_outputs(), steps=(record,)))
+                begun = ended
 
 
 def begin_turn(engine: Engine, commands: list[Command], emit: Callable[[StepOutputs], None]) -> Batch | None:
@@ -92,6 +117,24 @@ def begin_turn(engine: Engine, commands: list[Command], emit: Callable[[StepOutp
     if commands or engine.has_outputs:
         emit(engine.take_outputs())
     return batch
+
+
+def steps_from(
+    engine: Engine, model: ModelRunner, batch: Batch, inbox: Inbox, emit: Callable[[StepOutputs], None]
+) -> Iterator[tuple[Batch, StepShape, list[Sampled]]]:  # fmt: skip
+    """This batch's step; and those after it, launched before its tokens are known, as long as nothing has come in. Each
+    with its shape, as it is before the step moves its sequences on."""
+    if not isinstance(model, AheadRunner) or engine.layer_news(batch) is not None:
+        yield batch, batch.shape, compute(engine, model, batch, emit)
+        return
+    shape, launched = batch.shape, model.launch(batch)
+    while batch is not None:
+        following, next_launched = None if inbox.has_news else engine.ahead(batch), None
+        next_shape = shape
+        if following is not None and model.can_follow(launched, following):
+            next_shape, next_launched = following.shape, model.launch(following, after=launched)
+        yield batch, shape, model.collect(launched)
+        batch, shape, launched = following if next_launched is not None else None, next_shape, next_launched
 
 
 def compute(
@@ -132,6 +175,10 @@ class ThreadStepRunner:
     async def stop(self) -> None:
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join, STOP_TIMEOUT_S)
+
+    @property
+    def has_news(self) -> bool:
+        return not self._commands.empty()
 
     def take(self, block: bool) -> list[Command] | None:
         taken: list[Command] = []

@@ -25,6 +25,11 @@ Gate = Literal["silu", "gelu_tanh"]
 Agree = Callable[[Ladders], Ladders]  # of all ranks
 
 
+# (logits [rows, vocab], -inf where a token is banned; temperatures [rows] float64, 0: the greatest; keys [rows] int64,
+# of the noise; positions [rows] int64, of the new tokens) -> [rows] int64, as engine/sampler.py chooses
+Choose = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
 class Linear(Protocol):
     """A linear layer: x @ weight.T + bias, and what its gate makes of that."""
 
@@ -150,6 +155,11 @@ class Attention(Protocol):
 
 class Backend(Protocol):
     """Computes layers on one device for one type."""
+
+    @property
+    def choose(self) -> Choose | None:
+        """Next tokens, without leaving the device; None where they are chosen on the processor in any case."""
+        ...
 
     def linear(
         self, weight: torch.Tensor, bias: torch.Tensor | None, gate: Gate | None = None, bits: Bits = 16

@@ -20,6 +20,8 @@ from kernels.reference.quantized import Bits, quantize
 class TorchBackend:
     """`prepare` and `weigh` may be faster than the reference's; `query_tile` is of attention."""
 
+    choose = None
+
     def __init__(
         self, like: torch.Tensor, prepare: Callable[[torch.Tensor], Matrix], weigh: Weigh, query_tile: int
     ) -> None:  # fmt: skip

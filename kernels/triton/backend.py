@@ -22,6 +22,7 @@ from kernels.triton import layers, upload
 from kernels.triton.attention import Parts, Tasks, Tiling, attend, padded_dim
 from kernels.triton.linear import multiply
 from kernels.triton.rope import turn_and_store
+from kernels.triton.sampling import choose
 from kernels.triton.tasks import Cut, TaskNumbers, make_tasks
 
 _INVARIANT_SPLIT = 512  # keys: a part's own bytes are then a hundredth of those that it read
@@ -59,6 +60,8 @@ class Plan:
 
 class TritonBackend:
     """Layers on one device."""
+
+    choose = staticmethod(choose)
 
     def __init__(self, like: torch.Tensor, is_invariant: bool) -> None:
         """like: any tensor of the weights' type and device."""
@@ -133,7 +136,7 @@ class TritonAttention:
         self._backend = backend
         self._heads = heads
         self._norms = norms
-        self._groups = heads.num_heads // heads.num_kv_heads
+        self.num_groups = heads.num_heads // heads.num_kv_heads
         self.num_programs = max(1, backend.num_programs // heads.num_kv_heads)  # of each KV head
 
     def plan(self, groups: Groups[GroupCalls], block_size: int) -> list[object]:
@@ -175,7 +178,7 @@ class TritonAttention:
     def tiling(self, num_new: int) -> Tiling:
         """For calls of so many new tokens."""
         dim, is_wide = padded_dim(self._heads.head_dim), self._backend.is_wide
-        least = max(16, triton.next_power_of_2(self._groups))
+        least = max(16, triton.next_power_of_2(self.num_groups))
         if self._backend.is_invariant:
             return Tiling(max(64, least), 32 if is_wide else 64, _INVARIANT_SPLIT, num_warps=8, num_stages=2)
         if num_new == 1:
@@ -185,7 +188,7 @@ class TritonAttention:
         return Tiling(max(128, least), 64, 0, num_warps=8, num_stages=3)
 
     def cut(self, tiling: Tiling) -> Cut:
-        return Cut(tiling.rows // self._groups, tiling.keys, tiling.split, _LEAST_KEYS, self.num_programs)
+        return Cut(tiling.rows // self.num_groups, tiling.keys, tiling.split, _LEAST_KEYS, self.num_programs)
 
     def _sorted(self, group: GroupCalls) -> list[list[Call]]:
         if self._backend.is_invariant:
@@ -196,7 +199,7 @@ class TritonAttention:
 
     def _work(self, tiling: Tiling, numbers: TaskNumbers, placed: Iterator[torch.Tensor]) -> Work:
         tasks = Tasks(*(next(placed) for _ in arrays_of(numbers)))
-        return Work(tiling, tasks, numbers.num_parts, numbers.part_tokens * self._groups)
+        return Work(tiling, tasks, numbers.num_parts, numbers.part_tokens * self.num_groups)
 
 
 def arrays_of(numbers: TaskNumbers) -> list[np.ndarray]:

@@ -18,7 +18,7 @@ _TILE = 4096  # tokens of a program: four share a counter
 
 @triton.jit
 def _best_of_tile(
-    logits, temperatures, seeds, positions, best, best_ids, vocab_size, num_tiles, GROUPS: tl.constexpr
+    logits, temperatures, keys, positions, best, best_ids, vocab_size, num_tiles, GROUPS: tl.constexpr
 ):  # logits: [rows, vocab_size], float32 or float64; best, best_ids: [rows, num_tiles]
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = tile * GROUPS * 4 + tl.arange(0, GROUPS * 4)
@@ -29,8 +29,8 @@ def _best_of_tile(
         counter = (tile * GROUPS + tl.arange(0, GROUPS)).to(tl.uint32)
         zero = counter * 0
         position = zero + tl.load(positions + row).to(tl.uint32)
-        seed = tl.load(seeds + row).to(tl.uint64)
-        lane0, lane1, lane2, lane3 = tl.philox(seed, counter, position, zero, zero)
+        key = tl.load(keys + row).to(tl.uint64)
+        lane0, lane1, lane2, lane3 = tl.philox(key, counter, position, zero, zero)
         lanes = tl.join(tl.join(lane0, lane2), tl.join(lane1, lane3))  # lane after lane once it is flat
         uniform = (tl.reshape(lanes, (GROUPS * 4,)).to(tl.float64) + 0.5) * 2.3283064365386963e-10  # 2 ** -32
         value = value / temperature - tl.log(-tl.log(uniform))
@@ -40,25 +40,19 @@ def _best_of_tile(
     tl.store(best_ids + row * num_tiles + tile, tile * GROUPS * 4 + at)
 
 
-def key_of(seed: int, choice: int) -> int:
-    """Philox's key for one choice of a request, as the bits of an int64."""
-    bits = (seed ^ (choice << 32)) & (2**64 - 1)
-    return bits - 2**64 if bits >= 2**63 else bits
-
-
 def choose(
-    logits: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
+    logits: torch.Tensor, temperatures: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:  # fmt: skip
     """logits: [rows, vocab], contiguous, -inf where a token is not to be had; temperatures: [rows] float64, 0: the
-    greatest, of equal ones the lowest id; seeds: [rows] int64 (key_of); positions:
-    [rows] int64, of the new tokens -> [rows] int64."""
+    greatest, of equal ones the lowest id; keys: [rows] int64, whose bits are the seed's, with the choice xor-ed into
+    the upper word; positions: [rows] int64, of the new tokens -> [rows] int64."""
     rows, vocab_size = logits.shape
     num_tiles = triton.cdiv(vocab_size, _TILE)
     best = torch.empty(rows, num_tiles, dtype=torch.float64, device=logits.device)
     best_ids = torch.empty(rows, num_tiles, dtype=torch.int64, device=logits.device)
     if rows:
         _best_of_tile[rows, num_tiles](
-            logits, temperatures, seeds, positions, best, best_ids, vocab_size, num_tiles, GROUPS=_TILE // 4
+            logits, temperatures, keys, positions, best, best_ids, vocab_size, num_tiles, GROUPS=_TILE // 4
         )  # fmt: skip
     tile = best.argmax(dim=1, keepdim=True)  # torch does not promise the first of equal ones
     first = torch.where(best == best.gather(1, tile), best_ids, vocab_size).amin(dim=1)

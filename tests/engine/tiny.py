@@ -182,7 +182,8 @@ def tiny_engine(
     engine = Engine(spec, HostTier(layout, cache, tier_bytes) if tier_bytes else None)
     if shuffle_seed is not None:
         shuffle_blocks(engine, shuffle_seed)
-    return BuiltEngine(engine, TorchRunner(model, cache, bounds.block_size, "cpu", grammars), cache)
+    runner = TorchRunner(model, cache, bounds.block_size, "cpu", grammars)
+    return BuiltEngine(engine, runner, cache, runner)
 
 
 def shuffle_blocks(engine: Engine, seed: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ from engine.sampler import sample
 from engine.types import SamplingParams
 from tests.kernels.interpreted import EACH_DEVICE, random
 
-from kernels.triton.sampling import _TILE, choose, key_of  # isort: skip
+from kernels.triton.sampling import _TILE, choose  # isort: skip
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -19,7 +20,7 @@ GREEDY = SamplingParams(temperature=0.0)
 def choose_all(logits: torch.Tensor, params: list[SamplingParams], positions: list[int], device: str) -> list[int]:
     numbers = (
         torch.tensor([one.temperature for one in params], dtype=torch.float64),
-        torch.tensor([key_of(one.seed, one.choice) for one in params]),
+        torch.from_numpy(np.array([one.seed ^ (one.choice << 32) for one in params], np.uint64).view(np.int64)),
         torch.tensor(positions),
     )
     return choose(logits.to(device), *(one.to(device) for one in numbers)).tolist()

@@ -24,6 +24,8 @@ from kernels.reference.quantized import Bits
 class NativeBackend:
     """Layers of float32 or bfloat16 on this processor."""
 
+    choose = None
+
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype, num_threads: int, is_tiled: bool) -> None:
         """The library's threads are all engines' of this process: the last count holds. What torch still computes is
         small, and its threads, which spin after each call, would keep ours from the processor. is_tiled: many rows
