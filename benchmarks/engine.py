@@ -25,7 +25,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.engine_against import DEFAULT_PEERS, PEERS, compare_all, names
+from benchmarks.engine_against import PEERS, compare_all, names
+from benchmarks.engine_peers import DEFAULT_PEERS
 from benchmarks.engine_sides import (
     CASES,
     QUICK_CASES,

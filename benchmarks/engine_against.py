@@ -7,7 +7,6 @@ import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -32,7 +31,6 @@ REST_S = 0.5  # before each run: OpenMP's threads spin for 0.2 s after the one b
 WIDE_STEP = 2048  # tokens of a step, vLLM's setting too
 TRANSFORMERS = "transformers"
 PEERS = (VLLM, TRANSFORMERS, LLAMA)
-DEFAULT_PEERS = Path.home() / ".cache" / "steelyard" / "peers"
 Rates = dict[str, list[float]]  # by side
 Side = Callable[[Prompts, int], Timed]
 NUMBERS: tuple[Quantization, ...] = ("int8", "int4")

@@ -1,5 +1,5 @@
 """Peers of one engine, for `benchmarks.engine --against`: installed once, each in an environment of its own, and driven
-over pipes by the programs in benchmarks/peers.
+over pipes by the programs in benchmarks/peers. benchmarks.quantizers has its peer from here, too.
 
 1. `install` makes what is missing: minutes, gigabytes. llama.cpp is compiled for this processor.
 2. `export` writes the default model as each peer reads it, in bfloat16 from the very weights that ours serves.
@@ -21,7 +21,9 @@ from benchmarks.slo_peers import export_model
 from tests.oracle.prompts import model_files
 
 PROGRAMS = Path(__file__).parent / "peers"
-VLLM, LLAMA, LLAMA_Q4 = "vllm", "llama.cpp", "llama.cpp Q4_1"
+VLLM, LLAMA, LLAMA_Q4, TORCHAO = "vllm", "llama.cpp", "llama.cpp Q4_1", "torchao"
+DEFAULT_PEERS = Path.home() / ".cache" / "steelyard" / "peers"
+FOLDERS = {VLLM: "vllm", LLAMA: "llama", LLAMA_Q4: "llama", TORCHAO: "torchao"}
 INSTALLS = {
     VLLM: (
         ("install", "torch==2.13.0"),
@@ -29,13 +31,14 @@ INSTALLS = {
         ("uninstall", "-y", "torchvision", "torchaudio", "torchcodec"),  # CUDA builds that do not import
     ),
     LLAMA: (("install", "llama-cpp-python==0.3.36"),),
+    TORCHAO: (("install", "torch==2.13.0"), ("install", "torchao==0.18.0", "numpy==2.4.6", "safetensors==0.8.0")),
 }
 
 
 def install(folder: Path, names: Sequence[str]) -> None:
     """Ends the program if it fails."""
     for name in names:
-        home = folder / _folder(name)
+        home = folder / FOLDERS[name]
         if (home / "installed").exists():
             continue
         print(f"installing {name} into {home}: minutes", flush=True)
@@ -55,7 +58,7 @@ def export(folder: Path, names: Sequence[str]) -> dict[str, str]:
         found[VLLM] = str(export_model(folder / "transformers"))
     if LLAMA in names:
         found[LLAMA_Q4], found[LLAMA] = str(model_files().path), str(folder / "bf16.gguf")
-        command = [_python(folder, LLAMA), str(PROGRAMS / "llama_engine.py"), "--bf16", found[LLAMA_Q4], found[LLAMA]]
+        command = [python_of(folder, LLAMA), str(PROGRAMS / "llama_engine.py"), "--bf16", found[LLAMA_Q4], found[LLAMA]]
         subprocess.run(command, check=True, capture_output=True)
     return found
 
@@ -75,8 +78,8 @@ class Peer:
     def __init__(self, name: str, folder: Path, model: str, num_threads: int) -> None:
         is_vllm = name == VLLM
         program = "vllm_engine.py" if is_vllm else "llama_engine.py"
-        command = [_python(folder, name), str(PROGRAMS / program), model, *([] if is_vllm else [str(num_threads)])]
-        self._log = (folder / f"{_folder(name)}.log").open("w")
+        command = [python_of(folder, name), str(PROGRAMS / program), model, *([] if is_vllm else [str(num_threads)])]
+        self._log = (folder / f"{FOLDERS[name]}.log").open("w")
         self._process = subprocess.Popen(
             command, env=_env(folder, num_threads) if is_vllm else None, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=self._log, text=True,
@@ -105,7 +108,7 @@ class Peer:
 def _env(folder: Path, num_threads: int) -> dict[str, str]:
     """What vLLM's CPU wheel needs, bound to the first cores."""
     libraries = [
-        *glob("/usr/lib/*/libtcmalloc_minimal.so.4"), *glob(str(folder / _folder(VLLM) / "lib" / "libiomp5.so")),
+        *glob("/usr/lib/*/libtcmalloc_minimal.so.4"), *glob(str(folder / FOLDERS[VLLM] / "lib" / "libiomp5.so")),
     ]  # fmt: skip
     return os.environ | {
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{num_threads - 1}", "VLLM_CPU_KVCACHE_SPACE": "3",
@@ -113,9 +116,5 @@ def _env(folder: Path, num_threads: int) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _folder(name: str) -> str:
-    return "vllm" if name == VLLM else "llama"
-
-
-def _python(folder: Path, name: str) -> str:
-    return str(folder / _folder(name) / "bin" / "python")
+def python_of(folder: Path, name: str) -> str:
+    return str(folder / FOLDERS[name] / "bin" / "python")

@@ -1,7 +1,12 @@
 """Weights as whole numbers: 8 bits with a scale for each row, or 4 bits with a scale and a shift for groups of a row.
 
-Round to nearest: what is kept of a weight follows from the weight alone, no data is looked at. Groups of 32 with a
-scale and a shift in float16 are what GGUF's Q4_1 has, so a model that comes from Q4_1 loses next to nothing again.
+What is kept of a weight follows from the weight alone, no data is looked at. 8 bits are the nearest numbers. With 4
+bits a group's range is cut evenly first; then scale and shift are fitted to the numbers by least squares, and numbers
+chosen again, in turns (Lloyd, "Least squares quantization in PCM", 1982, with evenly spaced levels). `python -m
+benchmarks.quantizers` shows what is lost.
+
+Groups of 32 with a scale and a shift in float16 are what GGUF's Q4_1 has, so a model that comes from Q4_1 loses next to
+nothing again.
 """
 
 from __future__ import annotations
@@ -15,7 +20,10 @@ Bits = Literal[16, 8, 4]  # 16: as the weight is
 
 GROUP = 32  # weights of a row that share a scale and a shift, with 4 bits
 _HIGHEST = 127
-_LEVELS = 15
+_LOWEST_NIBBLE, _HIGHEST_NIBBLE = -8, 7
+_STEPS = 15  # between the 16 levels
+_TURNS = 3  # of fitting: of Gaussian weights 4, 6 and 7 % less error; a fourth gives less than 0.5 %
+_CHUNK_ROWS = 128  # of a weight that are worked on together: they stay in the second-level cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +63,33 @@ def _by_row(weight: torch.Tensor) -> Quantized:
 
 
 def _by_group(weight: torch.Tensor) -> Quantized:
-    grouped = weight.view(len(weight), -1, GROUP)
+    parts = [_fitted(part.view(len(part), -1, GROUP)) for part in weight.split(_CHUNK_ROWS)]
+    numbers, scales, shifts = (torch.cat(found) for found in zip(*parts, strict=True))
+    return Quantized(numbers.view(weight.shape), scales, shifts)
+
+
+def _fitted(grouped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """grouped: [rows, num_groups, GROUP]. Numbers, scales, shifts: [rows, num_groups]."""
     lowest, highest = grouped.amin(dim=2), grouped.amax(dim=2)
-    scales = ((highest - lowest) / _LEVELS).half().float()
-    shifts = (lowest + 8 * scales).half().float()
-    numbers = torch.where(scales[..., None] > 0, (grouped - shifts[..., None]) / scales[..., None], 0)
-    return Quantized(numbers.round().clamp(-8, 7).to(torch.int8).view(weight.shape), scales, shifts)
+    scales = _as_half((highest - lowest) / _STEPS)
+    shifts = _as_half(lowest - _LOWEST_NIBBLE * scales)
+    numbers = _nearest(grouped, scales, shifts)
+    means = grouped.mean(dim=2)
+    for _ in range(_TURNS):
+        number_means = numbers.mean(dim=2)
+        around = numbers - number_means[..., None]
+        squares = around.square().sum(dim=2)
+        scales = _as_half(torch.where(squares > 0, (around * grouped).sum(dim=2) / squares, 0))
+        shifts = _as_half(means - scales * number_means)
+        numbers = _nearest(grouped, scales, shifts)
+    return numbers.to(torch.int8), scales, shifts
+
+
+def _nearest(grouped: torch.Tensor, scales: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
+    inverse = torch.where(scales > 0, 1 / scales, 0)
+    return ((grouped - shifts[..., None]) * inverse[..., None]).round_().clamp_(_LOWEST_NIBBLE, _HIGHEST_NIBBLE)
+
+
+def _as_half(values: torch.Tensor) -> torch.Tensor:
+    """As float16 keeps them."""
+    return values.half().float()

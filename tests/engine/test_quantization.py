@@ -41,9 +41,9 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize(("bits", "most"), [(8, 0.012), (4, 0.09)])
+@pytest.mark.parametrize(("bits", "most"), [(8, 0.012), (4, 0.075)])
 def test_of_gaussian_weights_little_is_lost(bits: Bits, most: float) -> None:
-    """Relative error of the whole matrix: steps of max / 127 of a row, of (max - min) / 15 of a group."""
+    """Relative error of the whole matrix. Levels that cut a group's range evenly lose 0.078 of it with 4 bits."""
     weight = random(64, 512)
     quantized = quantize(weight, bits)
     assert quantized is not None
@@ -59,6 +59,14 @@ def test_a_weight_that_comes_from_q4_1_is_kept_exactly() -> None:
     quantized = quantize(weight, 4)
     assert quantized is not None
     assert torch.equal(quantized.restored(), weight)
+
+
+def test_rows_are_quantised_alone() -> None:
+    """However many there are: they are worked on in chunks."""
+    weight = random(300, GROUP)
+    quantized, last = quantize(weight, 4), quantize(weight[-1:], 4)
+    assert quantized is not None and last is not None
+    assert torch.equal(quantized.restored()[-1:], last.restored())
 
 
 @pytest.mark.parametrize("bits", [8, 4])
