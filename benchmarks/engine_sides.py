@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -15,7 +15,7 @@ from engine.models.config import ModelConfig
 from engine.models.tokenizer import load_tokenizer
 from engine.models.weights import load_weights
 from engine.setup import EngineSetup
-from engine.types import Add, FinishReason, Request, SamplingParams
+from engine.types import Add, FinishReason, Request, SamplingParams, TokenLogprob
 
 Prompts = Sequence[tuple[int, ...]]
 BATCH_SIZES = (4, 8, 16)  # of transformers, offline
@@ -58,11 +58,13 @@ QUICK_CASES = (Case("prefill 512", 1, 512, 1), Case("decode 1", 1, 32, 9, True),
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """One run of a case. step_s: the median step in which every sequence decoded."""
+    """One run of a case. step_s: the median step in which every sequence decoded. logprobs: of each token, where they
+    were asked for."""
 
     tokens: list[list[int]]
     total_s: float
     step_s: float
+    logprobs: list[list[TokenLogprob]] = field(default_factory=list)
 
 
 class Ours:
@@ -73,10 +75,12 @@ class Ours:
         self._engine, self._runner = built.engine, built.runner
         self._torch_threads = torch.get_num_threads()  # native code leaves torch one
 
-    def run(self, prompts: Prompts, num_new: int) -> Timed:
-        engine, params = self._engine, SamplingParams(max_tokens=num_new, temperature=0.0, ignore_eos=True)
+    def run(self, prompts: Prompts, num_new: int, num_logprobs: int = -1) -> Timed:
+        engine = self._engine
+        params = SamplingParams(max_tokens=num_new, temperature=0.0, ignore_eos=True, logprobs=num_logprobs)
         requests = [Request(f"{index}", prompt, params) for index, prompt in enumerate(prompts)]
         tokens: dict[str, list[int]] = {request.request_id: [] for request in requests}
+        logprobs: dict[str, list[TokenLogprob]] = {request.request_id: [] for request in requests}
         steps: list[float] = []
         torch.set_num_threads(self._torch_threads)
         begun = time.perf_counter()
@@ -90,9 +94,11 @@ class Ours:
             for output in engine.take_outputs().tokens:
                 assert output.finish is not FinishReason.ERROR, output.error
                 tokens[output.key.request_id] += output.token_ids
+                logprobs[output.key.request_id] += output.logprobs
             if batch.num_tokens == len(batch.scheduled) == len(prompts):
                 steps.append(time.perf_counter() - step_begun)
-        return Timed(list(tokens.values()), time.perf_counter() - begun, median(steps))
+        total_s = time.perf_counter() - begun
+        return Timed(list(tokens.values()), total_s, median(steps), list(logprobs.values()))
 
 
 class Theirs:
