@@ -128,13 +128,14 @@ def steps_from(
         yield batch, batch.shape, compute(engine, model, batch, emit)
         return
     shape, launched = batch.shape, model.launch(batch)
-    while batch is not None:
-        following, next_launched = None if inbox.has_news else engine.ahead(batch), None
-        next_shape = shape
-        if following is not None and model.can_follow(launched, following):
-            next_shape, next_launched = following.shape, model.launch(following, after=launched)
+    while True:
+        following = None if inbox.has_news else engine.ahead(batch)
+        if following is None or not model.can_follow(launched, following):
+            yield batch, shape, model.collect(launched)
+            return
+        next_shape, next_launched = following.shape, model.launch(following, after=launched)
         yield batch, shape, model.collect(launched)
-        batch, shape, launched = following if next_launched is not None else None, next_shape, next_launched
+        batch, shape, launched = following, next_shape, next_launched
 
 
 def compute(
