@@ -91,12 +91,13 @@ class Book:
         return _left(live.request.sampling.max_tokens * self._used_share, len(live.tokens))
 
     def foretold(self, live: LiveRequest) -> Foretold | None:
-        """Of a request whose first token has just come: when it was expected, with all that was placed after it."""
+        """Of a request whose first token has just come: when it was expected, with all that was placed after it. None
+        once that is noted: the end of its hand-off is no first token."""
         name = live.request.request_id
         for worker in self._where.get(name, ()):
             page = self._pages[worker]
             prompt = page.prompts.get(name)
-            if prompt is not None:
+            if prompt is not None and name not in page.finished:
                 queue = self._queue(page)
                 return Foretold(prompt.placed, queue.ends[queue.all.index(prompt)])
         return None

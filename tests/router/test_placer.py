@@ -193,6 +193,24 @@ async def test_health_tells_how_far_off_a_first_token_was_predicted() -> None:
     await cluster.dispatcher.close()
 
 
+@in_virtual_time
+async def test_a_hand_off_that_takes_its_time_makes_no_first_token_late() -> None:
+    """What first tokens are off by is what admission adds to every prediction. Another prompt is there meanwhile."""
+    cluster = await calibrated("p0", "d0")
+    await served(cluster, promised("r", ttft_s=5.0, num_prompt=256))
+    key = cluster["p0"].key
+    await asyncio.sleep(0.2)
+    await served(cluster, promised("next", ttft_s=5.0, num_prompt=256))
+    await asyncio.sleep(0.056)
+    cluster["p0"].say(token(key, 0))
+    await asyncio.sleep(0.3)
+    cluster["d0"].say(token(key, 1))
+    await settle()
+    (error,) = [error for error in cluster.dispatcher.health().prediction if error.kind == "ttft"]
+    assert error.num_judged == 1 and error.p90 < 0.05
+    await cluster.dispatcher.close()
+
+
 def embedding(name: str, embed: str, **size: int) -> Request:
     asked = request(name, max_tokens=1, **size)
     return replace(asked, sampling=replace(asked.sampling, embed=embed))
