@@ -11,6 +11,8 @@ BASE_PYTHON = python3
 
 PROTOS := $(wildcard cluster/rpc/*.proto)
 GPU_BENCHMARKS := $(wildcard benchmarks/gpu_*.py)
+# These import no more than a machine with a device is sure to have: torch, Triton, pytest.
+GPU_TESTS := tests/gpu $(shell grep -lE 'mark.gpu|kernels.interpreted' tests/kernels/test_*.py)
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
 # Another PYTHON brings its own packages: only our .venv is made and kept current by us.
@@ -57,7 +59,7 @@ test-oracle: $(INSTALLED) ## the long comparison with transformers, token for to
 	$(PYTHON) -m pytest -m oracle --timeout 0 $(PYTEST_ARGS)
 
 test-gpu: $(INSTALLED) ## what needs a CUDA device: make test-gpu [PYTHON=python3]
-	$(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -c tests/gpu/bare.ini --rootdir . -m gpu $(GPU_TESTS) $(PYTEST_ARGS)
 
 bench: $(INSTALLED) ## print the figures of the README
 	$(PYTHON) -m benchmarks.step_jitter

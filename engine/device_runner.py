@@ -10,6 +10,7 @@ A step that only decodes is one launch of a captured graph (engine/decode_graphs
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,11 +18,13 @@ from engine.batch import StepInput, build_input, plan_step
 from engine.decode_graphs import DecodeGraphs
 from engine.device_sampler import DeviceSampler
 from engine.layer_groups import LayersStored
-from engine.model_runner import TorchRunner
 from engine.models.decoder import Results
 from engine.scheduler import Batch
 from engine.step_plan import StepPlan
 from engine.types import Sampled
+
+if TYPE_CHECKING:
+    from engine.model_runner import TorchRunner  # its grammars' library is not there on every machine that computes
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Siblings
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from engine.block_table import BlockTable
-from engine.matching import Matching
 from engine.types import FinishReason, Key, Request, TokenLogprob
+
+if TYPE_CHECKING:
+    from engine.matching import Matching  # its library is not there on every machine that computes
 
 
 @dataclass(slots=True, eq=False)
