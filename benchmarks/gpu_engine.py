@@ -35,8 +35,8 @@ from benchmarks.device_model import (
     timed,
 )
 from engine.batch import plan_step
+from engine.batch_sampler import BatchSampler
 from engine.decode_graphs import CudaCapture, DecodeGraphs
-from engine.device_sampler import DeviceSampler
 from engine.models.config import ModelConfig
 from engine.scheduler import Batch
 
@@ -65,7 +65,7 @@ def kv_bytes(config: ModelConfig) -> int:
 
 
 def decode_row(model: DeviceModel, graphs: DecodeGraphs, batch: Batch, device: str, limits: Limits) -> Row:
-    sampler = DeviceSampler(model.decoder.backend)
+    sampler = BatchSampler(model.decoder.backend)
     plan = plan_step(batch, model.cache.layout.groups, BLOCK_SIZE)
     with torch.inference_mode():
         eager = model.compute(batch).logits.clone()

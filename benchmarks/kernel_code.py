@@ -37,7 +37,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from kernels.backend import Call, GroupCalls, GroupPlace, Heads, Norms
+from kernels.backend import Call, Draws, GroupCalls, GroupPlace, Heads, Norms
 from kernels.triton import records, sampling
 from kernels.triton.backend import TritonBackend
 
@@ -150,8 +150,8 @@ def launches(quick: bool) -> list[Launch]:
         records.gather_records(plane, 0, ids, slot)
         records.scatter_records(plane, 0, ids, slot)
         logits = torch.empty(16, 128_256, device="meta")
-        numbers = torch.empty(16, dtype=torch.int64, device="meta")
-        sampling.choose(logits, numbers.double(), numbers, numbers)
+        ones, numbers = np.ones(16), np.zeros(16, np.int64)
+        sampling.choose(logits, Draws(ones, numbers, ones, 0 * ones, numbers, numbers))
     return kept
 
 

@@ -77,7 +77,8 @@ class EngineConfig(StrictModel):
         default="auto", description="mapped: peers map the KV pool; ring: they read it through a ring; auto: by device"
     )
     kernels: Literal["auto", "torch"] = Field(
-        default="auto", description="auto: Triton on cuda, native code where it can be compiled for the processor; torch: plain"
+        default="auto",
+        description="auto: Triton on cuda, native code where it can be compiled for the processor; torch: plain",
     )
     threads: int = Field(default=1, ge=1, description="CPU threads of one engine")
     calibrate_s: float = Field(

@@ -1,7 +1,7 @@
 """Steps on a device that computes beside the processor. A step is launched, and its tokens are collected later.
 
 1. `launch` sends the step's numbers and its kernels to the device, without waiting: where tokens can be chosen there
-   (engine/device_sampler.py), they are, and their copy to the processor is under way.
+   (engine/batch_sampler.py), they are, and their copy to the processor is under way.
 2. Another step may be launched after it before its tokens are known: it takes them where they are.
 3. `collect` waits for the tokens of the step, not for what was launched since.
 A step that only decodes is one launch of a captured graph (engine/decode_graphs.py).
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.batch import StepInput, build_input, plan_step
+from engine.batch_sampler import BatchSampler
 from engine.decode_graphs import DecodeGraphs
-from engine.device_sampler import DeviceSampler
 from engine.layer_groups import LayersStored
 from engine.models.decoder import Results
 from engine.scheduler import Batch
@@ -45,23 +45,23 @@ class DeviceRunner:
     def __init__(self, runner: TorchRunner, graphs: DecodeGraphs | None) -> None:
         self._runner = runner
         self._graphs = graphs
-        self._sampler = DeviceSampler(runner.model.backend)
+        self._sampler = BatchSampler(runner.model.backend)
 
     def execute(self, batch: Batch, stored: LayersStored | None = None) -> list[Sampled]:
         return self.collect(self.launch(batch, stored))
 
     def can_follow(self, launched: Launched, batch: Batch) -> bool:
         """Could `batch`, which is the same items one position further, be launched now?"""
-        return launched.tokens is not None and self._sampler.takes(batch.scheduled)
+        return launched.tokens is not None and all(map(self._sampler.takes, batch.scheduled))
 
     @torch.inference_mode()
     def launch(self, batch: Batch, stored: LayersStored | None = None, after: Launched | None = None) -> Launched:
         """after: the step whose tokens these items have as their last ones, item by item."""
         plan = plan_step(batch, self._runner.cache.layout.groups, self._runner.block_size)
         results = self._compute(plan, stored, None if after is None else after.tokens)
-        if not self._sampler.takes(batch.scheduled):
+        if not all(map(self._sampler.takes, batch.scheduled)):
             return Launched(batch, results, None, None, None)
-        tokens = self._sampler.choose(results.logits, batch.scheduled)
+        tokens = self._sampler.choose(results.logits, [item for item in batch.scheduled if item.samples])
         if tokens.device.type != "cuda":
             return Launched(batch, results, tokens, tokens, None)
         copied = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)

@@ -10,6 +10,7 @@ import torch
 from llguidance import LLTokenizer
 
 from engine.batch import build_input, num_rows_of, num_states_of, plan_step
+from engine.batch_sampler import BatchSampler
 from engine.errors import ModelError
 from engine.grammar import Grammars, Mask
 from engine.kv_cache import KVCache
@@ -40,6 +41,7 @@ class TorchRunner:
         self.block_size = block_size
         self.device = device
         self._grammars = grammars or Grammars(_no_vocabulary)
+        self._sampler = BatchSampler(model.backend)
 
     def execute(self, batch: Batch, stored: LayersStored | None = None) -> list[Sampled]:
         """As rank 0: the others compute the step, too."""
@@ -49,21 +51,42 @@ class TorchRunner:
 
     def sampled(self, batch: Batch, results: Results) -> list[Sampled]:
         """What is chosen after each item, or pooled of it. Waits for the device."""
-        rows, states = results.logits.cpu().numpy(), results.states.cpu().numpy()
+        rows, states = results.logits.cpu(), results.states.cpu().numpy()
         masks = self._grammars.masks([item.sequence if item.samples else None for item in batch.scheduled])
+        chosen = self._choose_together(batch, rows)
         return [
-            Sampled(embedding=pool(item, own_states)) if len(own_states) else self._sample(item, own_rows, mask)
-            for item, mask, own_rows, own_states in zip(
+            Sampled(embedding=pool(item, own_states))
+            if len(own_states)
+            else self._sample(item, own_rows, mask, token_id)
+            for item, token_id, mask, own_rows, own_states in zip(
                 batch.scheduled,
+                chosen,
                 masks,
-                _split(rows, map(num_rows_of, batch.scheduled)),
+                _split(rows.numpy(), map(num_rows_of, batch.scheduled)),
                 _split(states, map(num_states_of, batch.scheduled)),
                 strict=True,
             )
         ]
 
-    def _sample(self, item: Scheduled, rows: np.ndarray, mask: Mask) -> Sampled:
-        """rows: [num_rows_of(item), vocab], of the item's last positions. The answers differ in their noise only."""
+    def _choose_together(self, batch: Batch, rows: torch.Tensor) -> list[int | None]:
+        """The next token of each item, where it can be chosen with others; None: by itself."""
+        chosen: list[int | None] = [None] * len(batch.scheduled)
+        which = [
+            index for index, item in enumerate(batch.scheduled) if item.samples and self._sampler.takes(item)
+        ]  # fmt: skip
+        if which:
+            last = np.cumsum([num_rows_of(item) for item in batch.scheduled]) - 1
+            wanted = rows if len(which) == len(rows) else rows[last[which]]
+            tokens = self._sampler.choose(wanted, [batch.scheduled[index] for index in which])
+            for index, token_id in zip(which, tokens.tolist(), strict=True):
+                chosen[index] = token_id
+        return chosen
+
+    def _sample(self, item: Scheduled, rows: np.ndarray, mask: Mask, token_id: int | None) -> Sampled:
+        """rows: [num_rows_of(item), vocab], of the item's last positions; token_id: if it is chosen already. The
+        answers differ in their noise only."""
+        if token_id is not None:
+            return Sampled((token_id,))
         sequence, params = item.sequence, item.sequence.request.sampling
         prompt_logprobs = _prompt_logprobs(item, rows) if len(rows) > item.samples else ()
         if not item.samples:

@@ -25,9 +25,24 @@ Gate = Literal["silu", "gelu_tanh"]
 Agree = Callable[[Ladders], Ladders]  # of all ranks
 
 
-# (logits [rows, vocab], -inf where a token is banned; temperatures [rows] float64, 0: the greatest; keys [rows] int64,
-# of the noise; positions [rows] int64, of the new tokens) -> [rows] int64, as engine/sampler.py chooses
-Choose = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """How each of some rows is sampled; arrays are [rows].
+
+    temperatures: float64, 0: the greatest; top_k: int64, 0: off; top_p: float64, 1: off; min_p: float64, 0: off
+    keys: int64, whose bits are the noise's; positions: int64, of the new tokens
+    """
+
+    temperatures: np.ndarray
+    top_k: np.ndarray
+    top_p: np.ndarray
+    min_p: np.ndarray
+    keys: np.ndarray
+    positions: np.ndarray
+
+
+# logits [rows, vocab] float32, -inf where a token is banned -> tokens [rows] int64, as engine/sampler.py chooses them
+Choose = Callable[[torch.Tensor, Draws], torch.Tensor]
 
 
 class Linear(Protocol):
@@ -158,7 +173,7 @@ class Backend(Protocol):
 
     @property
     def choose(self) -> Choose | None:
-        """Next tokens, without leaving the device; None where they are chosen on the processor in any case."""
+        """Chooses next tokens where the logits are; None where that is left to engine/sampler.py."""
         ...
 
     def linear(

@@ -9,9 +9,14 @@ token and position; so a token depends on its request and its place alone, and i
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
+
+from kernels.backend import Draws
+from kernels.reference.truncation import keep_top
+from kernels.triton import upload
 
 _TILE = 4096  # tokens of a program: four share a counter
 
@@ -40,12 +45,26 @@ def _best_of_tile(
     tl.store(best_ids + row * num_tiles + tile, tile * GROUPS * 4 + at)
 
 
-def choose(
+def choose(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """Implements kernels.backend.Choose. logits: contiguous."""
+    temperatures, keys, positions, *bounds = upload.place(
+        [draws.temperatures, draws.keys, draws.positions, *_bounds(draws)], logits.device
+    )
+    if bounds:
+        logits = keep_top(logits.double() / torch.where(temperatures > 0, temperatures, 1.0)[:, None], *bounds)
+        temperatures = (temperatures > 0).double()
+    return _choose(logits, temperatures, keys, positions)
+
+
+def _bounds(draws: Draws) -> list[np.ndarray]:
+    """As keep_top takes them, where a row is cut at all. A greedy row keeps its greatest in any case."""
+    is_cut = (draws.top_k > 0) | (draws.top_p < 1) | (draws.min_p > 0)
+    return [draws.top_k, draws.top_p, draws.min_p] if (is_cut & (draws.temperatures > 0)).any() else []
+
+
+def _choose(
     logits: torch.Tensor, temperatures: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:  # fmt: skip
-    """logits: [rows, vocab], contiguous, -inf where a token is not to be had; temperatures: [rows] float64, 0: the
-    greatest, of equal ones the lowest id; keys: [rows] int64, whose bits are the seed's, with the choice xor-ed into
-    the upper word; positions: [rows] int64, of the new tokens -> [rows] int64."""
     rows, vocab_size = logits.shape
     num_tiles = triton.cdiv(vocab_size, _TILE)
     best = torch.empty(rows, num_tiles, dtype=torch.float64, device=logits.device)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
 from engine.sampler import sample
 from engine.types import SamplingParams
+from tests.kernels.draws import draws_of
 from tests.kernels.interpreted import EACH_DEVICE, random
 
 from kernels.triton.sampling import _TILE, choose  # isort: skip
@@ -18,24 +18,20 @@ GREEDY = SamplingParams(temperature=0.0)
 
 
 def choose_all(logits: torch.Tensor, params: list[SamplingParams], positions: list[int], device: str) -> list[int]:
-    numbers = (
-        torch.tensor([one.temperature for one in params], dtype=torch.float64),
-        torch.from_numpy(np.array([one.seed ^ (one.choice << 32) for one in params], np.uint64).view(np.int64)),
-        torch.tensor(positions),
-    )
-    return choose(logits.to(device), *(one.to(device) for one in numbers)).tolist()
+    return choose(logits.to(device), draws_of(params, positions)).tolist()
 
 
 @EACH_DEVICE
 @pytest.mark.parametrize("vocab_size", [1, 7, 1000, _TILE + 1, 3 * _TILE])
 def test_tokens_are_those_of_the_processor(vocab_size: int, device: str) -> None:
-    logits = random(6, vocab_size) * 3
+    logits = random(8, vocab_size) * 3
     params = [
         GREEDY, replace(GREEDY, temperature=0.7, seed=3), replace(GREEDY, temperature=1.0, seed=2**63 + 5),
         replace(GREEDY, temperature=4.0, seed=2**64 - 1, choice=2), replace(GREEDY, temperature=0.7, seed=3, choice=1),
-        replace(GREEDY, temperature=1e-3, seed=0),
+        replace(GREEDY, temperature=1e-3, seed=0), replace(GREEDY, temperature=1.0, seed=4, top_k=3),
+        replace(GREEDY, temperature=1.3, seed=5, top_p=0.7, min_p=0.01),
     ]  # fmt: skip
-    positions = [0, 5, 2**20, 77, 5, 1]
+    positions = [0, 5, 2**20, 77, 5, 1, 8, 9]
     wanted = [
         sample(row.numpy(), one, position) for row, one, position in zip(logits, params, positions, strict=True)
     ]  # fmt: skip

@@ -16,6 +16,7 @@ from kernels.backend import Agree, DenseLayer, Gate, Heads, Norms
 from kernels.cpu.native.attention import NativeAttention
 from kernels.cpu.native.library import NAMES, pointer
 from kernels.cpu.native.linear import NativeLinear
+from kernels.cpu.native.sampling import NativeChoose
 from kernels.cpu.native.space import Space
 from kernels.cpu.native.stack import NativeStack
 from kernels.reference.quantized import Bits
@@ -23,8 +24,6 @@ from kernels.reference.quantized import Bits
 
 class NativeBackend:
     """Layers of float32 or bfloat16 on this processor."""
-
-    choose = None
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype, num_threads: int, is_tiled: bool) -> None:
         """The library's threads are all engines' of this process: the last count holds. What torch still computes is
@@ -34,6 +33,7 @@ class NativeBackend:
         self.dtype = dtype
         library.set_threads(num_threads)
         torch.set_num_threads(1)
+        self.choose = NativeChoose(library)
         self._is_tiled = is_tiled
         self._space = Space()
         self._add_norm = getattr(library, f"add_rms_norm_{NAMES[dtype]}")

@@ -23,7 +23,7 @@ import torch
 _SOURCES = Path(__file__).parent
 _FLAGS = ("-std=c++20", "-march=native", "-fno-math-errno", "-fPIC", "-pthread", "-w")
 _PARTS = {"linear.cpp": "-O2", "nibbles.cpp": "-O3", "native.cpp": "-O3"}
-_NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
+_NEEDED = ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 _COMPILERS = ("c++", "g++")
 
 NAMES = {torch.float32: "float", torch.bfloat16: "bf16"}  # of the functions for a type
@@ -91,6 +91,12 @@ class PassStruct(ctypes.Structure):
     ]  # fmt: skip
 
 
+class DrawsStruct(ctypes.Structure):
+    """sampling.h, Draws."""
+
+    _fields_ = [(name, c_void_p) for name in ("temperatures", "top_p", "min_p", "top_k", "keys", "positions")]
+
+
 _NORM = (c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_float, c_int)
 _FUNCTIONS = {
     "set_threads": (c_int,),
@@ -99,6 +105,7 @@ _FUNCTIONS = {
     "add_rms_norm_float": _NORM, "add_rms_norm_bf16": _NORM,
     "rope_store_float": (c_void_p, POINTER(StoreStruct)), "rope_store_bf16": (c_void_p, POINTER(StoreStruct)),
     "attend_float": (POINTER(AttentionStruct),), "attend_bf16": (POINTER(AttentionStruct),),
+    "choose": (c_void_p, c_long, c_long, POINTER(DrawsStruct), c_void_p),
     "run_layers_float": (c_void_p, c_long, POINTER(PassStruct)),
     "run_layers_bf16": (c_void_p, c_long, POINTER(PassStruct)),
 }  # fmt: skip

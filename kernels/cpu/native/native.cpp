@@ -3,6 +3,7 @@
 #include "decoder.h"
 #include "layers.h"
 #include "linear.h"
+#include "sampling.h"
 
 extern "C" {
 
@@ -35,5 +36,9 @@ void attend_bf16(const Attention<bf16>* about) { attend(*about); }
 
 void run_layers_float(const Layer<float>* layers, long count, Pass<float>* step) { run_layers(layers, count, step); }
 void run_layers_bf16(const Layer<bf16>* layers, long count, Pass<bf16>* step) { run_layers(layers, count, step); }
+
+void choose(const float* logits, long num_rows, long size, const Draws* draws, int64_t* out) {
+    choose_tokens(logits, num_rows, size, *draws, out);
+}
 
 }  // extern "C"
