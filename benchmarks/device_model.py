@@ -27,7 +27,7 @@ TARGETS = Path(__file__).parent / "targets.yaml"
 BLOCK_SIZE = 16
 LLAMA_8B = ModelConfig(
     vocab_size=128_256, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
-    intermediate_size=14_336, rms_norm_eps=1e-5, rope_theta=500_000.0, rope_scaling=None, max_context=8192,
+    intermediate_size=14_336, rms_norm_eps=1e-5, rope_theta=500_000.0, rope_scaling=None, max_context=16_384,
     tie_embeddings=False, attention_bias=False, mlp_bias=False, eos_token_ids=(), bos_token_id=None,
     architecture="LlamaForCausalLM",
 )  # fmt: skip

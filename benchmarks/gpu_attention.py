@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_attention [--quick] [--interpreted] [--json FILE]
 
 1. Decode: sequences of one length over blocks in any order. Bytes are keys and values, each once; the floor is what a
-   copy of 2 GiB reaches in the same run.
+   copy of 2 GiB reaches in the same run. The last shape is judged: the first ones fit into a second-level cache.
 2. Prefill: one prompt, from nothing or behind stored blocks, against scaled_dot_product_attention (flash) over keys and
    values that lie side by side, repeated to as many heads beforehand.
 3. Each is checked against float64 on some rows before it is timed; batch-invariant tiling is timed beside.
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,17 @@ class Step:
                 self.attention.num_programs,
             )  # fmt: skip
 
+    def captured(self) -> Callable[[], None]:
+        """One launch on a device, as in a captured step."""
+        if self.q.device.type != "cuda":
+            return self.run
+        self.run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.run()
+        return graph.replay
+
     @property
     def num_bytes(self) -> int:
         return 2 * self.num_seqs * (self.before + self.num_new) * self.heads.num_kv_heads * self.heads.head_dim * 2
@@ -95,7 +107,7 @@ class Step:
 
 def decode_row(step: Step, device: str, bandwidth: float) -> Row:
     step.check()
-    took_s = timed(step.run, device)
+    took_s = timed(step.captured(), device)
     return {
         "decode": f"{step.num_seqs} x {step.before}", "invariant": step.backend.is_invariant,
         "us": f"{1e6 * took_s:.0f}", "GB/s": f"{step.num_bytes / took_s / 1e9:.0f}",
@@ -111,7 +123,7 @@ def prefill_row(step: Step, device: str) -> Row:
     def theirs() -> torch.Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, scale=step.heads.scale)
 
-    ours_s, theirs_s = timed(step.run, device), timed(theirs, device)
+    ours_s, theirs_s = timed(step.captured(), device), timed(theirs, device)
     pairs = step.num_new * (step.before + step.num_new / 2)
     rate = 4 * pairs * step.heads.num_heads * step.heads.head_dim / ours_s
     return {
@@ -135,7 +147,7 @@ def main() -> None:
         return
     heads = SMALL_HEADS if options.interpreted else HEADS
     bandwidth = copy_bandwidth(device, 2**20 if options.interpreted else 2**31)
-    decodes = ((2, 90),) if options.interpreted else DECODES[:2] if options.quick else DECODES
+    decodes = ((2, 90),) if options.interpreted else DECODES[2:] if options.quick else DECODES
     prefills = ((0, 40), (50, 20)) if options.interpreted else PREFILLS[:1] if options.quick else PREFILLS
     print(f"{device_name(device)}; a copy: {bandwidth / 1e9:.0f} GB/s", file=sys.stderr)
     modes = (False, True)
@@ -151,7 +163,7 @@ def main() -> None:
     print(table("\nprefill attention", second))
     bounds = promised("gpu_attention")
     values = {
-        "decode over a copy": max(float(str(row["of copy"])) for row in first if not row["invariant"]),
+        "decode over a copy": float(str(next(row["of copy"] for row in reversed(first) if not row["invariant"]))),
         "prefill over torch's flash": min(
             float(str(row["over torch"]))
             for row in second if not row["invariant"] and str(row["prefill"]).endswith(" 0")

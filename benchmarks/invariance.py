@@ -18,6 +18,7 @@ import argparse
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -26,7 +27,6 @@ from benchmarks.report import Row, Target, machine, median, print_table, print_t
 from engine.config import EngineConfig, ModelSource
 from engine.setup import EngineSetup, plan_engine
 from kernels.cpu.native.library import has_amx, load_library
-from kernels.dispatch import Kernels
 
 REST_S = 0.5  # before each run: OpenMP's threads spin for 0.2 s after the one before
 WIDE_STEP = 512
@@ -40,7 +40,7 @@ Seconds = dict[str, list[float]]  # by side
 class Kind:
     """Of a side."""
 
-    kernels: Kernels
+    kernels: Literal["auto", "torch"]
     is_invariant: bool
 
 

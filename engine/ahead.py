@@ -3,7 +3,8 @@
 Which sequences it holds, and where each stores its next position, follows from the step before, if all of them go on;
 only the tokens themselves are missing, and these the device has. A sequence that turns out to have ended has then been
 computed once too often: it stored into a block that is given to nobody before that step, and what was chosen for it is
-dropped (engine/engine.py).
+dropped (engine/engine.py). Where a new block evicts another that the host tier keeps, that is copied when the step
+under way has ended.
 """
 
 from __future__ import annotations

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from llguidance import LLTokenizer
 
+from engine.calibration import warm_up
 from engine.config import Quantization
 from engine.engine import Engine, ModelRunner
 from engine.grammar import Grammars, read_vocabulary
@@ -53,13 +55,15 @@ def _steps(setup: EngineSetup, runner: TorchRunner) -> ModelRunner:
     from engine.decode_graphs import CudaCapture, DecodeGraphs, can_capture  # these need Triton
     from engine.device_runner import DeviceRunner
 
-    if not can_capture(runner.model):
-        return DeviceRunner(runner, None)
-    limits = setup.spec.limits
-    graphs = DecodeGraphs(runner.model, runner.cache, limits.block_size, limits.max_batch_seqs, CudaCapture())
-    with torch.inference_mode():
-        graphs.prepare(lambda count, total: logger.info("captured %d of %d decode graphs", count, total))
-    return DeviceRunner(runner, graphs)
+    graphs = None
+    if can_capture(runner.model):
+        limits = setup.spec.limits
+        graphs = DecodeGraphs(runner.model, runner.cache, limits.block_size, limits.max_batch_seqs, CudaCapture())
+        with torch.inference_mode():
+            graphs.prepare(lambda count, total: logger.info("captured %d of %d decode graphs", count, total))
+    steps = DeviceRunner(runner, graphs)
+    warm_up(setup.spec, steps, time.perf_counter)
+    return steps
 
 
 def build_model_runner(setup: EngineSetup, pool: SharedPool | None, ranks: Ranks = ONE_RANK) -> TorchRunner:

@@ -43,6 +43,14 @@ def calibrate(
     return tuple(records)
 
 
+def warm_up(spec: EngineSpec, model: ModelRunner, clock: Callable[[], float]) -> None:
+    """Compute prompts of some lengths, so that what is compiled when it is first wanted is there."""
+    chunk = spec.limits.prefill_chunk
+    for probe in (Probe(num_new=chunk), Probe(num_new=max(1, chunk // 8), num_before=chunk), Probe(4, 64, num_new=2)):
+        if _fits(spec, probe):
+            next(_steps(_engine(spec, probe), model, clock), None)
+
+
 def _probes(spec: EngineSpec) -> Iterator[Probe]:
     """What says most comes first, after what touches most blocks. Those that do not fit are left out."""
     chunk, num_seats = spec.limits.prefill_chunk, spec.limits.max_batch_seqs

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -38,16 +39,16 @@ class CudaCapture:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()  # cuBLAS has a workspace for each
 
     def __call__(self, work: Callable[[], None]) -> Replay:
-        """On a stream of its own, after a run that compiles what is to be compiled."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        """After a run that compiles what is to be compiled."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             work()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             work()
         return graph.replay
 
@@ -60,7 +61,6 @@ class _Graph:
     buffer: torch.Tensor
     places: list[int]
     step: StepInput
-    results: list[Results]  # of the newest run
     replay: Replay
 
 
@@ -79,6 +79,9 @@ class DecodeGraphs:
         self._sizes = sizes_up_to(min(max_batch_seqs, _MOST_SIZES))
         self._graphs: dict[int, _Graph] = {}
         self._rooms = list[Parts]()  # that captured launches point into
+        like = {"dtype": torch.float32, "device": self._backend.device}
+        self._logits = torch.empty(self._sizes[-1], model.config.vocab_size, **like)  # of the newest run
+        self._no_states = torch.empty(0, model.config.hidden_size, **like)
 
     def prepare(self, progress: Callable[[int, int], None]) -> None:
         """Capture all, the largest first, whose memory the others share. Tells how many of how many are there."""
@@ -97,6 +100,8 @@ class DecodeGraphs:
         is overwritten by the next run."""
         graph = self._graph(next(size for size in self._sizes if size >= plan.num_tokens))
         arrays = self._arrays(plan, graph.size)
+        rooms = zip(arrays, pairwise(graph.places), strict=True)
+        assert all(array.nbytes <= stop - start for array, (start, stop) in rooms), "a graph has no room for this step"
         host = torch.empty(
             graph.places[len(arrays) - 1] + arrays[-1].nbytes, dtype=torch.uint8,
             pin_memory=self._backend.device.type == "cuda",
@@ -106,8 +111,7 @@ class DecodeGraphs:
         if tokens is not None:
             graph.step.token_ids.index_copy_(0, graph.step.sample_rows[: len(tokens)], tokens)
         graph.replay()
-        results = graph.results[-1]
-        return Results(results.logits[: plan.num_tokens], results.states)
+        return Results(self._logits[: plan.num_tokens], self._no_states)
 
     def _arrays(self, plan: StepPlan, size: int) -> list[np.ndarray]:
         """A step's numbers in the order of a graph's buffer; the tables of the last group, whose length differs most,
@@ -133,15 +137,14 @@ class DecodeGraphs:
         places = place_in(empty)
         buffer = torch.zeros(places[-1], dtype=torch.uint8, device=self._backend.device)
         step = self._step(size, views(empty, places, buffer))
-        results = list[Results]()
 
         def work() -> None:
-            results[:] = [self._model.forward(step, self._cache)]
+            self._logits[:size].copy_(self._model.forward(step, self._cache).logits)
 
         for group in step.groups:
             group.block_ids.fill_(-1)
         self._rooms.append(self._backend.room(self._most_parts(size), self._attention.num_groups, self._model.heads))
-        return _Graph(size, buffer, places, step, results, self._capture(work))
+        return _Graph(size, buffer, places, step, self._capture(work))
 
     def _empty_arrays(self, size: int) -> list[np.ndarray]:
         """Of the greatest shapes that _arrays may give."""
@@ -167,11 +170,8 @@ class DecodeGraphs:
         return StepInput(size, token_ids, positions, offsets, inputs, sample_rows, size, none)
 
     def _most_parts(self, size: int) -> int:
-        """Parts, or tasks where nothing is cut, of so many sequences."""
-        cut = self._attention.cut(self._attention.tiling(1))
-        if cut.split and 2 * size <= cut.num_shares:
-            return size * -(-self._model.config.max_context // cut.split)
-        return most_parts(size, cut)
+        """Of so many sequences, or fewer."""
+        return most_parts(size, self._attention.cut(self._attention.tiling(1)), self._model.config.max_context)
 
     def _most_blocks(self, group: Group) -> int:
         """Of one sequence's row of blocks: whole tiles of keys, in whose middle a window may begin."""

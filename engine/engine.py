@@ -96,6 +96,7 @@ class Engine:
         self._reserved: list[Reserved] = []
         self.num_steps = 0
         self._num_leaked = 0
+        self._next_check = 0  # by the number of steps
         self._told_leaked = 0  # in the last outputs
         self._is_new = False  # has somebody come whose first step is still to be computed?
         self._tells_cache = False
@@ -131,7 +132,8 @@ class Engine:
     def begin(self) -> Batch | None:
         """The next batch, or None when there is nothing to compute."""
         batch = self.scheduler.schedule()
-        if batch is None or self.num_steps % LEAK_CHECK_STEPS == 0:
+        if batch is None or self.num_steps >= self._next_check:
+            self._next_check = self.num_steps + LEAK_CHECK_STEPS
             self._num_leaked = self.blocks.num_leaked(self._live_tables())
         self._renew_slack(batch)
         for item in batch.scheduled if batch else ():

@@ -24,7 +24,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 from engine.child import STOP_TIMEOUT_S, child_env, end_child
 from engine.engine import Engine, ModelRunner
 from engine.errors import ModelError, WorkerLost, error_from_code
-from engine.layer_groups import LayersStored
+from engine.layer_groups import LayerNews, LayersStored
 from engine.pool import SharedPool
 from engine.rank_pools import RankPools, pools_of
 from engine.scheduler import Batch
@@ -124,8 +124,9 @@ def steps_from(
 ) -> Iterator[tuple[Batch, StepShape, list[Sampled]]]:  # fmt: skip
     """This batch's step; and those after it, launched before its tokens are known, as long as nothing has come in. Each
     with its shape, as it is before the step moves its sequences on."""
-    if not isinstance(model, AheadRunner) or engine.layer_news(batch) is not None:
-        yield batch, batch.shape, compute(engine, model, batch, emit)
+    news = engine.layer_news(batch)
+    if news is not None or not isinstance(model, AheadRunner):
+        yield batch, batch.shape, compute(model, batch, news, emit)
         return
     shape, launched = batch.shape, model.launch(batch)
     while True:
@@ -139,10 +140,9 @@ def steps_from(
 
 
 def compute(
-    engine: Engine, model: ModelRunner, batch: Batch, emit: Callable[[StepOutputs], None]
+    model: ModelRunner, batch: Batch, news: LayerNews | None, emit: Callable[[StepOutputs], None]
 ) -> list[Sampled]:  # fmt: skip
     """Compute a step. What it stores for others is told group of layers by group."""
-    news = engine.layer_news(batch)
     if news is None:
         return model.execute(batch)
 

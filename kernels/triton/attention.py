@@ -152,7 +152,7 @@ def _see_range(
     return top, total, sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["part_rows"])
 def _attend(
     q, k_cache, v_cache, out, part_sums, part_marks, tasks, counts, tables, q_stride, block_stride, head_stride,
     part_rows, window, scale,
@@ -204,7 +204,7 @@ def _attend(
             tl.store(sums_place, sums, mask=is_query)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["part_rows"])
 def _merge(
     out, part_sums, part_marks, merges, counts, part_rows,
     GROUPS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, FIELDS: tl.constexpr,

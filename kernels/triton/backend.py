@@ -176,16 +176,14 @@ class TritonAttention:
         return tiling, make_tasks(calls, window, block_size, self.cut(tiling))
 
     def tiling(self, num_new: int) -> Tiling:
-        """For calls of so many new tokens."""
-        dim, is_wide = padded_dim(self._heads.head_dim), self._backend.is_wide
-        least = max(16, triton.next_power_of_2(self.num_groups))
+        """For calls of so many new tokens. As large as registers hold (`python -m benchmarks.kernel_code`)."""
+        is_big = self._backend.is_wide or padded_dim(self._heads.head_dim) > 128
+        least, keys = max(16, triton.next_power_of_2(self.num_groups)), 32 if is_big else 64
         if self._backend.is_invariant:
-            return Tiling(max(64, least), 32 if is_wide else 64, _INVARIANT_SPLIT, num_warps=8, num_stages=2)
+            return Tiling(max(32 if is_big else 64, least), keys, _INVARIANT_SPLIT, num_warps=8, num_stages=2)
         if num_new == 1:
-            return Tiling(least, 32 if is_wide else 64, 0, num_warps=4, num_stages=3)
-        if is_wide or dim > 128:
-            return Tiling(max(64, least), 32, 0, num_warps=4, num_stages=2)
-        return Tiling(max(128, least), 64, 0, num_warps=8, num_stages=3)
+            return Tiling(least, keys, 0, num_warps=4, num_stages=3)
+        return Tiling(max(64 if is_big else 128, least), keys, 0, num_warps=8, num_stages=2 if is_big else 3)
 
     def cut(self, tiling: Tiling) -> Cut:
         return Cut(tiling.rows // self.num_groups, tiling.keys, tiling.split, _LEAST_KEYS, self.num_programs)

@@ -25,7 +25,7 @@ def _weights(q_norm, k_norm, at, inside, is_q):
     return tl.where(is_q, of_q[None, :], of_k[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _turn_and_store(
     qkv, q_norm, k_norm, k_cache, v_cache, positions, block_ids, offsets, cos, sin, head_dim, eps,
     block_stride, head_stride, num_tokens,

@@ -74,9 +74,11 @@ def make_tasks(calls: Calls[Call], window: int | None, block_size: int, cut: Cut
     return TaskNumbers(_longest_first(tasks), merges, tables, int(is_cut.sum()), part_tokens)
 
 
-def most_parts(num_tiles: int, cut: Cut) -> int:
-    """Of so many tiles, where they are not cut at fixed places. One more of each, for a window may begin anywhere."""
-    return 2 * num_tiles + cut.num_shares
+def most_parts(num_tiles: int, cut: Cut, max_context: int) -> int:
+    """Of so many tiles, or fewer: where they are too many to be cut, fewer may not be."""
+    if cut.split:
+        return min(num_tiles, cut.num_shares // 2) * -(-max_context // cut.split)
+    return 2 * num_tiles + cut.num_shares  # one more of each, for a window may begin anywhere
 
 
 def _tiles(calls: Calls[Call], window: int | None, block_size: int, cut: Cut) -> tuple[np.ndarray, np.ndarray]:

@@ -315,6 +315,10 @@ class ScriptedInbox:
     def __init__(self, commands: list[Command]) -> None:
         self._commands: list[Command] | None = commands
 
+    @property
+    def has_news(self) -> bool:
+        return self._commands is not None
+
     def take(self, block: bool) -> list[Command] | None:
         if self._commands is None:
             return None if block else []

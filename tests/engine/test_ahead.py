@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.batch import plan_step
 from engine.build import BuiltEngine
 from engine.decode_graphs import DecodeGraphs, sizes_up_to
 from engine.device_runner import DeviceRunner, Launched
 from engine.layer_groups import LayersStored
 from engine.scheduler import Batch
 from engine.step_runner import drive
-from engine.types import Abort, Add, Command, FinishReason, Key, Sampled, StepOutputs
+from engine.types import Abort, Add, Adopt, Command, FinishReason, Key, Reserve, Sampled, StepOutputs
+from kernels.triton.backend import TritonAttention
 from tests.engine.test_families import FAMILIES
 from tests.engine.tiny import random_prompt, random_weights, request, run, tiny_config, tiny_engine
 from tests.kernels.interpreted import ON_DEVICE
@@ -185,6 +187,26 @@ def test_graphs_serve_layers_with_windows(name: str) -> None:
     plain, built = engine(name, num_blocks=80), engine(name, num_blocks=80)
     wanted = run(plain.engine, plain.runner, asked)
     assert answers(built, ahead(built), [[Add(one) for one in asked]]) == wanted
+
+
+def test_a_graph_has_room_for_fewer_sequences_whose_keys_are_cut_more_often() -> None:
+    """Three sequences fill a graph of four; of four, tiles would be too many to be cut. Nothing is computed."""
+    config = tiny_config(num_layers=1, max_context=4096)
+    built = tiny_engine(
+        config, random_weights(config, seed=3), kernels="triton", prefix_cache=False, num_blocks=3000, max_batch_seqs=8
+    )  # fmt: skip
+    attention, engine = built.runner.model.attention, built.engine
+    assert isinstance(attention, TritonAttention)
+    attention.num_programs = 6
+    for name in "abc":
+        asked = replace(request(name, random_prompt(config, 3900, 1)), generated_ids=(1,))
+        engine.handle(Reserve(asked.key, 3901))
+        engine.handle(Adopt(asked, 3900))
+    batch = engine.begin()
+    assert batch is not None and len(batch.scheduled) == 3
+    plan = plan_step(batch, built.cache.layout.groups, built.runner.block_size)
+    graphs = DecodeGraphs(built.runner.model, built.cache, built.runner.block_size, 8, lambda work: lambda: None)
+    assert graphs.run(plan, None).logits.shape == (3, config.vocab_size)  # it says so if there is no room
 
 
 def test_experts_are_computed_without_graphs() -> None:

@@ -75,7 +75,7 @@ class Told:
         self.take(self.engine.take_outputs())
         if batch is None:
             return False
-        self.engine.finish(batch, compute(self.engine, self.runner, batch, self.take))
+        self.engine.finish(batch, compute(self.runner, batch, self.engine.layer_news(batch), self.take))
         self.take(self.engine.take_outputs())
         return True
 

@@ -143,6 +143,8 @@ def test_steps_that_follow_each_other_add_up_to_the_time_that_passed(setup: Engi
     emitted: list[float] = []
 
     class Late:
+        has_news = False
+
         def __init__(self) -> None:
             self.turns: list[list[Command] | None] = [[Add(REQUESTS[0])], None]
 
