@@ -3,6 +3,8 @@ engine and the kernels: a GPU machine may have no more."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
 import statistics
 import time
@@ -163,6 +165,29 @@ def promised(section: str) -> dict[str, float]:
             break
         found[match[1]] = float(match[2])
     return found
+
+
+def tell(
+    section: str, device: str, rows: list[dict[str, object]], values: dict[str, float], options: argparse.Namespace
+) -> None:  # fmt: skip
+    """Values beside the section's targets, where they are figures; rows and targets as JSON, where that is wanted."""
+    targets = [
+        {"name": name, "value": values[name], "target": bound, "kind": "least", "met": values[name] >= bound}
+        for name, bound in promised(section).items()
+    ]
+    if not options.interpreted:
+        print("\n".join(f"{'met   ' if one['met'] else 'MISSED'} {one['name']}: {one['value']}" for one in targets))
+    if options.json:
+        told = {"machine": device_name(device), "rows": rows, "targets": targets}
+        Path(options.json).write_text(json.dumps(told, indent=1) + "\n")
+
+
+def read_options(about: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer shapes")
+    parser.add_argument("--interpreted", action="store_true", help="small shapes on a processor; TRITON_INTERPRET=1")
+    parser.add_argument("--json", metavar="FILE", help="write rows and targets there too")
+    return parser.parse_args()
 
 
 def table(title: str, rows: list[dict[str, object]]) -> str:

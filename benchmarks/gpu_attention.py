@@ -12,17 +12,14 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from benchmarks.device_model import BLOCK_SIZE, copy_bandwidth, device_name, promised, table, timed
+from benchmarks.device_model import BLOCK_SIZE, copy_bandwidth, device_name, read_options, table, tell, timed
 from kernels.backend import Call, GroupCalls, Heads, Norms
 from kernels.triton.attention import attend
 from kernels.triton.backend import Plan, TritonBackend
@@ -140,7 +137,7 @@ def _behind(step: Step, device: torch.device) -> torch.Tensor:
 
 
 def main() -> None:
-    options = _options()
+    options = read_options(__doc__ or "")
     device = "cpu" if options.interpreted else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
         print("there is no CUDA device here: nothing was measured")
@@ -161,7 +158,6 @@ def main() -> None:
     ]  # fmt: skip
     print(table("\ndecode attention", first))
     print(table("\nprefill attention", second))
-    bounds = promised("gpu_attention")
     values = {
         "decode over a copy": float(str(next(row["of copy"] for row in reversed(first) if not row["invariant"]))),
         "prefill over torch's flash": min(
@@ -169,23 +165,7 @@ def main() -> None:
             for row in second if not row["invariant"] and str(row["prefill"]).endswith(" 0")
         ),
     }  # fmt: skip
-    targets = [
-        {"name": name, "value": values[name], "target": bound, "kind": "least", "met": values[name] >= bound}
-        for name, bound in bounds.items()
-    ]
-    if not options.interpreted:
-        print("\n".join(f"{'met   ' if one['met'] else 'MISSED'} {one['name']}: {one['value']}" for one in targets))
-    if options.json:
-        told = {"machine": device_name(device), "rows": [*first, *second], "targets": targets}
-        Path(options.json).write_text(json.dumps(told, indent=1) + "\n")
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer shapes")
-    parser.add_argument("--interpreted", action="store_true", help="small shapes on a processor; TRITON_INTERPRET=1")
-    parser.add_argument("--json", metavar="FILE", help="write rows and targets there too")
-    return parser.parse_args()
+    tell("gpu_attention", device, [*first, *second], values, options)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,9 @@ Before it is timed, a graph's logits must be those of the same step without one,
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -30,8 +27,9 @@ from benchmarks.device_model import (
     copy_bandwidth,
     device_name,
     product_rate,
-    promised,
+    read_options,
     table,
+    tell,
     timed,
 )
 from engine.batch import plan_step
@@ -128,7 +126,7 @@ def _run_again(work: Callable[[], None]) -> Callable[[], None]:
 
 
 def main() -> None:
-    options = _options()
+    options = read_options(__doc__ or "")
     device = "cpu" if options.interpreted else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
         print("there is no CUDA device here: nothing was measured")
@@ -148,23 +146,7 @@ def main() -> None:
         "decode step over the floor": min(value for step, value in free.items() if step.startswith("decode")),
         "prefill over a product's rate": max(value for step, value in free.items() if step.startswith("prefill")),
     }
-    targets = [
-        {"name": name, "value": values[name], "target": bound, "kind": "least", "met": values[name] >= bound}
-        for name, bound in promised("gpu_engine").items()
-    ]
-    if not tiny:
-        print("\n".join(f"{'met   ' if one['met'] else 'MISSED'} {one['name']}: {one['value']}" for one in targets))
-    if options.json:
-        told = {"machine": device_name(device), "rows": rows, "targets": targets}
-        Path(options.json).write_text(json.dumps(told, indent=1) + "\n")
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer shapes")
-    parser.add_argument("--interpreted", action="store_true", help="a tiny model on a processor; TRITON_INTERPRET=1")
-    parser.add_argument("--json", metavar="FILE", help="write rows and targets there too")
-    return parser.parse_args()
+    tell("gpu_engine", device, rows, values, options)
 
 
 if __name__ == "__main__":

@@ -102,6 +102,16 @@ class Norms:
 
 
 @dataclass(frozen=True, slots=True)
+class Turns:
+    """What `Attention.turns` may make of its arguments, for kernels that look tables up: [max_context, head_dim / 2],
+    and the position [rows] of each row."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    positions: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class GroupPlace:
     """Where the layers of one group store and read in a step.
 

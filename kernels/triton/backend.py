@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from kernels.backend import Agree, Call, DenseLayer, Gate, GroupCalls, GroupPlace, Heads, Norms
+from kernels.backend import Agree, Call, DenseLayer, Gate, GroupCalls, GroupPlace, Heads, Norms, Turns
 from kernels.reference.quantized import Bits, quantize
 from kernels.triton import layers, upload
 from kernels.triton.attention import Parts, Tasks, Tiling, attend, padded_dim
@@ -39,15 +39,6 @@ class Work:
     tasks: Tasks
     num_parts: int
     part_rows: int
-
-
-@dataclass(frozen=True, slots=True)
-class Turns:
-    """Tables [max_context, head_dim / 2], and the position [rows] of each row."""
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-    positions: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)

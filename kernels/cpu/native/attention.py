@@ -9,20 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kernels.backend import GroupCalls, GroupPlace, Heads, Norms
+from kernels.backend import GroupCalls, GroupPlace, Heads, Norms, Turns
 from kernels.cpu.native.library import NAMES, AttentionStruct, StoreStruct, pointer
 from kernels.reference.attention import first_key
 
 _SPAN = 5  # numbers of a Span, attention.h
-
-
-@dataclass(frozen=True, slots=True)
-class Turns:
-    """Tables [max_context, head_dim / 2], and the position [rows] of each row."""
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-    positions: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ from collections.abc import Sequence as Groups
 
 import torch
 
-from kernels.backend import DenseLayer, GroupPlace, Heads, Norms
-from kernels.cpu.native.attention import Plan, Turns
+from kernels.backend import DenseLayer, GroupPlace, Heads, Norms, Turns
+from kernels.cpu.native.attention import Plan
 from kernels.cpu.native.library import NAMES, GroupStruct, LayerStruct, PassStruct, pointer
 from kernels.cpu.native.linear import TILED_ROWS, NativeLinear
 
