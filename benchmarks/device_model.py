@@ -182,6 +182,16 @@ def tell(
         Path(options.json).write_text(json.dumps(told, indent=1) + "\n")
 
 
+def measured_device(options: argparse.Namespace) -> str | None:
+    """Where to run; None, and it says so, where there is no device."""
+    if options.interpreted:
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    print("there is no CUDA device here: nothing was measured")
+    return None
+
+
 def read_options(about: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer shapes")

@@ -26,6 +26,7 @@ from benchmarks.device_model import (
     DeviceModel,
     copy_bandwidth,
     device_name,
+    measured_device,
     product_rate,
     read_options,
     table,
@@ -40,7 +41,7 @@ from engine.scheduler import Batch
 
 CONTEXT = 1024
 DECODES = (1, 16, 128)
-PROMPTS = (512, 2048, 8192)
+PROMPTS = (2048, 8192)
 Row = dict[str, object]
 
 
@@ -114,7 +115,7 @@ def rows_of(config: ModelConfig, device: str, is_invariant: bool, limits: Limits
     rows = [
         decode_row(model, graphs, model.decoding([context] * count)[1], device, limits) for count in counts
     ]  # fmt: skip
-    prompts = (20,) if tiny else PROMPTS[:2] if quick else PROMPTS
+    prompts = (20,) if tiny else PROMPTS[:1] if quick else PROMPTS
     rows += [prefill_row(model, model.prompts([length])[1], device, limits) for length in prompts]
     return [{"step": row.pop("step"), "invariant": is_invariant, **row} for row in rows]
 
@@ -127,9 +128,8 @@ def _run_again(work: Callable[[], None]) -> Callable[[], None]:
 
 def main() -> None:
     options = read_options(__doc__ or "")
-    device = "cpu" if options.interpreted else "cuda"
-    if device == "cuda" and not torch.cuda.is_available():
-        print("there is no CUDA device here: nothing was measured")
+    device = measured_device(options)
+    if device is None:
         return
     tiny = options.interpreted
     limits = Limits(copy_bandwidth(device, 2**20 if tiny else 2**31), product_rate(device, 64 if tiny else 8192))
@@ -144,7 +144,7 @@ def main() -> None:
     free = {str(row["step"]): float(str(row["floor / step"])) for row in rows if not row["invariant"]}
     values = {
         "decode step over the floor": min(value for step, value in free.items() if step.startswith("decode")),
-        "prefill over a product's rate": max(value for step, value in free.items() if step.startswith("prefill")),
+        "prefill over a product's rate": min(value for step, value in free.items() if step.startswith("prefill")),
     }
     tell("gpu_engine", device, rows, values, options)
 

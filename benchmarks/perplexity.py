@@ -48,7 +48,7 @@ def our_perplexity(setup: EngineSetup, weights: Weights, windows: Windows, bits:
     with torch.inference_mode():
         model = build_model(setup.model, dict(weights), block_size, setup.batch_invariant, bits=bits)
         cache = KVCache(setup.layout, setup.spec.num_blocks, setup.config.device, None)
-    runner, engine = TorchRunner(model, cache, block_size, setup.config.device), Engine(setup.spec, None)
+    runner, engine = TorchRunner(model, cache, block_size), Engine(setup.spec, None)
     params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
     logprobs: list[float] = []
     for number, window in enumerate(windows):

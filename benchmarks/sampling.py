@@ -15,18 +15,18 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-import numpy as np
 import torch
 
 from benchmarks.engine_sides import Prompts, real_prompts
 from benchmarks.report import Row, Target, machine, median, print_table, print_targets, spread, target, write_json
 from engine.batch import plan_step
+from engine.batch_sampler import draws_of
 from engine.build import BuiltEngine, build_engine
 from engine.config import EngineConfig, ModelSource
 from engine.sampler import sample
 from engine.setup import plan_engine
 from engine.types import Add, Request, SamplingParams
-from kernels.backend import Choose, Draws
+from kernels.backend import Choose
 
 NUM_STREAMS, CONTEXT = 16, 64
 KINDS = {
@@ -54,16 +54,6 @@ def decoded(built: BuiltEngine, prompts: Prompts, num_new: int) -> tuple[torch.T
     return logits.clone(), median(times)
 
 
-def draws_of(params: list[SamplingParams]) -> Draws:
-    def column(name: str, kind: type) -> np.ndarray:
-        return np.array([getattr(one, name) for one in params], kind)
-
-    return Draws(
-        column("temperature", np.float64), column("top_k", np.int64), column("top_p", np.float64),
-        column("min_p", np.float64), column("seed", np.int64), np.arange(len(params)),
-    )  # fmt: skip
-
-
 def by_torch(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     if params.temperature == 0:
         return logits.argmax(dim=1)
@@ -82,7 +72,7 @@ def measured_row(
     name: str, logits: torch.Tensor, choose: Choose, step_s: float, rounds: int
 ) -> tuple[Row, float]:  # fmt: skip
     params = [replace(KINDS[name], seed=7 * row) for row in range(len(logits))]
-    draws, rows = draws_of(params), logits.numpy()
+    draws, rows = draws_of(params, range(len(params))), logits.numpy()
     ways: dict[str, Callable[[], object]] = {
         "ours": lambda: choose(logits, draws),
         "row by row": lambda: [sample(row, one, at) for at, (row, one) in enumerate(zip(rows, params, strict=True))],

@@ -15,6 +15,7 @@ import torch
 from engine.batch import num_states_of
 from engine.logits import changes
 from engine.scheduler import Scheduled
+from engine.types import SamplingParams
 from kernels.backend import Backend, Draws
 
 
@@ -38,16 +39,17 @@ class BatchSampler:
     def choose(self, logits: torch.Tensor, items: Items[Scheduled]) -> torch.Tensor:
         """logits: [len(items), vocab] float32, of items that sample -> [len(items)] int64, where the logits are."""
         assert self._choose is not None
-        return self._choose(logits, _draws(items))
+        params = [item.sequence.answers[0].sampling for item in items]
+        return self._choose(logits, draws_of(params, [item.start + item.num_new for item in items]))
 
 
-def _draws(items: Items[Scheduled]) -> Draws:
-    params = [item.sequence.answers[0].sampling for item in items]
+def draws_of(params: Items[SamplingParams], positions: Items[int]) -> Draws:
+    """positions: of the new tokens."""
     return Draws(
         temperatures=np.array([one.temperature for one in params], np.float64),
         top_k=np.array([one.top_k for one in params], np.int64),
         top_p=np.array([one.top_p for one in params], np.float64),
         min_p=np.array([one.min_p for one in params], np.float64),
         keys=np.array([one.seed ^ (one.choice << 32) for one in params], np.uint64).view(np.int64),
-        positions=np.array([item.start + item.num_new for item in items], np.int64),
+        positions=np.array(positions, np.int64),
     )

@@ -79,7 +79,7 @@ def build_model_runner(setup: EngineSetup, pool: SharedPool | None, ranks: Ranks
             _BITS[setup.quantization],
         )  # fmt: skip
         cache = KVCache(rank_layout(setup.layout, share), setup.spec.num_blocks, device, pool)
-    return TorchRunner(model, cache, block_size, device, grammars_of(setup))
+    return TorchRunner(model, cache, block_size, grammars_of(setup))
 
 
 def grammars_of(setup: EngineSetup) -> Grammars:

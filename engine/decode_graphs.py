@@ -25,7 +25,7 @@ from kernels.reference.attention import tile_tokens
 from kernels.triton.attention import Parts, Tasks
 from kernels.triton.backend import Plan, TritonAttention, TritonBackend, Work, arrays_of
 from kernels.triton.tasks import FIELDS, most_parts
-from kernels.triton.upload import pack, place_in, views
+from kernels.triton.upload import offsets_of, pack, views
 
 _MOST_SIZES = 512  # of a batch, beyond which launches are a small part of a step
 
@@ -134,7 +134,7 @@ class DecodeGraphs:
 
     def _captured(self, size: int) -> _Graph:
         empty = self._empty_arrays(size)
-        places = place_in(empty)
+        places = offsets_of(empty)
         buffer = torch.zeros(places[-1], dtype=torch.uint8, device=self._backend.device)
         step = self._step(size, views(empty, places, buffer))
 

@@ -32,14 +32,11 @@ from kernels.reference.quantized import Bits
 class TorchRunner:
     """Implements engine.engine.ModelRunner over a model and its cache."""
 
-    def __init__(
-        self, model: Decoder, cache: KVCache, block_size: int, device: str, grammars: Grammars | None = None
-    ) -> None:
+    def __init__(self, model: Decoder, cache: KVCache, block_size: int, grammars: Grammars | None = None) -> None:
         """Without `grammars` no answer can keep to one."""
         self.model = model
         self.cache = cache
         self.block_size = block_size
-        self.device = device
         self._grammars = grammars or Grammars(_no_vocabulary)
         self._sampler = BatchSampler(model.backend)
 

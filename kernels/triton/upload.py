@@ -11,17 +11,17 @@ _ALIGNMENT = 16  # bytes: what Triton's widest load wants of a pointer
 
 
 def place(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
-    """Tensors there that are equal to the arrays, of int32 and int64.
+    """Tensors there that are equal to the arrays, of int32, int64 and float64.
 
     The copy comes from pinned memory, which torch keeps until the stream has passed it."""
-    offsets = place_in(arrays)
+    offsets = offsets_of(arrays)
     host = torch.empty(offsets[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
     pack(arrays, offsets, host)
     there = host.to(device, non_blocking=True)
     return views(arrays, offsets, there)
 
 
-def place_in(arrays: Sequence[np.ndarray]) -> list[int]:
+def offsets_of(arrays: Sequence[np.ndarray]) -> list[int]:
     """Where each begins in one buffer, and the buffer's length. Bytes."""
     sizes = [-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays]
     return [0, *np.cumsum(sizes, dtype=np.int64).tolist()]

@@ -115,7 +115,7 @@ class SplitRunner:
                 model = build_model(split_config(config, one.share), mine, block_size, False, one)
                 cache = KVCache(rank_layout(self.layout, one.share), num_blocks, "cpu", None)
                 cache.fill(float("nan"))
-            return TorchRunner(model, cache, block_size, "cpu")
+            return TorchRunner(model, cache, block_size)
 
         self._runners = list(self._threads.map(build, ranks))
 

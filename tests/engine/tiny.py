@@ -182,7 +182,7 @@ def tiny_engine(
     engine = Engine(spec, HostTier(layout, cache, tier_bytes) if tier_bytes else None)
     if shuffle_seed is not None:
         shuffle_blocks(engine, shuffle_seed)
-    runner = TorchRunner(model, cache, bounds.block_size, "cpu", grammars)
+    runner = TorchRunner(model, cache, bounds.block_size, grammars)
     return BuiltEngine(engine, runner, cache, runner)
 
 

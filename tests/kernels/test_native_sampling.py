@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.batch_sampler import draws_of
 from engine.sampler import sample
 from engine.types import SamplingParams
-from tests.kernels.draws import draws_of
 from tests.kernels.native import native
 
 ROW = st.tuples(

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from engine.batch_sampler import draws_of
 from engine.sampler import sample
 from engine.types import SamplingParams
-from tests.kernels.draws import draws_of
 from tests.kernels.interpreted import EACH_DEVICE, random
 
 from kernels.triton.sampling import _TILE, choose  # isort: skip

@@ -153,7 +153,7 @@ class EngineLab:
             order = list(engine.blocks._free)
             random.Random(SHUFFLE_SEED).shuffle(order)
             engine.blocks._free = deque(order)
-        return engine, TorchRunner(self._model, cache, one.block_size, "cpu")
+        return engine, TorchRunner(self._model, cache, one.block_size)
 
     def check(self, one: Combination, cases: Sequence[Case]) -> tuple[Tally, EngineStats]:
         """Run the cases, all queued at once, and compare."""
