@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LIMIT_S = 120.0  # far more than such a run takes
-OPTIONS = "-q -p no:cacheprovider -p xdist.plugin -n 2 --dist loadfile --no-loadscope-reorder"
+OPTIONS = "-q -rN -p no:cacheprovider -p xdist.plugin -n 2 --dist loadfile --no-loadscope-reorder"
 QUICK = "import pytest\n@pytest.mark.parametrize('number', range(4))\ndef test_quick(number): pass\n"
 SINGLE = "def test_single(): pass\n"
 FATAL = """
