@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Quantization = Literal["none", "int8", "int4"]
+
+
+Cores = Literal["any", "auto"] | tuple[Annotated[int, Field(ge=0)], ...]
 
 
 class StrictModel(BaseModel):
@@ -81,6 +84,10 @@ class EngineConfig(StrictModel):
         description="auto: Triton on cuda, native code where it can be compiled for the processor; torch: plain",
     )
     threads: int = Field(default=1, ge=1, description="CPU threads of one engine")
+    cores: Cores = Field(
+        default="any",
+        description="each thread keeps to a core that no other engine of the host has. auto: of all; [0, 2]: of these",
+    )
     calibrate_s: float = Field(
         default=1.5, ge=0, le=60, description="at its start an engine measures steps for at most so long; 0: off"
     )
@@ -97,6 +104,8 @@ class EngineConfig(StrictModel):
             raise ValueError("runner 'process' shares KV by memory, which a cuda pool cannot; use runner: thread")
         if self.device == "cuda" and self.pool == "mapped":
             raise ValueError("a cuda pool cannot be mapped by others; use pool: ring")
+        if self.cores != "any" and self.runner != "process":
+            raise ValueError("cores are kept to by an engine in a process of its own; use runner: process")
         if self.pool == "ring" and self.runner == "process":
             raise ValueError("a pool behind a ring belongs to a thread of the worker; use runner: thread")
         return self

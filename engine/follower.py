@@ -17,6 +17,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+from engine.cores import claimed_cores
 from engine.errors import WorkerLost
 from engine.pool import SharedPool
 from engine.ranks import GroupRanks, meeting_point
@@ -86,14 +87,17 @@ def main(socket_fd: int, pool_fd: int) -> None:
 
 def follow(sock: socket.socket, pool_fd: int) -> None:
     from engine.build import build_model_runner  # torch's models, which rank 0's end does not need from here
+    from kernels.dispatch import pin_threads
 
     order: Order = pickle.loads(_message(sock))
     setup, share = order.setup, order.share
     pool = SharedPool(rank_layout(setup.layout, share), setup.spec.num_blocks, pool_fd)
-    ranks = GroupRanks(share, meeting_point(order.port, share.size), setup.batch_invariant)
-    runner = build_model_runner(setup, pool, ranks)
-    while True:
-        runner.compute(StepPlan.decode(_message(sock)))
+    with claimed_cores(setup.config.cores, setup.config.threads) as cores:
+        ranks = GroupRanks(share, meeting_point(order.port, share.size), setup.batch_invariant)
+        runner = build_model_runner(setup, pool, ranks)
+        pin_threads(runner.model.backend, cores)
+        while True:
+            runner.compute(StepPlan.decode(_message(sock)))
 
 
 def _message(sock: socket.socket) -> bytes:

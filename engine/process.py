@@ -17,9 +17,11 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 from engine.build import build_model_runner, host_tier
 from engine.calibration import calibrate
+from engine.cores import claimed_cores
 from engine.engine import Engine
 from engine.errors import SteelyardError, WorkerLost
 from engine.follower import FollowerProcesses
@@ -29,6 +31,7 @@ from engine.setup import EngineSetup
 from engine.shares import Share
 from engine.step_runner import LENGTH, drive
 from engine.types import Command, ErrorInfo
+from kernels.dispatch import pin_threads
 
 
 class SocketInbox:
@@ -84,14 +87,17 @@ def main(socket_fd: int, pool_fds: list[int]) -> None:
 
 def serve(inbox: SocketInbox, pool_fds: list[int]) -> None:
     setup: EngineSetup = inbox.read()
-    with _joined_ranks(setup, pool_fds, inbox) as ranks:
+    with ExitStack() as until_end:
         try:
+            ranks = until_end.enter_context(_joined_ranks(setup, pool_fds, inbox))  # which claim cores of their own
+            cores = until_end.enter_context(claimed_cores(setup.config.cores, setup.config.threads))
             pool = worker_pool(setup.layout, setup.spec.num_blocks, len(pool_fds), pool_fds)
             runner = build_model_runner(setup, pools_of(pool)[0], ranks)
             engine = Engine(setup.spec, host_tier(setup, pool))
         except SteelyardError as error:
             inbox.write(ErrorInfo(error.code, error.message))
             return
+        pin_threads(runner.model.backend, cores)
         calibration = calibrate(setup.spec, runner, setup.config.calibrate_s, time.perf_counter)
         inbox.write(None)
         drive(engine, runner, inbox, inbox.write, calibration)

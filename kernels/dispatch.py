@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Groups
 from dataclasses import dataclass
 from typing import Literal
 
@@ -66,6 +67,13 @@ def backend_for(like: torch.Tensor, kernels: Kernels, is_invariant: bool) -> Bac
             is_tiled = not is_invariant and like.dtype == torch.bfloat16 and has_amx() and can_pack(like.dtype)
             return NativeBackend(library, like.dtype, torch.get_num_threads(), is_tiled)
     return TorchBackend(like, prepare, weigh_for(like.device, like.dtype), query_tile(like.device))
+
+
+def pin_threads(backend: Backend, cores: Groups[int]) -> None:
+    """Each thread that computes on one of these cores, where the backend's threads are ours; torch's are left to run on
+    all that this process may use."""
+    if cores and isinstance(backend, NativeBackend):
+        backend.pin(cores)
 
 
 def weigh_for(device: torch.device, dtype: torch.dtype) -> Weigh:

@@ -38,6 +38,10 @@ class NativeBackend:
         self._space = Space()
         self._add_norm = getattr(library, f"add_rms_norm_{NAMES[dtype]}")
 
+    def pin(self, cores: Groups[int]) -> None:
+        """The caller's thread, which is to take the steps, and each of the library's on one of these."""
+        self.library.pin_threads((ctypes.c_int * len(cores))(*cores), len(cores))
+
     def linear(
         self, weight: torch.Tensor, bias: torch.Tensor | None, gate: Gate | None = None, bits: Bits = 16
     ) -> NativeLinear:  # fmt: skip

@@ -100,6 +100,7 @@ class DrawsStruct(ctypes.Structure):
 _NORM = (c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_float, c_int)
 _FUNCTIONS = {
     "set_threads": (c_int,),
+    "pin_threads": (POINTER(c_int), c_int),
     "pack_panels": (POINTER(WeightStruct), c_void_p, c_void_p),
     "multiply": (POINTER(WeightStruct), c_void_p, c_long, c_void_p, c_int),
     "add_rms_norm_float": _NORM, "add_rms_norm_bf16": _NORM,

@@ -8,6 +8,7 @@
 extern "C" {
 
 void set_threads(int count) { Threads::here().resize(count); }
+void pin_threads(const int* cores, int count) { Threads::here().pin(cores, count); }
 
 long panel_bytes_of(const Weight* w) { return packed_bytes(*w); }
 

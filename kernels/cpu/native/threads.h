@@ -23,9 +23,24 @@ public:
         count = std::min(count, (int)MOST - 1);
         std::lock_guard<std::mutex> guard(busy_);
         unsigned past = round_.load();
-        for (int have = size_; have < count; ++have) std::thread([=, this] { serve(have, past); }).detach();
+        for (int have = size_; have < count; ++have) {
+            std::thread added([=, this] { serve(have, past); });
+            others_.push_back(added.native_handle());
+            added.detach();
+        }
         if (count > size_) size_ = count;
         active_ = count;
+    }
+
+    // The caller's thread on the first of these cores from now on, each other one on the next.
+    void pin(const int* cores, int count) {
+        std::lock_guard<std::mutex> guard(busy_);
+        for (int index = 0; index < std::min(count, size_); ++index) {
+            cpu_set_t own;
+            CPU_ZERO(&own);
+            CPU_SET(cores[index], &own);
+            pthread_setaffinity_np(index ? others_[index - 1] : pthread_self(), sizeof(own), &own);
+        }
     }
 
     // work(0) to work(count - 1), in any order on any of the threads. Alone where another caller has them.
@@ -57,7 +72,7 @@ private:
 
     // A fork has the caller's thread only.
     Threads() {
-        pthread_atfork(nullptr, nullptr, [] { here().size_ = here().active_ = 1; });
+        pthread_atfork(nullptr, nullptr, [] { here().size_ = here().active_ = 1, here().others_.clear(); });
     }
 
     void serve(int number, unsigned seen) {
@@ -85,5 +100,6 @@ private:
     std::atomic<long> next_{0};
     const std::function<void(long)>* call_ = nullptr;
     long count_ = 0;
+    std::vector<pthread_t> others_;
     int size_ = 1, active_ = 1;
 };
