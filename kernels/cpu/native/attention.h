@@ -26,6 +26,10 @@ template <class T> struct Attention {
     float scale;
 };
 
+struct Part {  // tokens `begin` to `end` of a span's new ones, for one KV head
+    long span, kv_head, begin, end;
+};
+
 template <class T> struct Elements;
 template <> struct Elements<float> { using Weight = Floats; };
 template <> struct Elements<bf16> { using Weight = Pairs; };
@@ -35,33 +39,59 @@ public:
     using W = typename Elements<T>::Weight;
 
     struct Scratch {  // of one thread, kept from task to task
-        std::vector<T> queries, keys, values, weights;
-        std::vector<float> scores, out, highest, sums, factors;
+        std::vector<T> queries, keys, values, zeros;
+        std::vector<float> out, highest, sums;
+        alignas(64) T weights[ROWS * KEYS];  // of the rows of one pass, as what follows
+        alignas(64) float scores[ROWS * KEYS], parts[ROWS * LANES], tops[LANES], factors[LANES];
     };
 
     AttentionTask(const Attention<T>& about, Scratch& mine)
         : about_(about), groups_(about.num_heads / about.num_kv_heads), dim_(about.head_dim),
-          width_((about.head_dim + PANEL - 1) / PANEL * PANEL), mine_(mine) {}
+          width_((about.head_dim + PANEL - 1) / PANEL * PANEL), mine_(mine) {
+        mine_.zeros.resize(dim_);
+        mine_.keys.resize(KEYS * dim_);
+        mine_.values.resize(KEYS * width_);
+    }
 
-    // Tokens `begin` to `end` of a span's new ones, for one KV head.
-    void run(const Span& span, long kv_head, long begin, long end) {
-        num_rows_ = (end - begin) * groups_;
-        take_queries(span, kv_head, begin);
-        mine_.out.assign(num_rows_ * width_, 0.0f);
-        mine_.highest.assign(num_rows_, -std::numeric_limits<float>::infinity());
-        mine_.sums.assign(num_rows_, 0.0f);
-        long last = span.start + end;  // one past the last key that any row sees
-        long lowest = about_.window ? std::max(span.first_key, span.start + begin - about_.window + 1) : span.first_key;
-        for (long key = lowest / KEYS * KEYS; key < last; key += KEYS) {
-            pack_tile(span, kv_head, key, lowest, last);
-            ask_for(span, kv_head, key + KEYS, last);
-            score(span, begin, key);
-            weigh();
-        }
-        put_out(span, kv_head, begin);
+    // One part after the other; the first tile of each is on its way while the one before is computed.
+    void run(const Part* parts, long count) {
+        Tile tile = tile_at(parts[0], first_tile(parts[0]));
+        for (long index = 0; index < count; ++index) run(parts[index], index + 1 < count ? parts + index + 1 : nullptr, tile);
     }
 
 private:
+    struct Tile {  // where each position's key and value lie; zeros where nobody sees it
+        const T *k[KEYS], *v[KEYS];
+    };
+
+    void run(const Part& part, const Part* next, Tile& tile) {
+        const Span& span = about_.spans[part.span];
+        num_rows_ = (part.end - part.begin) * groups_;
+        take_queries(span, part.kv_head, part.begin);
+        mine_.out.assign(num_rows_ * width_, 0.0f);
+        mine_.highest.assign(num_rows_, -std::numeric_limits<float>::infinity());
+        mine_.sums.assign(num_rows_, 0.0f);
+        long last = span.start + part.end;  // one past the last key that any row sees
+        for (long key = first_tile(part); key < last; key += KEYS) {
+            Tile following = key + KEYS < last ? tile_at(part, key + KEYS) : next ? tile_at(*next, first_tile(*next)) : tile;
+            pack(tile, following);
+            in_passes(num_rows_, [&](long from, auto count) {
+                score<count>(span, part.begin, key, from);
+                weigh(from, count);
+                add_values<count>(from);
+            });
+            tile = following;
+        }
+        put_out(span, part.kv_head, part.begin);
+    }
+
+    long lowest_key(const Part& part) const {  // that any row sees
+        const Span& span = about_.spans[part.span];
+        return about_.window ? std::max(span.first_key, span.start + part.begin - about_.window + 1) : span.first_key;
+    }
+
+    long first_tile(const Part& part) const { return lowest_key(part) / KEYS * KEYS; }
+
     void take_queries(const Span& span, long kv_head, long begin) {
         mine_.queries.resize(num_rows_ * dim_);
         for (long row = 0; row < num_rows_; ++row) {
@@ -70,74 +100,77 @@ private:
         }
     }
 
-    // Keys as panels of positions, values as panels of dimensions. What nobody sees may be anything: it becomes 0.
-    void pack_tile(const Span& span, long kv_head, long key, long lowest, long last) {
-        const T *k[KEYS] = {}, *v[KEYS] = {};
-        long from = std::max(key, lowest), at = from - span.first_key, size = about_.block_size;
+    Tile tile_at(const Part& part, long key) const {
+        const Span& span = about_.spans[part.span];
+        long size = about_.block_size, from = std::max(key, lowest_key(part)), at = from - span.first_key;
+        long end = std::min(KEYS, span.start + part.end - key), place = 0;
         const int64_t* block = about_.tables + span.table + at / size;
-        for (long offset = at % size, place = from - key; place < std::min(KEYS, last - key); ++place, ++offset) {
+        Tile tile;
+        for (; place < from - key; ++place) tile.k[place] = tile.v[place] = mine_.zeros.data();
+        for (long offset = at % size; place < end; ++place, ++offset) {
             if (offset == size) offset = 0, ++block;
-            long record = ((*block * about_.num_kv_heads + kv_head) * size + offset) * dim_;
-            k[place] = about_.k_cache + record;
-            v[place] = about_.v_cache + record;
+            long record = ((*block * about_.num_kv_heads + part.kv_head) * size + offset) * dim_;
+            tile.k[place] = about_.k_cache + record;
+            tile.v[place] = about_.v_cache + record;
         }
-        mine_.keys.resize(KEYS * dim_);
-        mine_.values.resize(KEYS * width_);
-        for (long at = 0; at < KEYS; at += LANES)
-            pack_keys(k + at, mine_.keys.data() + at / PANEL * PANEL * dim_, at % PANEL);
-        pack_values(v);
+        for (; place < KEYS; ++place) tile.k[place] = tile.v[place] = mine_.zeros.data();
+        return tile;
     }
 
-    // The blocks of a tile are scattered: where there is little to compute, the next one is on its way meanwhile.
-    void ask_for(const Span& span, long kv_head, long key, long last) const {
-        if (num_rows_ > ROWS) return;
-        long size = about_.block_size, bytes = size * dim_ * (long)sizeof(T);
-        for (long at = (key - span.first_key) / size; at * size + span.first_key < std::min(key + KEYS, last); ++at) {
-            long record = (about_.tables[span.table + at] * about_.num_kv_heads + kv_head) * size * dim_;
-            for (long byte = 0; byte < bytes; byte += 64) {
-                _mm_prefetch((const char*)(about_.k_cache + record) + byte, _MM_HINT_T1);
-                _mm_prefetch((const char*)(about_.v_cache + record) + byte, _MM_HINT_T1);
-            }
-        }
+    // Keys as panels of positions, values as panels of dimensions. Those of the next tile are asked for one by one
+    // meanwhile: blocks are scattered, and a processor takes only so many requests at once.
+    void pack(const Tile& tile, const Tile& next) {
+        for (long at = 0; at < KEYS; at += LANES)
+            pack_keys(tile.k + at, next.k + at, mine_.keys.data() + at / PANEL * PANEL * dim_, at % PANEL);
+        pack_values(tile.v, next.v);
     }
 
     // 16 keys into lanes `lane` to `lane` + 15 of each step of a panel.
-    void pack_keys(const T* const* k, T* panel, long lane) {
+    void pack_keys(const T* const* k, const T* const* next, T* panel, long lane) {
         constexpr long per_step = W::PER_STEP, per_vector = LANES * per_step;
         for (long dim = 0; dim < dim_; dim += per_vector) {
             long count = std::min(per_vector, dim_ - dim);
             __mmask16 mask = first(count / per_step);
             __m512i rows[LANES];
-            for (int row = 0; row < LANES; ++row)
-                rows[row] = k[row] ? _mm512_maskz_loadu_epi32(mask, k[row] + dim) : _mm512_setzero_si512();
+            for (int row = 0; row < LANES; ++row) {
+                rows[row] = _mm512_maskz_loadu_epi32(mask, k[row] + dim);
+                _mm_prefetch((const char*)(next[row] + dim), _MM_HINT_T1);
+            }
             transpose(rows);
             for (long step = 0; step < count / per_step; ++step)
                 _mm512_storeu_si512(panel + (dim / per_step + step) * PANEL * per_step + lane * per_step, rows[step]);
         }
     }
 
-    void pack_values(const T* const* v) {
+    void pack_values(const T* const* v, const T* const* next) {
         for (long column = 0; column < width_; column += PANEL) {
             T* panel = mine_.values.data() + column * KEYS;
-            for (long key = 0; key < KEYS; key += W::PER_STEP) pack_step(v + key, column, panel + key * PANEL);
-        }
-    }
-
-    void pack_step(const T* const* v, long column, T* to) {
-        for (long half = 0; half < 2; ++half) {
-            long at = column + half * LANES;
-            __mmask16 mask = first(dim_ - at);
-            if constexpr (W::PER_STEP == 1) {
-                store(to + half * LANES, v[0] ? load(v[0] + at, mask) : _mm512_setzero_ps());
-            } else {  // two keys' elements side by side
-                __m512i a = _mm512_cvtepu16_epi32(words(v[0], at, mask)), b = _mm512_cvtepu16_epi32(words(v[1], at, mask));
-                _mm512_storeu_si512(to + half * PANEL, _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
+            for (long key = 0; key < KEYS; key += W::PER_STEP) {
+                pack_step(v + key, column, panel + key * PANEL);
+                for (int each = 0; each < W::PER_STEP; ++each)
+                    for (long byte = 0; byte < PANEL * (long)sizeof(T); byte += 64)
+                        _mm_prefetch((const char*)(next[key + each] + column) + byte, _MM_HINT_T1);
             }
         }
     }
 
-    static __m256i words(const bf16* from, long at, __mmask16 mask) {
-        return from ? _mm256_maskz_loadu_epi16(mask, from + at) : _mm256_setzero_si256();
+    void pack_step(const T* const* v, long column, T* to) {
+        if constexpr (W::PER_STEP == 1) {
+            store(to, load(v[0] + column, first(dim_ - column)));
+            store(to + LANES, load(v[0] + column + LANES, first(dim_ - column - LANES)));
+        } else {  // two keys' elements side by side
+            __mmask32 mask = dim_ - column >= PANEL ? ~0u : (1u << (dim_ - column)) - 1;
+            __m512i a = _mm512_maskz_loadu_epi16(mask, v[0] + column), b = _mm512_maskz_loadu_epi16(mask, v[1] + column);
+            _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, pairs(0), b));
+            _mm512_storeu_si512(to + PANEL, _mm512_permutex2var_epi16(a, pairs(LANES), b));
+        }
+    }
+
+    // Elements `from` to `from` + 15 of two vectors in turns.
+    static __m512i pairs(int from) {
+        const __m512i firsts = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+        __m512i each = _mm512_add_epi32(firsts, _mm512_set1_epi32(from));
+        return _mm512_or_si512(each, _mm512_slli_epi32(_mm512_add_epi32(each, _mm512_set1_epi32(PANEL)), 16));
     }
 
     static void transpose(__m512i (&rows)[LANES]) {  // 16 x 16 of 32 bits
@@ -166,27 +199,24 @@ private:
         }
     }
 
-    // Scores of a tile, as powers of two; -inf where a row does not see.
-    void score(const Span& span, long begin, long key) {
-        mine_.scores.resize(num_rows_ * KEYS);
+    // Scores of some rows, as powers of two; -inf where a row does not see.
+    template <int COUNT> void score(const Span& span, long begin, long key, long from) {
         const __m512 scale = _mm512_set1_ps(about_.scale * LOG2_E);
         long position = span.start + begin;  // of the first row
         bool all_seen = key + KEYS <= position + 1 && !about_.window;
         for (long part = 0; part < KEYS; part += PANEL) {
+            __m512 acc[COUNT][2] = {};
             const uint8_t* panel = (const uint8_t*)(mine_.keys.data() + part * dim_);
-            in_passes(num_rows_, [&](long from, auto count) {
-                __m512 acc[count][2] = {};
-                pass<W>(&mine_.queries[from * dim_], dim_, panel, dim_ / W::PER_STEP, acc);
-                float* to = &mine_.scores[from * KEYS + part];
-                for (int row = 0; row < count; ++row, to += KEYS) {
-                    __m512 low = _mm512_mul_ps(acc[row][0], scale), high = _mm512_mul_ps(acc[row][1], scale);
-                    if (!all_seen) {
-                        long last = position + (from + row) / groups_ - key - part;
-                        low = seen(low, last), high = seen(high, last - LANES);
-                    }
-                    store(to, low), store(to + LANES, high);
+            pass<W>(&mine_.queries[from * dim_], dim_, panel, dim_ / W::PER_STEP, acc);
+            float* to = mine_.scores + part;
+            for (int row = 0; row < COUNT; ++row, to += KEYS) {
+                __m512 low = _mm512_mul_ps(acc[row][0], scale), high = _mm512_mul_ps(acc[row][1], scale);
+                if (!all_seen) {
+                    long last = position + (from + row) / groups_ - key - part;
+                    low = seen(low, last), high = seen(high, last - LANES);
                 }
-            });
+                store(to, low), store(to + LANES, high);
+            }
         }
     }
 
@@ -197,45 +227,57 @@ private:
         return _mm512_mask_mov_ps(_mm512_set1_ps(-std::numeric_limits<float>::infinity()), mask, scores);
     }
 
-    // Scores become weights; the sums so far are turned to the new highest score, and the tile's are added.
-    void weigh() {
-        mine_.weights.resize(num_rows_ * KEYS);
-        mine_.factors.resize(num_rows_);
-        for (long row = 0; row < num_rows_; ++row) {
-            const float* own = &mine_.scores[row * KEYS];
-            __m512 x[KEYS / LANES], top = load(own);
-            for (int part = 0; part < KEYS / LANES; ++part) x[part] = load(own + part * LANES);
-            for (int part = 1; part < KEYS / LANES; ++part) top = _mm512_max_ps(top, x[part]);
-            float highest = std::max(mine_.highest[row], _mm512_reduce_max_ps(top));
-            bool is_seen = highest > -std::numeric_limits<float>::infinity();
-            __m512 sum = _mm512_setzero_ps();
+    // Scores become weights; the sums so far are turned to the new highest score, and the tile's are added. In loops over
+    // rows that do not wait for one another: a row's own maximum, powers and sum do.
+    void weigh(long from, long count) {
+        raise_highest(from, count);
+        for (long row = 0; row < count; ++row) {
+            const float* own = mine_.scores + row * KEYS;
+            bool is_seen = mine_.highest[from + row] > -std::numeric_limits<float>::infinity();
+            __m512 highest = _mm512_set1_ps(mine_.highest[from + row]), sum = _mm512_setzero_ps();
             for (int part = 0; part < KEYS / LANES; ++part) {
-                __m512 weight = is_seen ? exp2_of(_mm512_sub_ps(x[part], _mm512_set1_ps(highest))) : sum;
-                store(&mine_.weights[row * KEYS + part * LANES], weight);
+                __m512 weight = is_seen ? exp2_of(_mm512_sub_ps(load(own + part * LANES), highest)) : sum;
+                store(mine_.weights + row * KEYS + part * LANES, weight);
                 if (is_seen) sum = _mm512_add_ps(sum, rounded<T>(weight));
             }
-            float change = mine_.highest[row] - highest;
-            float factor = is_seen && change < 0 ? _mm512_cvtss_f32(exp2_of(_mm512_set1_ps(change))) : 1.0f;
-            mine_.sums[row] = mine_.sums[row] * factor + _mm512_reduce_add_ps(sum);
-            mine_.highest[row] = highest;
-            mine_.factors[row] = factor;
+            store(mine_.parts + row * LANES, sum);
         }
+        for (long row = 0; row < count; ++row) {
+            float& sum = mine_.sums[from + row];
+            sum = sum * mine_.factors[row] + _mm512_reduce_add_ps(load(mine_.parts + row * LANES));
+        }
+    }
+
+    // The highest score of each row so far, and what sums of before are to be multiplied by.
+    void raise_highest(long from, long count) {
+        for (long row = 0; row < count; ++row) {
+            const float* own = mine_.scores + row * KEYS;
+            __m512 top = load(own);
+            for (int part = 1; part < KEYS / LANES; ++part) top = _mm512_max_ps(top, load(own + part * LANES));
+            mine_.tops[row] = _mm512_reduce_max_ps(top);
+        }
+        const __m512 none = _mm512_set1_ps(-std::numeric_limits<float>::infinity()), one = _mm512_set1_ps(1.0f);
+        __m512 before = load(&mine_.highest[from], first(count));
+        __m512 highest = _mm512_max_ps(load(mine_.tops), before), change = _mm512_sub_ps(before, highest);
+        __mmask16 is_raised = _mm512_cmp_ps_mask(highest, none, _CMP_GT_OQ) &
+                              _mm512_cmp_ps_mask(change, _mm512_setzero_ps(), _CMP_LT_OQ);
+        store(mine_.factors, _mm512_mask_mov_ps(one, is_raised, exp2_of(change)));
+        store(&mine_.highest[from], highest, first(count));
+    }
+
+    template <int COUNT> void add_values(long from) {
         for (long column = 0; column < width_; column += PANEL) {
             const uint8_t* panel = (const uint8_t*)(mine_.values.data() + column * KEYS);
-            in_passes(num_rows_, [&](long from, auto count) {
-                __m512 acc[count][2];
-                for (int index = 0; index < count; ++index) {
-                    __m512 factor = _mm512_set1_ps(mine_.factors[from + index]);
-                    for (int half = 0; half < 2; ++half) {
-                        float* so_far = &mine_.out[(from + index) * width_ + column + half * LANES];
-                        acc[index][half] = _mm512_mul_ps(load(so_far), factor);
-                    }
-                }
-                pass<W>(&mine_.weights[from * KEYS], KEYS, panel, KEYS / W::PER_STEP, acc);
-                for (int index = 0; index < count; ++index)
-                    for (int half = 0; half < 2; ++half)
-                        store(&mine_.out[(from + index) * width_ + column + half * LANES], acc[index][half]);
-            });
+            __m512 acc[COUNT][2];
+            float* so_far = &mine_.out[from * width_ + column];
+            for (int row = 0; row < COUNT; ++row) {
+                __m512 factor = _mm512_set1_ps(mine_.factors[row]);
+                for (int half = 0; half < 2; ++half)
+                    acc[row][half] = _mm512_mul_ps(load(so_far + row * width_ + half * LANES), factor);
+            }
+            pass<W>(mine_.weights, KEYS, panel, KEYS / W::PER_STEP, acc);
+            for (int row = 0; row < COUNT; ++row)
+                for (int half = 0; half < 2; ++half) store(so_far + row * width_ + half * LANES, acc[row][half]);
         }
     }
 
@@ -256,10 +298,6 @@ private:
 };
 
 template <class T> inline void attend(const Attention<T>& about) {
-    struct Part {
-        long span, kv_head, begin, end;
-        long work(const Span* spans) const { return (end - begin) * (spans[span].start + end); }
-    };
     std::vector<Part> parts;
     long tokens = std::max(1L, TASK_ROWS * about.num_kv_heads / about.num_heads);
     for (long span = 0; span < about.num_spans; ++span)
@@ -267,12 +305,12 @@ template <class T> inline void attend(const Attention<T>& about) {
             for (long head = 0; head < about.num_kv_heads; ++head)
                 parts.push_back({span, head, begin, std::min(begin + tokens, (long)about.spans[span].num_new)});
     // the longest first, so that threads end together
-    std::stable_sort(parts.begin(), parts.end(), [&](const Part& a, const Part& b) {
-        return a.work(about.spans) > b.work(about.spans);
-    });
-    Threads::here().run(parts.size(), [&](long index) {
+    auto work = [&](const Part& part) { return (part.end - part.begin) * (about.spans[part.span].start + part.end); };
+    std::stable_sort(parts.begin(), parts.end(), [&](const Part& a, const Part& b) { return work(a) > work(b); });
+    long count = parts.size(), num_tasks = std::min(count, TASKS_PER_THREAD * Threads::here().size());
+    Threads::here().run(num_tasks, [&](long index) {
         thread_local typename AttentionTask<T>::Scratch scratch;
-        const Part& part = parts[index];
-        AttentionTask<T>(about, scratch).run(about.spans[part.span], part.kv_head, part.begin, part.end);
+        long begin = index * count / num_tasks, end = (index + 1) * count / num_tasks;
+        AttentionTask<T>(about, scratch).run(parts.data() + begin, end - begin);
     });
 }

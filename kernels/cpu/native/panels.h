@@ -28,6 +28,22 @@ template <class T, class Out> inline void finish_row(const Weight& w, long panel
     store(out + panel * LANES, _mm512_mul_ps(gate, up), first(w.num_columns - panel * LANES));
 }
 
+constexpr int FEW_ROWS = ROWS / 2;  // whose groups' sums and whole ones are accumulators at once
+
+// A group's sums of one row become a part of its whole ones.
+struct GroupScales {
+    __m512 scale[2], shift[2];
+
+    GroupScales(const Weight& w, long panel, long num_groups, long group) {
+        const __m256i* from = (const __m256i*)w.scales + (panel * num_groups + group) * 4;
+        for (int half = 0; half < 2; ++half)
+            scale[half] = _mm512_cvtph_ps(from[half]), shift[half] = _mm512_cvtph_ps(from[2 + half]);
+    }
+    __m512 added(__m512 total, __m512 acc, float sum, int half) const {
+        return _mm512_fmadd_ps(_mm512_set1_ps(sum), shift[half], _mm512_fmadd_ps(acc, scale[half], total));
+    }
+};
+
 // Rows times one panel. next: how far behind it the next one lies, if that is to be asked for. sums: of each row's groups,
 // [rows, groups]; NIBBLES only.
 template <class W, bool LOOKS_AHEAD, class T, class Out> inline void linear_panel(
@@ -45,15 +61,13 @@ template <class W, bool LOOKS_AHEAD, class T, class Out> inline void linear_pane
                 const uint8_t* part = panel + W::panel_bytes(from * W::PER_STEP);
                 const T* rows = a + begin * w.num_k + from * W::PER_STEP;
                 pass<W, LOOKS_AHEAD>(rows, w.num_k, part, num_steps, acc, next);
-                const __m256i* scales = (const __m256i*)w.scales + (number * num_groups + group) * 4;
+                GroupScales scales(w, number, num_groups, group);
 #pragma GCC unroll 2
                 for (int half = 0; half < 2; ++half) {
-                    __m512 scale = _mm512_cvtph_ps(scales[half]), shift = _mm512_cvtph_ps(scales[2 + half]);
 #pragma GCC unroll 12
                     for (int row = 0; row < count; ++row) {
-                        __m512 sum = _mm512_set1_ps(sums[(begin + row) * num_groups + group]);
-                        total[row][half] = _mm512_fmadd_ps(acc[row][half], scale, total[row][half]);
-                        total[row][half] = _mm512_fmadd_ps(sum, shift, total[row][half]);
+                        float sum = sums[(begin + row) * num_groups + group];
+                        total[row][half] = scales.added(total[row][half], acc[row][half], sum, half);
                     }
                 }
             }
@@ -61,23 +75,57 @@ template <class W, bool LOOKS_AHEAD, class T, class Out> inline void linear_pane
 #pragma GCC unroll 12
         for (int row = 0; row < count; ++row)
             finish_row<T>(w, number, total[row][0], total[row][1], out + (begin + row) * w.num_columns);
-    }, w.form == NIBBLES ? ROWS / 2 : ROWS);  // a group's sums and the whole ones: twice the accumulators
+    }, w.form == NIBBLES ? FEW_ROWS : ROWS);
 }
 
-// One panel of whole numbers as bfloat16.
-template <class W> inline const uint8_t* unpacked(const uint8_t* panel, long num_k) {
-    thread_local std::vector<uint8_t> space;
-    space.resize(Pairs::panel_bytes(num_k));
+// Steps of whole numbers as bfloat16.
+template <class W> inline void unpack(const uint8_t* from, long num_steps, uint8_t* to) {
     const W weights;
-    for (long step = 0; step < num_k / 2; ++step) {
-        Step b = weights.at(panel, step);
-        _mm512_storeu_si512(space.data() + step * 128, b.low);
-        _mm512_storeu_si512(space.data() + step * 128 + 64, b.high);
+    for (long step = 0; step < num_steps; ++step) {
+        Step b = weights.at(from, step);
+        _mm512_storeu_si512(to + step * 128, b.low);
+        _mm512_storeu_si512(to + step * 128 + 64, b.high);
     }
-    return space.data();
 }
 
+inline uint8_t* unpack_room(long num_k) {  // of this thread
+    thread_local std::vector<uint8_t> room;
+    room.resize(std::max((long)room.size(), Pairs::panel_bytes(num_k)));
+    return room.data();
+}
+
+constexpr long GROUP_ROWS = 8;    // of one pass, beside a group's scales
 constexpr long UNPACK_ROWS = 24;  // more: a panel of whole numbers is unpacked once for all rows
+
+// A few rows times one panel of nibbles: each group is unpacked once for all of them.
+template <class T, class Out> inline void linear_groups(
+    const Weight& w, const uint8_t* panel, long ahead, long number, const T* a, const float* sums, long num_rows, Out* out
+) {
+    alignas(64) float totals[UNPACK_ROWS][2][LANES] = {};
+    long num_groups = w.num_k / w.group, num_bytes = Nibbles::panel_bytes(w.group);
+    uint8_t* part = unpack_room(w.group);
+    for (long group = 0; group < num_groups; ++group) {
+        const uint8_t* packed = panel + group * num_bytes;
+        for (long byte = 0; byte < num_bytes; byte += 64) _mm_prefetch((const char*)packed + ahead + byte, _MM_HINT_T1);
+        unpack<Nibbles>(packed, w.group / 2, part);
+        GroupScales scales(w, number, num_groups, group);
+        in_passes(num_rows, [&](long begin, auto count) {
+            __m512 acc[count][2] = {};
+            pass<Pairs>(a + begin * w.num_k + group * w.group, w.num_k, part, w.group / 2, acc);
+#pragma GCC unroll 12
+            for (int row = 0; row < count; ++row) {
+                float sum = sums[(begin + row) * num_groups + group];
+#pragma GCC unroll 2
+                for (int half = 0; half < 2; ++half) {
+                    float* total = totals[begin + row][half];
+                    store(total, scales.added(load(total), acc[row][half], sum, half));
+                }
+            }
+        }, GROUP_ROWS);
+    }
+    for (long row = 0; row < num_rows; ++row)
+        finish_row<T>(w, number, load(totals[row][0]), load(totals[row][1]), out + row * w.num_columns);
+}
 
 template <class W, class T, class Out> inline void linear_as(
     const Weight& w, const T* a, const float* sums, long num_rows, Out* out
@@ -97,7 +145,15 @@ template <class W, class T, class Out> inline void linear_as(
             Out* to = out + begin * w.num_columns;
             if constexpr (!std::is_same_v<W, Floats> && !std::is_same_v<W, Pairs>) {
                 if (num_rows > UNPACK_ROWS) {
-                    linear_panel<Pairs, false>(w, unpacked<W>(panel, w.num_k), 0, number, rows, own, count, to);
+                    uint8_t* whole = unpack_room(w.num_k);
+                    unpack<W>(panel, w.num_k / 2, whole);
+                    linear_panel<Pairs, false>(w, whole, 0, number, rows, own, count, to);
+                    continue;
+                }
+            }
+            if constexpr (std::is_same_v<W, Nibbles>) {
+                if (num_rows > FEW_ROWS) {
+                    linear_groups(w, panel, number + 1 < end ? W::panel_bytes(w.num_k) : 0, number, rows, own, count, to);
                     continue;
                 }
             }

@@ -61,7 +61,9 @@ public:
         round_.store(number * MOST + active_, std::memory_order_release);
         round_.notify_all();
         take();
-        while (running_.load(std::memory_order_acquire)) _mm_pause();
+        for (int spins = 0; running_.load(std::memory_order_acquire);)
+            if (++spins < SPINS) _mm_pause();
+            else std::this_thread::yield();  // whom we wait for may have to share our core
     }
 
     int size() const { return active_; }
