@@ -3,7 +3,8 @@
     python -m benchmarks.kernel_code [--quick] [--json FILE]
 
 1. A layer of Llama-8B's shape, and one of Gemma's, is computed on tensors without memory, as a decode step and as a
-   chunk of a prompt, free and batch-invariant. Launches are recorded with the arguments that they come with.
+   chunk of a prompt, free and batch-invariant; so are the experts of Qwen3-30B-A3B's layers, and of Mixtral's.
+   Launches are recorded with the arguments that they come with.
 2. Each different one is compiled for sm_80 (A100) and sm_90 (H100), as Triton would compile it there.
 3. ptxas says what it makes of it. A spill is a register that went to memory: the target is none.
 """
@@ -37,13 +38,14 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from kernels.backend import Call, Draws, GroupCalls, GroupPlace, Heads, Norms
+from kernels.backend import Call, Draws, GroupCalls, GroupPlace, Heads, Norms, Routing
 from kernels.triton import records, sampling
 from kernels.triton.backend import TritonBackend
 
 CAPABILITIES = (80, 90)
 MOST_SHARED = {80: 166_912, 90: 232_448}  # bytes of a thread block (CUDA C++ Programming Guide, compute capabilities)
 _PTXAS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers", re.DOTALL)
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 _TYPES = {
     torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
@@ -72,13 +74,16 @@ class Launch:
             signature[parameter.name] = _type_of(value)
             if isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0):
                 aligned += [] if parameter.do_not_specialize else [index]
-        options = {name: value for name, value in given.items() if name in ("num_warps", "num_stages")}
+        options = {name: value for name, value in given.items() if name in _OPTIONS}
         return cls(function, _pairs(signature), _pairs(constants), tuple(aligned), _pairs(options))
 
     @property
     def about(self) -> str:
         """What tells it from other launches of its kernel."""
-        chosen = {"ROWS", "KEYS", "SPLIT", "HEAD_DIM", "WINDOWED", "WIDTH", "TANH", "WIDE", "HAS_NORMS", "TO_SLOT"}
+        chosen = {
+            "ROWS", "TILE_ROWS", "COLUMNS", "INNER", "GATHERED", "KEYS", "SPLIT", "HEAD_DIM", "WINDOWED", "WIDTH",
+            "TANH", "WIDE", "HAS_NORMS", "TO_SLOT",
+        }  # fmt: skip
         return ", ".join(f"{name}={value}" for name, value in self.constants if name in chosen)
 
     def compile(self, capability: int) -> triton.compiler.CompiledKernel:
@@ -137,7 +142,20 @@ def compute_layer(heads: Heads, hidden: int, window: int | None, wide: bool, is_
     backend.linear(weight, None, "gelu_tanh" if wide else "silu")(x)
 
 
+def compute_experts(
+    hidden: int, inner: int, routing: Routing, is_invariant: bool, num_new: int, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """A layer's experts, for so many rows."""
+    like = torch.empty(0, dtype=dtype, device="meta")
+    gate_ups, downs = (
+        (like.new_empty(shape) for _ in range(routing.num_experts)) for shape in ((2 * inner, hidden), (hidden, inner))
+    )
+    mixture = TritonBackend(like, is_invariant).mixture(gate_ups, downs, "silu", routing, 16)
+    mixture(like.new_empty(num_new, hidden), like.new_empty(num_new, routing.num_experts))
+
+
 def launches(quick: bool) -> list[Launch]:
+    qwen3, mixtral = Routing(128, 8, True), Routing(8, 2, True)
     llama, gemma = Heads(32, 8, 128, 128**-0.5), Heads(4, 1, 256, 256**-0.5)
     with recorded() as kept:
         for is_invariant in (False, True):
@@ -145,6 +163,11 @@ def launches(quick: bool) -> list[Launch]:
                 compute_layer(llama, 4096, None, wide=False, is_invariant=is_invariant, num_new=num_new)
                 if not quick:
                     compute_layer(gemma, 640, 512, wide=True, is_invariant=is_invariant, num_new=num_new)
+            for num_new in (1, 512, 8192):
+                compute_experts(2048, 768, qwen3, is_invariant, num_new)
+                if not quick:
+                    compute_experts(4096, 14_336, mixtral, is_invariant, num_new)
+        compute_experts(2048, 768, qwen3, is_invariant=True, num_new=512, dtype=torch.float32)
         plane = torch.empty(32, 100, 16384, dtype=torch.bfloat16, device="meta")
         ids, slot = torch.empty(8, dtype=torch.int64, device="meta"), plane.new_empty(4, 8, 16384)
         records.gather_records(plane, 0, ids, slot)
@@ -199,7 +222,7 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="Llama's shape only: under a minute")
+    parser.add_argument("--quick", action="store_true", help="Llama's and Qwen3's shapes only")
     parser.add_argument("--json", metavar="FILE", help="write rows and targets there too")
     return parser.parse_args()
 

@@ -3,7 +3,7 @@
 A graph is of one batch size, with a place for every number that changes from step to step. A step fills the least graph
 that holds it, in one copy; rows that are left over store nothing and are seen by nobody. How long contexts are does not
 matter: attention reads its tasks, and how many there are, on the device (kernels/triton/attention.py).
-Experts are picked on the processor, so a model that has some is not captured.
+Experts are picked there, too (kernels/triton/routing.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import torch
 from engine.batch import GroupInput, StepInput, calls_of
 from engine.kv_cache import KVCache
 from engine.models.decoder import Decoder, Results
-from engine.models.moe import Mlp
 from engine.planes import Group
 from engine.step_plan import StepPlan
 from kernels.reference.attention import tile_tokens
@@ -182,8 +181,7 @@ class DecodeGraphs:
 
 def can_capture(model: Decoder) -> bool:
     """Is nothing of a step's way through this model decided on the processor?"""
-    is_dense = all(isinstance(layer.mlp, Mlp) for layer in model.layers)
-    return is_dense and model.ranks.share.size == 1 and isinstance(model.backend, TritonBackend)
+    return model.ranks.share.size == 1 and isinstance(model.backend, TritonBackend)
 
 
 def sizes_up_to(most: int) -> list[int]:

@@ -3,13 +3,14 @@
 1. A decoder asks its Backend for a Linear of each weight and for one Attention, when it is built.
 2. `settle` comes once, when all weights are there.
 3. In each step, Attention turns the step's calls into whatever it reads (`plan`), once for all layers of a group.
-4. Every layer: `add_norm`, a Linear, `attend`, a Linear, `add_norm`, two Linears; or all layers at once, as a Stack.
+4. Every layer: `add_norm`, a Linear, `attend`, a Linear, `add_norm`, two Linears, or a Linear and a Mixture; or all
+   layers at once, as a Stack.
 Which backend there is for a device and a type is decided in kernels/dispatch.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Groups
 from collections.abc import Sequence as Layers
 from dataclasses import dataclass
@@ -51,6 +52,26 @@ class Linear(Protocol):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[rows, in] -> [rows, out]; gated: half as many, act(first half) * second half. x is contiguous, with as many
         rows as `Backend.pad` says."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How many experts a layer has, and to how many of them a row goes. normalize: a row's weights add up to one."""
+
+    num_experts: int
+    per_row: int
+    normalize: bool
+
+
+class Mixture(Protocol):
+    """Experts of a layer: gated feed-forward parts, of which a router picks a few for each row."""
+
+    def __call__(self, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """x: [rows, hidden]; logits: [rows, num_experts], the router's -> [rows, hidden].
+
+        Softmax over all experts, then the greatest ones; of equal ones the lower id. What a row's experts give is
+        weighted and added up in float32, in rising order of expert id."""
         ...
 
 
@@ -191,6 +212,13 @@ class Backend(Protocol):
     ) -> Linear:  # fmt: skip
         """weight: [out, in], kept with so many bits (kernels/reference/quantized.py); bias: [out]. May copy them: drop
         the originals."""
+        ...
+
+    def mixture(
+        self, gate_ups: Iterable[torch.Tensor], downs: Iterable[torch.Tensor], gate: Gate, routing: Routing, bits: Bits
+    ) -> Mixture | None:
+        """Of weights expert by expert, [2 * inner, hidden] and [hidden, inner], which are copied as they come, so that
+        they may be made then. None, and none was asked for: experts are computed one by one, as Linears."""
         ...
 
     def norm_weight(self, weight: torch.Tensor) -> torch.Tensor:

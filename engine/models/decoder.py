@@ -16,14 +16,15 @@ from engine.batch import StepInput
 from engine.kv_cache import KVCache
 from engine.layer_groups import LayersStored
 from engine.models.config import ModelConfig
-from engine.models.moe import Experts, Mlp, feed_forward
+from engine.models.moe import Experts, Mlp, OneByOne
 from engine.models.rope import rope_tables
 from engine.planes import CacheLayout, Group
 from engine.ranks import ONE_RANK, Ranks
-from kernels.backend import Backend, DenseLayer, Gate, GroupPlace, Heads, Linear, Norms, Stack
+from kernels.backend import Backend, DenseLayer, Gate, GroupPlace, Heads, Linear, Mixture, Norms, Routing, Stack
 from kernels.reference.quantized import Bits
 
 Weights = dict[str, torch.Tensor]
+_GATE_UP, _DOWN = ("gate_proj", "up_proj"), ("down_proj",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,7 @@ class Decoder:
             if stored is not None:
                 stored(number)
             hidden, x = add_norm(hidden, self._normed(attended, layer.attention_out_norm), layer.mlp_norm, norms)
-            fed = self.ranks.add(feed_forward(x, layer.mlp, self.config, self.backend))
+            fed = self.ranks.add(layer.mlp(x))
             added = self._normed(fed, layer.mlp_out_norm)
         return hidden, added
 
@@ -162,6 +163,7 @@ class _LayerBuilder:
         self._weights = weights
         self._backend = backend
         self._bits: Bits = bits
+        self._gate: Gate = "silu" if config.activation == "silu" else "gelu_tanh"
 
     def layer(self, index: int) -> Layer:
         config, prefix = self._config, f"model.layers.{index}."
@@ -183,22 +185,32 @@ class _LayerBuilder:
 
     def _experts(self, prefix: str) -> Experts:
         assert self._config.moe is not None
-        count = self._config.moe.num_experts
-        experts = tuple(self._mlp(f"{prefix}mlp.experts.{index}.") for index in range(count))
-        return Experts(self._linear(prefix, ("mlp.gate",), bits=16), experts)
+        moe = self._config.moe
+        routing = Routing(moe.num_experts, moe.experts_per_token, moe.normalize)
+        return Experts(self._linear(prefix, ("mlp.gate",), bits=16), self._mixture(f"{prefix}mlp.experts.", routing))
+
+    def _mixture(self, prefix: str, routing: Routing) -> Mixture:
+        """A backend that stacks weights takes them one by one, and they are dropped: no layer's stay there twice."""
+        prefixes = [f"{prefix}{index}." for index in range(routing.num_experts)]
+        gate_ups = (self._stacked(one, _GATE_UP) for one in prefixes)
+        downs = (self._stacked(one, _DOWN) for one in prefixes)
+        mixture = self._backend.mixture(gate_ups, downs, self._gate, routing, self._bits)
+        return mixture or OneByOne(tuple(map(self._mlp, prefixes)), routing, self._backend)
 
     def _mlp(self, prefix: str) -> Mlp:
-        gate = "silu" if self._config.activation == "silu" else "gelu_tanh"
-        return Mlp(self._linear(prefix, ("gate_proj", "up_proj"), gate), self._linear(prefix, ("down_proj",)))
+        return Mlp(self._linear(prefix, _GATE_UP, self._gate), self._linear(prefix, _DOWN))
 
     def _linear(
         self, prefix: str, names: Names[str], gate: Gate | None = None, bits: Bits | None = None
     ) -> Linear:  # fmt: skip
         """Of stacked projections that read the same input."""
-        parts = [self._take(f"{prefix}{name}.weight") for name in names]
+        weight = self._stacked(prefix, names)
         biases = [bias for name in names if (bias := self._weights.pop(f"{prefix}{name}.bias", None)) is not None]
-        weight = torch.cat(parts) if len(parts) > 1 else parts[0]
         return self._backend.linear(weight, torch.cat(biases) if biases else None, gate, bits or self._bits)
+
+    def _stacked(self, prefix: str, names: Names[str]) -> torch.Tensor:
+        parts = [self._take(f"{prefix}{name}.weight") for name in names]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _norm(self, name: str) -> torch.Tensor:
         return self._backend.norm_weight(self._take(f"{name}.weight"))

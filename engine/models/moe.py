@@ -1,7 +1,8 @@
 """The feed-forward part of a layer: one gated MLP, or a mixture of experts that are such MLPs.
 
-A token's result does not depend on the rest of the batch: the rows of each expert are padded as the backend wants,
-and what a token's experts give is added up in rising order of expert id.
+A backend may compute a layer's experts at once; where it does not, they are computed here, one by one. A token's result
+does not depend on the rest of the batch: the rows of each expert are padded as the backend wants, and what a token's
+experts give is added up in rising order of expert id.
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from engine.models.config import ModelConfig
-from kernels.backend import Backend, Linear
+from kernels.backend import Backend, Linear, Mixture, Routing
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,27 +31,32 @@ class Experts:
     """Mlps of which a router picks a few for each token."""
 
     router: Linear  # hidden -> num_experts
+    mixture: Mixture
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mixture(x, self.router(x))
+
+
+@dataclass(frozen=True, slots=True)
+class OneByOne:
+    """Implements kernels.backend.Mixture with a backend's Linears. Waits for the device: a step's rows of an expert are
+    as many as they are."""
+
     experts: tuple[Mlp, ...]
+    routing: Routing
+    backend: Backend
 
-
-def feed_forward(x: torch.Tensor, part: Mlp | Experts, config: ModelConfig, backend: Backend) -> torch.Tensor:
-    """x: [as many rows as the backend wants, hidden] -> the same shape."""
-    return part(x) if isinstance(part, Mlp) else _mixture(x, part, config, backend)
-
-
-def _mixture(x: torch.Tensor, part: Experts, config: ModelConfig, backend: Backend) -> torch.Tensor:
-    assert config.moe is not None
-    logits = part.router(x)
-    weights, expert_ids = route(logits, config.moe.experts_per_token, config.moe.normalize)
-    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for expert_id, expert in enumerate(part.experts):
-        rows, choices = torch.nonzero(expert_ids == expert_id, as_tuple=True)
-        if len(rows) == 0:
-            continue
-        padded = F.pad(x[rows], (0, 0, 0, backend.pad(len(rows)) - len(rows)))
-        result = expert(padded)[: len(rows)]
-        out[rows] += result.float() * weights[rows, choices, None]
-    return out.to(x.dtype)
+    def __call__(self, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        weights, expert_ids = route(logits, self.routing.per_row, self.routing.normalize)
+        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        for expert_id, expert in enumerate(self.experts):
+            rows, choices = torch.nonzero(expert_ids == expert_id, as_tuple=True)
+            if len(rows) == 0:
+                continue
+            padded = F.pad(x[rows], (0, 0, 0, self.backend.pad(len(rows)) - len(rows)))
+            result = expert(padded)[: len(rows)]
+            out[rows] += result.float() * weights[rows, choices, None]
+        return out.to(x.dtype)
 
 
 def route(logits: torch.Tensor, experts_per_token: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:

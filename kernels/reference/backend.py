@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Groups
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from kernels.backend import Agree, Call, DenseLayer, Gate, GroupCalls, GroupPlace, Heads, Norms
+from kernels.backend import Agree, Call, DenseLayer, Gate, GroupCalls, GroupPlace, Heads, Norms, Routing
 from kernels.reference.attention import Segment, make_segment, paged_attention, tile_tokens
 from kernels.reference.ladder import FREE_LADDERS, Ladders, Weigh, linear, measure_attention, measure_linear
 from kernels.reference.layers import GATES, apply_rope, rms_norm, store_kv
@@ -40,6 +40,11 @@ class TorchBackend:
         matrix = self._prepare(weight if quantized is None else quantized.restored().to(weight.dtype))
         self._shapes.setdefault(matrix.shape, matrix)
         return TorchLinear(self, matrix, bias, gate)
+
+    def mixture(
+        self, gate_ups: Iterable[torch.Tensor], downs: Iterable[torch.Tensor], gate: Gate, routing: Routing, bits: Bits
+    ) -> None:
+        return None
 
     def norm_weight(self, weight: torch.Tensor) -> torch.Tensor:
         return weight

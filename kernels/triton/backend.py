@@ -7,7 +7,7 @@ Triton's interpreter it computes on a processor, thousands of times slower, for 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Groups
 from dataclasses import dataclass
 
@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from kernels.backend import Agree, Call, DenseLayer, Gate, GroupCalls, GroupPlace, Heads, Norms, Turns
+from kernels.backend import Agree, Call, DenseLayer, Gate, GroupCalls, GroupPlace, Heads, Norms, Routing, Turns
 from kernels.reference.quantized import Bits, quantize
 from kernels.triton import layers, upload
 from kernels.triton.attention import Parts, Tasks, Tiling, attend, padded_dim
+from kernels.triton.experts import TritonMixture
 from kernels.triton.linear import multiply
 from kernels.triton.rope import turn_and_store
 from kernels.triton.sampling import choose
@@ -65,9 +66,13 @@ class TritonBackend:
     def linear(
         self, weight: torch.Tensor, bias: torch.Tensor | None, gate: Gate | None = None, bits: Bits = 16
     ) -> TritonLinear:  # fmt: skip
-        quantized = quantize(weight, bits)
-        kept = weight if quantized is None else quantized.restored().to(weight.dtype)
-        return TritonLinear(kept.contiguous(), bias, gate, self.is_invariant)
+        return TritonLinear(_kept(weight, bits).contiguous(), bias, gate, self.is_invariant)
+
+    def mixture(
+        self, gate_ups: Iterable[torch.Tensor], downs: Iterable[torch.Tensor], gate: Gate, routing: Routing, bits: Bits
+    ) -> TritonMixture:  # fmt: skip
+        gate_up, down = (_stacked(weights, routing.num_experts, bits) for weights in (gate_ups, downs))
+        return TritonMixture(gate_up, down, gate, routing, self.is_invariant)
 
     def norm_weight(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.contiguous()
@@ -194,6 +199,22 @@ class TritonAttention:
 def arrays_of(numbers: TaskNumbers) -> list[np.ndarray]:
     """In the order of Tasks' fields."""
     return [numbers.tasks, numbers.merges, numbers.counts, numbers.tables]
+
+
+def _kept(weight: torch.Tensor, bits: Bits) -> torch.Tensor:
+    """What so many bits keep of it, in its own type."""
+    quantized = quantize(weight, bits)
+    return weight if quantized is None else quantized.restored().to(weight.dtype)
+
+
+def _stacked(weights: Iterable[torch.Tensor], count: int, bits: Bits) -> torch.Tensor:
+    """So many of one shape [out, in], of which two are there at a time -> [count, out, in]."""
+    stack = None
+    for index, weight in enumerate(weights):
+        stack = weight.new_empty(count, *weight.shape) if stack is None else stack
+        stack[index] = _kept(weight, bits)
+    assert stack is not None, "no expert"
+    return stack
 
 
 def _num_programs(device: torch.device) -> int:

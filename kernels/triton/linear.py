@@ -13,10 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.triton.product import precision_for, product
+from kernels.triton.product import precision_for, product_of_runs, tile_of
 
 _ROWS, _COLUMNS, _INNER = 64, 64, 64
-_GROUP = 8  # tiles of rows that are computed side by side, so that weights are found in the second-level cache
+_GROUP = 8  # tiles of rows that are computed side by side
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -26,28 +26,12 @@ def _multiply(
     GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # x: [num_rows, num_k]; weight: [num_columns, num_k]; out: [num_rows, num_columns]; WHOLE: num_k is whole INNERs
-    row_tiles, column_tiles = tl.cdiv(num_rows, ROWS), tl.cdiv(num_columns, COLUMNS)
-    in_group = GROUP * column_tiles
-    first = tl.program_id(0) // in_group * GROUP
-    size = tl.minimum(row_tiles - first, GROUP)
-    row = (first + tl.program_id(0) % in_group % size) * ROWS + tl.arange(0, ROWS)
-    column = (tl.program_id(0) % in_group // size) * COLUMNS + tl.arange(0, COLUMNS)
-    k = tl.arange(0, INNER)
-    x_place = x + row.to(tl.int64)[:, None] * num_k + k[None, :]
-    w_place = weight + column.to(tl.int64)[None, :] * num_k + k[:, None]
+    row_tile, column_tile = tile_of(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.cdiv(num_columns, COLUMNS), GROUP)
+    row = row_tile * ROWS + tl.arange(0, ROWS)
+    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     is_row, is_column = (row < num_rows)[:, None], (column < num_columns)[None, :]
-    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for at in range(0, num_k, INNER):
-        if WHOLE:
-            left = tl.load(x_place, mask=is_row, other=0.0)
-            right = tl.load(w_place, mask=is_column, other=0.0)
-        else:
-            inside = k < num_k - at
-            left = tl.load(x_place, mask=is_row & inside[None, :], other=0.0)
-            right = tl.load(w_place, mask=is_column & inside[:, None], other=0.0)
-        sums = product(left, right, sums, PRECISION)
-        x_place += INNER
-        w_place += INNER
+    left, right = x + row.to(tl.int64)[:, None] * num_k, weight + column.to(tl.int64)[None, :] * num_k
+    sums = product_of_runs(left, right, is_row, is_column, num_k, WHOLE, ROWS, COLUMNS, INNER, PRECISION)
     if HAS_BIAS:
         sums += tl.load(bias + column, mask=column < num_columns, other=0.0).to(tl.float32)[None, :]
     place = out + row.to(tl.int64)[:, None] * num_columns + column[None, :]

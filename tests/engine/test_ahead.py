@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from engine.batch import plan_step
 from engine.build import BuiltEngine
-from engine.decode_graphs import DecodeGraphs, sizes_up_to
+from engine.decode_graphs import DecodeGraphs, can_capture, sizes_up_to
 from engine.device_runner import DeviceRunner, Launched
 from engine.layer_groups import LayersStored
 from engine.scheduler import Batch
@@ -209,12 +209,16 @@ def test_a_graph_has_room_for_fewer_sequences_whose_keys_are_cut_more_often() ->
     assert graphs.run(plan, None).logits.shape == (3, config.vocab_size)  # it says so if there is no room
 
 
-def test_experts_are_computed_without_graphs() -> None:
-    config = FAMILIES["mixtral"]
-    asked = [request("one", random_prompt(config, 5, 1), max_tokens=4)]
-    plain, built = engine("mixtral"), engine("mixtral")
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3 moe"])
+def test_experts_are_picked_in_steps_that_nobody_waits_for(name: str, captured: bool) -> None:
+    """Rows that a graph has to spare have experts, too."""
+    config = FAMILIES[name]
+    asked = [request(str(length), random_prompt(config, length, 1), max_tokens=4) for length in (5, 9, 2)]
+    plain, built = engine(name), engine(name)
+    assert can_capture(built.runner.model)
     wanted = run(plain.engine, plain.runner, asked)
-    assert answers(built, ahead(built, captured=False), [[Add(one) for one in asked]]) == wanted
+    assert answers(built, ahead(built, captured), [[Add(one) for one in asked]]) == wanted
 
 
 @pytest.mark.parametrize("most", [1, 3, 8, 64, 100, 512])

@@ -14,7 +14,7 @@ from benchmarks.device_model import BLOCK_SIZE, TINY, DeviceModel
 from engine.decode_graphs import CudaCapture, DecodeGraphs
 from engine.device_runner import DeviceRunner
 from engine.kv_cache import KVCache
-from engine.models.config import ModelConfig
+from engine.models.config import ModelConfig, MoeConfig
 from engine.models.decoder import Decoder
 from engine.types import Add, Request, Sampled, SamplingParams
 
@@ -24,7 +24,10 @@ pytestmark = [
 ]
 LLAMA = replace(TINY, hidden_size=128, num_heads=8, num_kv_heads=2, head_dim=64, intermediate_size=192, vocab_size=300)
 WINDOWED = replace(LLAMA, qk_norm=True, layer_windows=(20, None), local_rope_theta=1000.0, head_dim=32)
-CONFIGS = pytest.mark.parametrize("config", [LLAMA, WINDOWED], ids=["llama", "windows, normed heads"])
+EXPERTS = replace(LLAMA, moe=MoeConfig(10, 3, intermediate_size=72, normalize=True, layer_ids=(0, 1)))
+CONFIGS = pytest.mark.parametrize(
+    "config", [LLAMA, WINDOWED, EXPERTS], ids=["llama", "windows, normed heads", "experts"]
+)  # fmt: skip
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 NUM_BLOCKS = 120
 GREEDY = SamplingParams(max_tokens=9, temperature=0.0)
@@ -92,6 +95,8 @@ def tokens_of(model: DeviceModel, runner: DeviceRunner, requests: list[Request],
 @CONFIGS
 @DTYPES
 def test_logits_are_those_of_plain_torch_on_the_processor(config: ModelConfig, dtype: torch.dtype) -> None:
+    if config is EXPERTS and dtype == torch.bfloat16:
+        pytest.skip("of experts that are nearly equal, roundings decide: kernels are compared with given ones")
     tolerance = 2e-3 if dtype == torch.float32 else 0.1
     ours, theirs = model_on("cuda", config, dtype), model_on("cpu", config, dtype)
     for lengths in ({"a": 37}, {"a": 5, "b": 150, "c": 1}):

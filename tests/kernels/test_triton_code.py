@@ -26,6 +26,6 @@ def test_every_kernel_compiles_for_every_device_and_spills_nothing(tmp_path: Pat
     kernels = {row["kernel"] for row in told["rows"]}
     assert kernels == {
         "_add_rms_norm", "_turn_and_store", "_attend", "_merge", "_gate_and_mul", "_multiply", "_copy_records",
-        "_best_of_tile",
+        "_best_of_tile", "_pick", "_group", "_multiply_by_expert", "_add_up",
     }  # fmt: skip
     assert {row["sm"] for row in told["rows"]} == {80, 90}

@@ -7,12 +7,13 @@ for sums that stay in float32 where the reference rounds them to bfloat16 on the
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 from collections.abc import Sequence as Groups
 
 import numpy as np
 import torch
 
-from kernels.backend import Agree, DenseLayer, Gate, Heads, Norms
+from kernels.backend import Agree, DenseLayer, Gate, Heads, Norms, Routing
 from kernels.cpu.native.attention import NativeAttention
 from kernels.cpu.native.library import NAMES, pointer
 from kernels.cpu.native.linear import NativeLinear
@@ -46,6 +47,11 @@ class NativeBackend:
         self, weight: torch.Tensor, bias: torch.Tensor | None, gate: Gate | None = None, bits: Bits = 16
     ) -> NativeLinear:  # fmt: skip
         return NativeLinear(self.library, self._space, weight, bias, gate, bits, self._is_tiled)
+
+    def mixture(
+        self, gate_ups: Iterable[torch.Tensor], downs: Iterable[torch.Tensor], gate: Gate, routing: Routing, bits: Bits
+    ) -> None:
+        return None
 
     def norm_weight(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.float().contiguous()
