@@ -1,7 +1,7 @@
 """A layer's experts in a few launches: each expert's rows gathered, multiplied by its weights, and added up by row.
 
 Nothing of it waits for the device (routing.py). A row's bits depend on nothing but itself, as far as tiles have one
-shape (linear.py): where they need not, few rows get small ones.
+shape (linear.py): where bits may depend on the batch, few rows get small tiles and many get large ones.
 """
 
 # Triton's language is Python to its parser, not to its types.
@@ -52,9 +52,8 @@ def _multiply_by_expert(
     # x: [num_slots, num_k], GATHERED: by `rows` [num_slots]; weight: [num_experts, num_columns, num_k];
     # tiles: [num_tiles, FIELDS]; out: [num_slots, num_columns]; WHOLE: num_k is whole INNERs
     tile, column_tile = tile_of(tl.program_id(0), num_tiles, tl.cdiv(num_columns, COLUMNS), GROUP)
-    expert, first, stop = (
-        tl.load(tiles + tile * FIELDS), tl.load(tiles + tile * FIELDS + 1), tl.load(tiles + tile * FIELDS + 2)
-    )  # fmt: skip
+    fields = tiles + tile * FIELDS
+    expert, first, stop = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2)
     if first >= stop:
         return
     slot = first + tl.arange(0, ROWS)
@@ -94,18 +93,20 @@ class TritonMixture:
     is_invariant: bool
 
     def __call__(self, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        tiling = self._tiling(len(x))
+        tiling = tiling_for(len(x), self.routing, self.down.dtype, self.is_invariant)
         routes = route(logits, self.routing, tiling.rows)
         inner = gate_and_mul(_multiply(x, self.gate_up, routes, tiling, is_gathered=True), self.gate)
         return _sums(_multiply(inner, self.down, routes, tiling, is_gathered=False), routes)
 
-    def _tiling(self, num_rows: int) -> Tiling:
-        if self.down.dtype == torch.float32:
-            return _WIDE
-        if self.is_invariant:
-            return _ONE_TILING
-        each = num_rows * self.routing.per_row / self.routing.num_experts
-        return _FEW_ROWS if each <= _FEW else _MANY_ROWS if each >= _MANY else _ONE_TILING
+
+def tiling_for(num_rows: int, routing: Routing, dtype: torch.dtype, is_invariant: bool) -> Tiling:
+    """For so many rows: the same for all, where bits must not depend on it."""
+    if dtype == torch.float32:
+        return _WIDE
+    if is_invariant:
+        return _ONE_TILING
+    each = num_rows * routing.per_row / routing.num_experts
+    return _FEW_ROWS if each <= _FEW else _MANY_ROWS if each >= _MANY else _ONE_TILING
 
 
 def _multiply(

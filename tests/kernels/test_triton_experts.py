@@ -19,7 +19,7 @@ from kernels.reference.quantized import Bits
 from tests.kernels.interpreted import EACH_DEVICE, TYPES, random
 
 from kernels.triton.backend import TritonBackend  # isort: skip
-from kernels.triton.experts import TritonMixture  # isort: skip
+from kernels.triton.experts import TritonMixture, tiling_for  # isort: skip
 from kernels.triton.routing import most_tiles, route  # isort: skip
 
 NAN = float("nan")
@@ -28,12 +28,12 @@ CLOSE: dict[torch.dtype, dict[str, Any]] = {
     torch.float32: {"rtol": 2e-5, "atol": 2e-5},
     torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2},
 }
-HIDDEN, INNER = 36, 20
+HIDDEN, INNER = 100, 20  # more than one step of a sum
 
 
 def weights_of(num_experts: int, dtype: torch.dtype, device: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Gates with ups, and downs."""
-    gate_ups = [random(2 * INNER, HIDDEN, seed=seed) / 6 for seed in range(num_experts)]
+    gate_ups = [random(2 * INNER, HIDDEN, seed=seed) / 10 for seed in range(num_experts)]
     downs = [random(HIDDEN, INNER, seed=100 + seed) / 12 for seed in range(num_experts)]
     return [one.to(device, dtype) for one in gate_ups], [one.to(device, dtype) for one in downs]
 
@@ -113,6 +113,13 @@ def test_a_row_has_its_bits_in_any_batch_and_place(dtype: torch.dtype, device: s
     shuffled = torch.randperm(80, generator=torch.Generator().manual_seed(1)).to(device)
     for rows in (shuffled, shuffled[:1], shuffled[5:30], torch.arange(63, 80, device=device)):
         assert torch.equal(mixture(x[rows], logits[rows]), whole[rows])
+
+
+@TYPES
+def test_tiles_have_one_shape_where_bits_must_not_depend_on_how_many_rows_there_are(dtype: torch.dtype) -> None:
+    """What an interpreter's sums would hardly show."""
+    shapes = [{tiling_for(rows, Routing(8, 2, True), dtype, one) for rows in range(1, 999)} for one in (False, True)]
+    assert [len(shape) for shape in shapes] == [1 if dtype == torch.float32 else 3, 1]
 
 
 @EACH_DEVICE
