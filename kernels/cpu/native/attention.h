@@ -74,15 +74,35 @@ private:
         long last = span.start + part.end;  // one past the last key that any row sees
         for (long key = first_tile(part); key < last; key += KEYS) {
             Tile following = key + KEYS < last ? tile_at(part, key + KEYS) : next ? tile_at(*next, first_tile(*next)) : tile;
-            pack(tile, following);
-            in_passes(num_rows_, [&](long from, auto count) {
-                score<count>(span, part.begin, key, from);
-                weigh(from, count);
-                add_values<count>(from);
-            });
+            if (num_rows_ > ROWS) {
+                pack(tile, following.k, following.v);
+                in_passes(num_rows_, [&](long from, auto count) { add_tile<count>(span, part.begin, key, from, Nothing()); });
+            } else {
+                pack(tile, following.k, nullptr);
+                counted(num_rows_, [&](auto count) {
+                    add_tile<count>(span, part.begin, key, 0, Values{following.v, dim_, 0});
+                });
+            }
             tile = following;
         }
         put_out(span, part.kv_head, part.begin);
+    }
+
+    struct Values {  // of the next tile, asked for line by line
+        const T* const* v;
+        long dim, line;
+        static constexpr long PER_LINE = 64 / (long)sizeof(T);
+
+        void operator()(long step) const {
+            long at = line + step, per_key = dim / PER_LINE;
+            if (at < KEYS * per_key) _mm_prefetch((const char*)(v[at / per_key] + at % per_key * PER_LINE), _MM_HINT_T1);
+        }
+    };
+
+    template <int COUNT, class Ask> void add_tile(const Span& span, long begin, long key, long from, Ask ask) {
+        score<COUNT>(span, begin, key, from, ask);
+        weigh(from, COUNT);
+        add_values<COUNT>(from, ask);
     }
 
     long lowest_key(const Part& part) const {  // that any row sees
@@ -119,10 +139,10 @@ private:
 
     // Keys as panels of positions, values as panels of dimensions. Those of the next tile are asked for one by one
     // meanwhile: blocks are scattered, and a processor takes only so many requests at once.
-    void pack(const Tile& tile, const Tile& next) {
+    void pack(const Tile& tile, const T* const* next_k, const T* const* next_v) {
         for (long at = 0; at < KEYS; at += LANES)
-            pack_keys(tile.k + at, next.k + at, mine_.keys.data() + at / PANEL * PANEL * dim_, at % PANEL);
-        pack_values(tile.v, next.v);
+            pack_keys(tile.k + at, next_k + at, mine_.keys.data() + at / PANEL * PANEL * dim_, at % PANEL);
+        pack_values(tile.v, next_v);
     }
 
     // 16 keys into lanes `lane` to `lane` + 15 of each step of a panel.
@@ -147,7 +167,7 @@ private:
             T* panel = mine_.values.data() + column * KEYS;
             for (long key = 0; key < KEYS; key += W::PER_STEP) {
                 pack_step(v + key, column, panel + key * PANEL);
-                for (int each = 0; each < W::PER_STEP; ++each)
+                for (int each = 0; next && each < W::PER_STEP; ++each)
                     for (long byte = 0; byte < PANEL * (long)sizeof(T); byte += 64)
                         _mm_prefetch((const char*)(next[key + each] + column) + byte, _MM_HINT_T1);
             }
@@ -200,14 +220,15 @@ private:
     }
 
     // Scores of some rows, as powers of two; -inf where a row does not see.
-    template <int COUNT> void score(const Span& span, long begin, long key, long from) {
+    template <int COUNT, class Ask> void score(const Span& span, long begin, long key, long from, Ask& ask) {
         const __m512 scale = _mm512_set1_ps(about_.scale * LOG2_E);
         long position = span.start + begin;  // of the first row
         bool all_seen = key + KEYS <= position + 1 && !about_.window;
         for (long part = 0; part < KEYS; part += PANEL) {
             __m512 acc[COUNT][2] = {};
             const uint8_t* panel = (const uint8_t*)(mine_.keys.data() + part * dim_);
-            pass<W>(&mine_.queries[from * dim_], dim_, panel, dim_ / W::PER_STEP, acc);
+            pass<W>(&mine_.queries[from * dim_], dim_, panel, dim_ / W::PER_STEP, acc, ask);
+            if constexpr (!std::is_same_v<Ask, Nothing>) ask.line += dim_ / W::PER_STEP;
             float* to = mine_.scores + part;
             for (int row = 0; row < COUNT; ++row, to += KEYS) {
                 __m512 low = _mm512_mul_ps(acc[row][0], scale), high = _mm512_mul_ps(acc[row][1], scale);
@@ -265,7 +286,7 @@ private:
         store(&mine_.highest[from], highest, first(count));
     }
 
-    template <int COUNT> void add_values(long from) {
+    template <int COUNT, class Ask> void add_values(long from, Ask& ask) {
         for (long column = 0; column < width_; column += PANEL) {
             const uint8_t* panel = (const uint8_t*)(mine_.values.data() + column * KEYS);
             __m512 acc[COUNT][2];
@@ -275,7 +296,8 @@ private:
                 for (int half = 0; half < 2; ++half)
                     acc[row][half] = _mm512_mul_ps(load(so_far + row * width_ + half * LANES), factor);
             }
-            pass<W>(mine_.weights, KEYS, panel, KEYS / W::PER_STEP, acc);
+            pass<W>(mine_.weights, KEYS, panel, KEYS / W::PER_STEP, acc, ask);
+            if constexpr (!std::is_same_v<Ask, Nothing>) ask.line += KEYS / W::PER_STEP;
             for (int row = 0; row < COUNT; ++row)
                 for (int half = 0; half < 2; ++half) store(so_far + row * width_ + half * LANES, acc[row][half]);
         }

@@ -44,6 +44,15 @@ struct GroupScales {
     }
 };
 
+template <class W> struct AskAhead {  // for the same steps of what lies so many bytes behind
+    const uint8_t* panel;
+
+    void operator()(long step) const {
+        const char* from = (const char*)panel + W::panel_bytes(step * W::PER_STEP);
+        for (long byte = 0; byte < W::panel_bytes(W::PER_STEP); byte += 64) _mm_prefetch(from + byte, _MM_HINT_T1);
+    }
+};
+
 // Rows times one panel. next: how far behind it the next one lies, if that is to be asked for. sums: of each row's groups,
 // [rows, groups]; NIBBLES only.
 template <class W, bool LOOKS_AHEAD, class T, class Out> inline void linear_panel(
@@ -53,14 +62,16 @@ template <class W, bool LOOKS_AHEAD, class T, class Out> inline void linear_pane
     in_passes(num_rows, [&](long begin, auto count) {
         __m512 total[count][2] = {};
         if (w.form != NIBBLES) {
-            pass<W, LOOKS_AHEAD>(a + begin * w.num_k, w.num_k, panel, num_steps, total, next);
+            if constexpr (LOOKS_AHEAD) pass<W>(a + begin * w.num_k, w.num_k, panel, num_steps, total, AskAhead<W>{panel + next});
+            else pass<W>(a + begin * w.num_k, w.num_k, panel, num_steps, total);
         } else {
             for (long group = 0; group < num_groups; ++group) {
                 __m512 acc[count][2] = {};
                 long from = group * num_steps;
                 const uint8_t* part = panel + W::panel_bytes(from * W::PER_STEP);
                 const T* rows = a + begin * w.num_k + from * W::PER_STEP;
-                pass<W, LOOKS_AHEAD>(rows, w.num_k, part, num_steps, acc, next);
+                if constexpr (LOOKS_AHEAD) pass<W>(rows, w.num_k, part, num_steps, acc, AskAhead<W>{part + next});
+                else pass<W>(rows, w.num_k, part, num_steps, acc);
                 GroupScales scales(w, number, num_groups, group);
 #pragma GCC unroll 2
                 for (int half = 0; half < 2; ++half) {
@@ -131,7 +142,9 @@ template <class W, class T, class Out> inline void linear_as(
     const Weight& w, const T* a, const float* sums, long num_rows, Out* out
 ) {
     long num_panels = panels_of(w), num_chunks = (num_rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
-    long num_parts = std::min(num_panels, Threads::here().size() > 1 ? TASKS_PER_THREAD * Threads::here().size() : 1);
+    bool is_middling = num_rows >= FEWEST_AHEAD && num_rows <= MOST_AHEAD;
+    long each = is_middling ? TASKS_AHEAD : TASKS_PER_THREAD;
+    long num_parts = std::min(num_panels, Threads::here().size() > 1 ? each * Threads::here().size() : 1);
     long num_groups = w.form == NIBBLES ? w.num_k / w.group : 1;
     Threads::here().run(num_chunks * num_parts, [&](long task) {
         long chunk = task / num_parts, part = task % num_parts;
@@ -140,7 +153,7 @@ template <class W, class T, class Out> inline void linear_as(
         long end = (part + 1) * num_panels / num_parts;
         for (long number = part * num_panels / num_parts; number < end; ++number) {
             const uint8_t* panel = w.panels + number * W::panel_bytes(w.num_k);
-            bool looks_ahead = num_rows >= FEWEST_AHEAD && num_rows <= MOST_AHEAD && number + 1 < end;
+            bool looks_ahead = is_middling && number + 1 < end;
             const T* rows = a + begin * w.num_k;
             Out* to = out + begin * w.num_columns;
             if constexpr (!std::is_same_v<W, Floats> && !std::is_same_v<W, Pairs>) {

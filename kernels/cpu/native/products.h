@@ -14,7 +14,8 @@ constexpr int PANEL = 2 * LANES;
 constexpr int ROWS = 12;             // of one pass: 24 accumulators, two vectors of weights
 constexpr int CHUNK_ROWS = 16 * ROWS;  // of a task: they stay in the second-level cache while panels go by
 constexpr long TASKS_PER_THREAD = 6;
-constexpr long FEWEST_AHEAD = 9, MOST_AHEAD = 48;  // rows: with fewer the processor sees what comes, with more it has time
+constexpr long TASKS_AHEAD = 2;  // of a thread, where panels are asked for: the first of each is not
+constexpr long FEWEST_AHEAD = 9, MOST_AHEAD = 256;  // rows: with fewer the processor sees what comes, with more it has time
 
 struct Step {
     __m512i low, high;  // columns 0 to 15 and 16 to 31
@@ -143,9 +144,14 @@ template <class W> inline __m512i spread(const typename W::Row* a) {  // one ste
     return _mm512_set1_epi32(bits);
 }
 
-// acc[i] += rows i times a panel, over `num_steps` steps. What lies `ahead` of each is asked for meanwhile, if anything.
-template <class W, bool LOOKS_AHEAD = false, int NUM> inline void pass(
-    const typename W::Row* a, long a_stride, const uint8_t* panel, long num_steps, __m512 (&acc)[NUM][2], long ahead = 0
+struct Nothing {
+    void operator()(long) const {}
+};
+
+// acc[i] += rows i times a panel, over `num_steps` steps. ask(step) may ask for what is read later.
+template <class W, int NUM, class Ask = Nothing> inline void pass(
+    const typename W::Row* a, long a_stride, const uint8_t* panel, long num_steps, __m512 (&acc)[NUM][2],
+    const Ask& ask = {}
 ) {
     const W weights;
     __m512 low[NUM], high[NUM];  // copies, so that they stay in registers
@@ -153,10 +159,7 @@ template <class W, bool LOOKS_AHEAD = false, int NUM> inline void pass(
     for (int row = 0; row < NUM; ++row) low[row] = acc[row][0], high[row] = acc[row][1];
     for (long step = 0; step < num_steps; ++step) {
         Step b = weights.at(panel, step);
-        if constexpr (LOOKS_AHEAD) {
-            const char* next = (const char*)panel + W::panel_bytes(step * W::PER_STEP) + ahead;
-            for (long byte = 0; byte < W::panel_bytes(W::PER_STEP); byte += 64) _mm_prefetch(next + byte, _MM_HINT_T1);
-        }
+        ask(step);
 #pragma GCC unroll 12
         for (int row = 0; row < NUM; ++row) {
             __m512i x = spread<W>(a + row * a_stride + step * W::PER_STEP);
