@@ -15,7 +15,7 @@ constexpr int ROWS = 12;             // of one pass: 24 accumulators, two vector
 constexpr int CHUNK_ROWS = 16 * ROWS;  // of a task: they stay in the second-level cache while panels go by
 constexpr long TASKS_PER_THREAD = 6;
 constexpr long TASKS_AHEAD = 2;  // of a thread, where panels are asked for: the first of each is not
-constexpr long FEWEST_AHEAD = 9, MOST_AHEAD = 256;  // rows: with fewer the processor sees what comes, with more it has time
+constexpr long FEWEST_AHEAD = 5, MOST_AHEAD = 256;  // rows: with fewer the processor sees what comes, with more it has time
 
 struct Step {
     __m512i low, high;  // columns 0 to 15 and 16 to 31
