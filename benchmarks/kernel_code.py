@@ -39,7 +39,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from kernels.backend import Call, Draws, GroupCalls, GroupPlace, Heads, Norms, Routing
-from kernels.triton import records, sampling
+from kernels.triton import linear, records, sampling
 from kernels.triton.backend import TritonBackend
 
 CAPABILITIES = (80, 90)
@@ -168,6 +168,7 @@ def launches(quick: bool) -> list[Launch]:
                 if not quick:
                     compute_experts(4096, 14_336, mixtral, is_invariant, num_new)
         compute_experts(2048, 768, qwen3, is_invariant=True, num_new=512, dtype=torch.float32)
+        linear.multiply(torch.empty(512, 4096, device="meta"), torch.empty(6144, 4096, device="meta"), None)
         plane = torch.empty(32, 100, 16384, dtype=torch.bfloat16, device="meta")
         ids, slot = torch.empty(8, dtype=torch.int64, device="meta"), plane.new_empty(4, 8, 16384)
         records.gather_records(plane, 0, ids, slot)

@@ -15,7 +15,8 @@ import triton.language as tl
 
 from kernels.triton.product import precision_for, product_of_runs, tile_of
 
-_ROWS, _COLUMNS, _INNER = 64, 64, 64
+_ROWS, _COLUMNS = 64, 64
+_INNER, _NUM_WARPS = {torch.float32: 16}, {torch.float32: 8}  # as much as registers hold
 _GROUP = 8  # tiles of rows that are computed side by side
 
 
@@ -41,12 +42,12 @@ def _multiply(
 def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [rows, in] @ weight [out, in].T + bias [out] -> [rows, out]. All contiguous."""
     num_rows, num_k = x.shape
-    num_columns = weight.shape[0]
+    num_columns, inner = weight.shape[0], _INNER.get(x.dtype, 64)
     out = x.new_empty(num_rows, num_columns)
     if num_rows:
         _multiply[(triton.cdiv(num_rows, _ROWS) * triton.cdiv(num_columns, _COLUMNS),)](
             x, weight, x if bias is None else bias, out, num_rows, num_columns, num_k,
-            HAS_BIAS=bias is not None, WHOLE=num_k % _INNER == 0, ROWS=_ROWS, COLUMNS=_COLUMNS, INNER=_INNER,
-            GROUP=_GROUP, PRECISION=precision_for(x), num_warps=4, num_stages=4,
+            HAS_BIAS=bias is not None, WHOLE=num_k % inner == 0, ROWS=_ROWS, COLUMNS=_COLUMNS, INNER=inner,
+            GROUP=_GROUP, PRECISION=precision_for(x), num_warps=_NUM_WARPS.get(x.dtype, 4), num_stages=4,
         )  # fmt: skip
     return out

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 
 def multiply_in_order() -> None:
-    """The interpreter's products of tiles are numpy's, whose library on some processors gives a row other bits in another
+    """The interpreter's products of tiles are numpy's. On some processors its library gives a row other bits in another
     place of a tile, as no device does. These go by rows."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
