@@ -91,11 +91,11 @@ class Grammars:
     """Of one engine. Not thread-safe: its model runner owns it."""
 
     def __init__(self, read: Callable[[], LLTokenizer], num_threads: int = 1) -> None:
-        """`read` gives the vocabulary, or raises ModelError."""
+        """`read` gives the vocabulary, or raises ModelError. Threads are started at once: those that an engine's thread
+        starts later would have to share the one core that it keeps to (engine/cores.py)."""
         self._read = read
-        self._num_threads = num_threads
         self._vocabulary: LLTokenizer | None = None
-        self._executor: LLExecutor | None = None
+        self._executor = LLExecutor(num_threads=num_threads) if num_threads > 1 else None
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
 
     def masks(self, sequences: Items[Sequence | None]) -> list[Mask]:
@@ -140,11 +140,10 @@ class Grammars:
             return np.zeros((0, 0), bool)
         vocab_size = self._vocabulary.vocab_size
         words = allocate_token_bitmask(len(matchers), vocab_size)  # [len(matchers), ceil(vocab / 32)] int32
-        if len(matchers) == 1 or self._num_threads == 1:
+        if len(matchers) == 1 or self._executor is None:
             for index, matcher in enumerate(matchers):
                 fill_next_token_bitmask(matcher, words, index)
         else:
-            self._executor = self._executor or LLExecutor(num_threads=self._num_threads)
             fill_next_token_bitmask_par(self._executor, [(one, row) for row, one in enumerate(matchers)], words)
         return np.unpackbits(words.view(np.uint8), axis=1, count=vocab_size, bitorder="little").view(bool)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -95,6 +96,23 @@ def test_several_threads_fill_the_same_masks() -> None:
     built = tiny_engine(CONFIG, WEIGHTS, grammars=Grammars(vocabulary, num_threads=2))
     many = [asked(LIMITED, f"r{index}", 20, temperature=1.5, seed=index) for index in range(4)]
     assert run(built.engine, built.runner, many) == {each.key: alone(each) for each in many}
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="this process has one core")
+def test_threads_that_fill_masks_share_no_core_that_the_engines_own_keeps_to() -> None:
+    cores, before = os.sched_getaffinity(0), tasks()
+    built = tiny_engine(CONFIG, WEIGHTS, grammars=Grammars(vocabulary, num_threads=2))
+    os.sched_setaffinity(0, {min(cores)})  # as kernels.dispatch.pin_threads does
+    try:
+        run(built.engine, built.runner, [asked(LIMITED, f"r{index}", 5) for index in range(3)])
+        fillers = tasks() - before
+        assert fillers and all(os.sched_getaffinity(task) == cores for task in fillers)
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def tasks() -> set[int]:
+    return {int(task) for task in os.listdir("/proc/self/task")}
 
 
 def test_an_answer_that_is_cut_ends_with_length() -> None:
