@@ -303,17 +303,16 @@ def _explain(details: ErrorDetails, model: type[BaseModel]) -> Iterator[str]:
 
 
 def _suggestion(loc: tuple[int | str, ...], model: type[BaseModel]) -> str:
-    """The likeliest key meant: a sibling with a similar name, else one of the same name in another section."""
+    """The likeliest key meant: one of the same name in another section, else a sibling with a similar name."""
     section = model
     for part in loc[:-1]:
         if isinstance(part, str):  # else it is a place in a list of sections
             annotation = section.model_fields[part].annotation
             section = next(inner for inner in (annotation, *get_args(annotation)) if _is_section(inner))
     key = str(loc[-1])
-    if close := difflib.get_close_matches(key, list(section.model_fields), n=1):
-        return f"; did you mean {close[0]!r}?"
     elsewhere = [path for path in key_paths(model) if path.split(".")[-1] == key]
-    return f"; did you mean {' or '.join(repr(path) for path in elsewhere)}?" if elsewhere else ""
+    meant = elsewhere or difflib.get_close_matches(key, list(section.model_fields), n=1)
+    return f"; did you mean {' or '.join(map(repr, meant))}?" if meant else ""
 
 
 def key_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
