@@ -14,6 +14,7 @@ import torch
 from kernels.backend import Attention, Backend, Call, DenseLayer, Gate, GroupCalls, GroupPlace, Heads, Linear
 from kernels.cpu.native import library as native_library
 from kernels.cpu.native.linear import TILED_ROWS
+from kernels.cpu.packed import can_pack
 from kernels.cpu.native.stack import NativeStack
 from kernels.reference.layers import GATES, apply_rope, rms_norm, store_kv
 from kernels.reference.quantized import Bits, quantize
@@ -69,6 +70,7 @@ def test_a_rows_bits_do_not_depend_on_the_others_nor_on_the_threads(dtype: torch
     native(dtype)
 
 
+@pytest.mark.skipif(not can_pack(torch.bfloat16), reason="oneDNN has no product of bfloat16 for this processor")
 def test_where_many_rows_go_to_onednn_they_are_right_too() -> None:
     weight, bias = random(96, 64, dtype=torch.bfloat16) / 8, random(96, dtype=torch.bfloat16, seed=1)
     x = random(TILED_ROWS, 64, dtype=torch.bfloat16, seed=2)

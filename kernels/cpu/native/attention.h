@@ -32,16 +32,18 @@ struct Part {  // tokens `begin` to `end` of a span's new ones, for one KV head
 
 template <class T> struct Elements;
 template <> struct Elements<float> { using Weight = Floats; };
-template <> struct Elements<bf16> { using Weight = Pairs; };
+template <> struct Elements<bf16> { using Weight = PackedKeys; };
 
 template <class T> class AttentionTask {
 public:
     using W = typename Elements<T>::Weight;
+    using E = typename W::Row;  // what a processor computes with
 
     struct Scratch {  // of one thread, kept from task to task
-        std::vector<T> queries, keys, values, zeros;
+        std::vector<T> zeros;
+        std::vector<E> queries, keys, values;
         std::vector<float> out, highest, sums;
-        alignas(64) T weights[ROWS * KEYS];  // of the rows of one pass, as what follows
+        alignas(64) E weights[ROWS * KEYS];  // of the rows of one pass, as what follows
         alignas(64) float scores[ROWS * KEYS], parts[ROWS * LANES], tops[LANES], factors[LANES];
     };
 
@@ -116,7 +118,7 @@ private:
         mine_.queries.resize(num_rows_ * dim_);
         for (long row = 0; row < num_rows_; ++row) {
             long token = span.row + begin + row / groups_, head = kv_head * groups_ + row % groups_;
-            std::memcpy(&mine_.queries[row * dim_], about_.q + token * about_.q_stride + head * dim_, dim_ * sizeof(T));
+            copy_row(&mine_.queries[row * dim_], about_.q + token * about_.q_stride + head * dim_, dim_);
         }
     }
 
@@ -146,25 +148,24 @@ private:
     }
 
     // 16 keys into lanes `lane` to `lane` + 15 of each step of a panel.
-    void pack_keys(const T* const* k, const T* const* next, T* panel, long lane) {
+    void pack_keys(const T* const* k, const T* const* next, E* panel, long lane) {
         constexpr long per_step = W::PER_STEP, per_vector = LANES * per_step;
         for (long dim = 0; dim < dim_; dim += per_vector) {
             long count = std::min(per_vector, dim_ - dim);
-            __mmask16 mask = first(count / per_step);
-            __m512i rows[LANES];
+            Words rows[LANES];
             for (int row = 0; row < LANES; ++row) {
-                rows[row] = _mm512_maskz_loadu_epi32(mask, k[row] + dim);
+                rows[row] = load_words(k[row] + dim, count / per_step);
                 _mm_prefetch((const char*)(next[row] + dim), _MM_HINT_T1);
             }
             transpose(rows);
             for (long step = 0; step < count / per_step; ++step)
-                _mm512_storeu_si512(panel + (dim / per_step + step) * PANEL * per_step + lane * per_step, rows[step]);
+                store_words(panel + (dim / per_step + step) * PANEL * per_step + lane * per_step, rows[step]);
         }
     }
 
     void pack_values(const T* const* v, const T* const* next) {
         for (long column = 0; column < width_; column += PANEL) {
-            T* panel = mine_.values.data() + column * KEYS;
+            E* panel = mine_.values.data() + column * KEYS;
             for (long key = 0; key < KEYS; key += W::PER_STEP) {
                 pack_step(v + key, column, panel + key * PANEL);
                 for (int each = 0; next && each < W::PER_STEP; ++each)
@@ -174,64 +175,28 @@ private:
         }
     }
 
-    void pack_step(const T* const* v, long column, T* to) {
+    void pack_step(const T* const* v, long column, E* to) {
         if constexpr (W::PER_STEP == 1) {
             store(to, load(v[0] + column, first(dim_ - column)));
             store(to + LANES, load(v[0] + column + LANES, first(dim_ - column - LANES)));
-        } else {  // two keys' elements side by side
-            __mmask32 mask = dim_ - column >= PANEL ? ~0u : (1u << (dim_ - column)) - 1;
-            __m512i a = _mm512_maskz_loadu_epi16(mask, v[0] + column), b = _mm512_maskz_loadu_epi16(mask, v[1] + column);
-            _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, pairs(0), b));
-            _mm512_storeu_si512(to + PANEL, _mm512_permutex2var_epi16(a, pairs(LANES), b));
-        }
-    }
-
-    // Elements `from` to `from` + 15 of two vectors in turns.
-    static __m512i pairs(int from) {
-        const __m512i firsts = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-        __m512i each = _mm512_add_epi32(firsts, _mm512_set1_epi32(from));
-        return _mm512_or_si512(each, _mm512_slli_epi32(_mm512_add_epi32(each, _mm512_set1_epi32(PANEL)), 16));
-    }
-
-    static void transpose(__m512i (&rows)[LANES]) {  // 16 x 16 of 32 bits
-        __m512i t[LANES];
-        for (int i = 0; i < 16; i += 2) {
-            t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-            t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-        }
-        for (int i = 0; i < 16; i += 4) {
-            rows[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-            rows[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-            rows[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-            rows[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-        }
-        for (int i = 0; i < 4; ++i) {
-            t[i] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88);
-            t[i + 4] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xdd);
-            t[i + 8] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0x88);
-            t[i + 12] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0xdd);
-        }
-        for (int i = 0; i < 4; ++i) {
-            rows[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-            rows[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-            rows[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-            rows[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+        } else {
+            store_pairs(to, v[0] + column, v[1] + column, dim_ - column);
         }
     }
 
     // Scores of some rows, as powers of two; -inf where a row does not see.
     template <int COUNT, class Ask> void score(const Span& span, long begin, long key, long from, Ask& ask) {
-        const __m512 scale = _mm512_set1_ps(about_.scale * LOG2_E);
+        const Vec scale = all(about_.scale * LOG2_E);
         long position = span.start + begin;  // of the first row
         bool all_seen = key + KEYS <= position + 1 && !about_.window;
         for (long part = 0; part < KEYS; part += PANEL) {
-            __m512 acc[COUNT][2] = {};
+            Vec acc[COUNT][2] = {};
             const uint8_t* panel = (const uint8_t*)(mine_.keys.data() + part * dim_);
             pass<W>(&mine_.queries[from * dim_], dim_, panel, dim_ / W::PER_STEP, acc, ask);
             if constexpr (!std::is_same_v<Ask, Nothing>) ask.line += dim_ / W::PER_STEP;
             float* to = mine_.scores + part;
             for (int row = 0; row < COUNT; ++row, to += KEYS) {
-                __m512 low = _mm512_mul_ps(acc[row][0], scale), high = _mm512_mul_ps(acc[row][1], scale);
+                Vec low = mul(acc[row][0], scale), high = mul(acc[row][1], scale);
                 if (!all_seen) {
                     long last = position + (from + row) / groups_ - key - part;
                     low = seen(low, last), high = seen(high, last - LANES);
@@ -242,10 +207,10 @@ private:
     }
 
     // -inf beyond place `last`, and before the window that ends there.
-    __m512 seen(__m512 scores, long last) const {
-        __mmask16 mask = first(last + 1);
-        if (about_.window) mask &= (__mmask16)~first(last + 1 - about_.window);
-        return _mm512_mask_mov_ps(_mm512_set1_ps(-std::numeric_limits<float>::infinity()), mask, scores);
+    Vec seen(Vec scores, long last) const {
+        Mask mask = first(last + 1);
+        if (about_.window) mask = without(mask, first(last + 1 - about_.window));
+        return select(mask, scores, all(-std::numeric_limits<float>::infinity()));
     }
 
     // Scores become weights; the sums so far are turned to the new highest score, and the tile's are added. In loops over
@@ -255,17 +220,17 @@ private:
         for (long row = 0; row < count; ++row) {
             const float* own = mine_.scores + row * KEYS;
             bool is_seen = mine_.highest[from + row] > -std::numeric_limits<float>::infinity();
-            __m512 highest = _mm512_set1_ps(mine_.highest[from + row]), sum = _mm512_setzero_ps();
+            Vec highest = all(mine_.highest[from + row]), sum = all(0.0f);
             for (int part = 0; part < KEYS / LANES; ++part) {
-                __m512 weight = is_seen ? exp2_of(_mm512_sub_ps(load(own + part * LANES), highest)) : sum;
+                Vec weight = is_seen ? exp2_of(sub(load(own + part * LANES), highest)) : sum;
                 store(mine_.weights + row * KEYS + part * LANES, weight);
-                if (is_seen) sum = _mm512_add_ps(sum, rounded<T>(weight));
+                if (is_seen) sum = add(sum, rounded<T>(weight));
             }
             store(mine_.parts + row * LANES, sum);
         }
         for (long row = 0; row < count; ++row) {
             float& sum = mine_.sums[from + row];
-            sum = sum * mine_.factors[row] + _mm512_reduce_add_ps(load(mine_.parts + row * LANES));
+            sum = sum * mine_.factors[row] + sum_of(load(mine_.parts + row * LANES));
         }
     }
 
@@ -273,28 +238,27 @@ private:
     void raise_highest(long from, long count) {
         for (long row = 0; row < count; ++row) {
             const float* own = mine_.scores + row * KEYS;
-            __m512 top = load(own);
-            for (int part = 1; part < KEYS / LANES; ++part) top = _mm512_max_ps(top, load(own + part * LANES));
-            mine_.tops[row] = _mm512_reduce_max_ps(top);
+            Vec top = load(own);
+            for (int part = 1; part < KEYS / LANES; ++part) top = greatest(top, load(own + part * LANES));
+            mine_.tops[row] = greatest_of(top);
         }
-        const __m512 none = _mm512_set1_ps(-std::numeric_limits<float>::infinity()), one = _mm512_set1_ps(1.0f);
-        __m512 before = load(&mine_.highest[from], first(count));
-        __m512 highest = _mm512_max_ps(load(mine_.tops), before), change = _mm512_sub_ps(before, highest);
-        __mmask16 is_raised = _mm512_cmp_ps_mask(highest, none, _CMP_GT_OQ) &
-                              _mm512_cmp_ps_mask(change, _mm512_setzero_ps(), _CMP_LT_OQ);
-        store(mine_.factors, _mm512_mask_mov_ps(one, is_raised, exp2_of(change)));
+        const Vec none = all(-std::numeric_limits<float>::infinity()), one = all(1.0f);
+        Vec before = load(&mine_.highest[from], first(count));
+        Vec highest = greatest(load(mine_.tops), before), change = sub(before, highest);
+        Mask is_raised = both(is_less(none, highest), is_less(change, all(0.0f)));
+        store(mine_.factors, select(is_raised, exp2_of(change), one));
         store(&mine_.highest[from], highest, first(count));
     }
 
     template <int COUNT, class Ask> void add_values(long from, Ask& ask) {
         for (long column = 0; column < width_; column += PANEL) {
             const uint8_t* panel = (const uint8_t*)(mine_.values.data() + column * KEYS);
-            __m512 acc[COUNT][2];
+            Vec acc[COUNT][2];
             float* so_far = &mine_.out[from * width_ + column];
             for (int row = 0; row < COUNT; ++row) {
-                __m512 factor = _mm512_set1_ps(mine_.factors[row]);
+                Vec factor = all(mine_.factors[row]);
                 for (int half = 0; half < 2; ++half)
-                    acc[row][half] = _mm512_mul_ps(load(so_far + row * width_ + half * LANES), factor);
+                    acc[row][half] = mul(load(so_far + row * width_ + half * LANES), factor);
             }
             pass<W>(mine_.weights, KEYS, panel, KEYS / W::PER_STEP, acc, ask);
             if constexpr (!std::is_same_v<Ask, Nothing>) ask.line += KEYS / W::PER_STEP;
@@ -307,9 +271,9 @@ private:
         for (long row = 0; row < num_rows_; ++row) {
             long token = span.row + begin + row / groups_, head = kv_head * groups_ + row % groups_;
             T* to = about_.out + (token * about_.num_heads + head) * dim_;
-            __m512 sum = _mm512_set1_ps(mine_.sums[row]);
+            Vec sum = all(mine_.sums[row]);
             for (long at = 0; at < dim_; at += LANES)
-                store(to + at, _mm512_div_ps(load(&mine_.out[row * width_ + at]), sum), first(dim_ - at));
+                store(to + at, div(load(&mine_.out[row * width_ + at]), sum), first(dim_ - at));
         }
     }
 

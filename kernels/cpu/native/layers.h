@@ -17,22 +17,22 @@ template <class Work> inline void each_row(long num_rows, long width, const Work
 // work(at, mask) for each vector of a row.
 template <class Work> inline void each_vector(long width, const Work& work) {
     long at = 0;
-    for (; at + LANES <= width; at += LANES) work(at, (__mmask16)0xffff);
+    for (; at + LANES <= width; at += LANES) work(at, Whole());
     if (at < width) work(at, first(width - at));
 }
 
 template <class T> inline void normed_row(T* out, const T* x, const float* weight, long width, float eps, bool is_wide) {
-    __m512 squares = _mm512_setzero_ps();
-    each_vector(width, [&](long at, __mmask16 mask) {
-        __m512 value = load(x + at, mask);
-        squares = _mm512_fmadd_ps(value, value, squares);
+    Vec squares = all(0.0f);
+    each_vector(width, [&](long at, auto mask) {
+        Vec value = load(x + at, mask);
+        squares = fma(value, value, squares);
     });
-    float mean = _mm512_reduce_add_ps(squares) / (float)width;
-    __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(mean + eps));
-    each_vector(width, [&](long at, __mmask16 mask) {
-        __m512 value = _mm512_mul_ps(load(x + at, mask), scale);
+    float mean = sum_of(squares) / (float)width;
+    Vec scale = all(1.0f / std::sqrt(mean + eps));
+    each_vector(width, [&](long at, auto mask) {
+        Vec value = mul(load(x + at, mask), scale);
         if (!is_wide) value = rounded<T>(value);
-        store(out + at, _mm512_mul_ps(value, load(weight + at, mask)), mask);
+        store(out + at, mul(value, load(weight + at, mask)), mask);
     });
 }
 
@@ -44,8 +44,8 @@ template <class T> inline void add_rms_norm(
         T* own = hidden + row * width;
         if (added) {
             const T* other = added + row * width;
-            each_vector(width, [&](long at, __mmask16 mask) {
-                store(own + at, _mm512_add_ps(load(own + at, mask), load(other + at, mask)), mask);
+            each_vector(width, [&](long at, auto mask) {
+                store(own + at, add(load(own + at, mask), load(other + at, mask)), mask);
             });
         }
         if (out) normed_row(out + row * width, own, weight, width, eps, is_wide);
@@ -63,10 +63,10 @@ template <class T> struct Store {  // where new keys and values go, and what hap
 };
 
 template <class T> inline void rope_head(T* x, const float* cos, const float* sin, long half) {
-    each_vector(half, [&](long at, __mmask16 mask) {
-        __m512 a = load(x + at, mask), b = load(x + half + at, mask), c = load(cos + at, mask), s = load(sin + at, mask);
-        store(x + at, _mm512_sub_ps(_mm512_mul_ps(a, c), _mm512_mul_ps(b, s)), mask);
-        store(x + half + at, _mm512_add_ps(_mm512_mul_ps(b, c), _mm512_mul_ps(a, s)), mask);
+    each_vector(half, [&](long at, auto mask) {
+        Vec a = load(x + at, mask), b = load(x + half + at, mask), c = load(cos + at, mask), s = load(sin + at, mask);
+        store(x + at, sub(mul(a, c), mul(b, s)), mask);
+        store(x + half + at, add(mul(b, c), mul(a, s)), mask);
     });
 }
 

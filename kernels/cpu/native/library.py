@@ -2,7 +2,7 @@
 
 1. The name of the file is a digest of the sources, the compiler and the processor's features.
 2. Processes that want it at the same time wait for the first, which compiles it in some ten seconds.
-3. Without AVX-512, a compiler or a folder to write to there is none, which is told once; callers do without.
+3. Without AVX2, a compiler or a folder to write to there is none, which is told once; callers do without.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 _SOURCES = Path(__file__).parent
 _FLAGS = ("-std=c++20", "-march=native", "-fno-math-errno", "-fPIC", "-pthread", "-w")
 _PARTS = {"linear.cpp": "-O2", "nibbles.cpp": "-O3", "native.cpp": "-O3"}
-_NEEDED = ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+_NEEDED = ("avx2", "fma", "f16c")
 _COMPILERS = ("c++", "g++")
 
 NAMES = {torch.float32: "float", torch.bfloat16: "bf16"}  # of the functions for a type
@@ -139,7 +139,7 @@ def _compiled(folder: Path) -> Path:
     if missing:
         raise OSError(f"this processor has no {', '.join(missing)}")
     compiler, version = _compiler()
-    parts = [path.read_bytes() for path in sorted(_SOURCES.glob("*.[hc]*"))]
+    parts = [path.read_bytes() for path in sorted(_SOURCES.rglob("*.[hc]*"))]
     digest = hashlib.blake2b(digest_size=12)
     for part in (*parts, version, repr((_FLAGS, _PARTS)).encode(), " ".join(sorted(features)).encode()):
         digest.update(hashlib.blake2b(part).digest())

@@ -3,9 +3,9 @@
 
 template <class Out> inline void linear_any(const Weight& w, const void* a, long num_rows, Out* out) {
     switch (w.form) {
-        case FLOATS: return linear_as<Floats>(w, (const float*)a, nullptr, num_rows, out);
-        case PAIRS: return linear_as<Pairs>(w, (const bf16*)a, nullptr, num_rows, out);
-        case BYTES: return linear_as<Bytes>(w, (const bf16*)a, nullptr, num_rows, out);
+        case FLOATS: return linear_as<Floats, float>(w, (const float*)a, nullptr, num_rows, out);
+        case PAIRS: return linear_as<Pairs, bf16>(w, rows_of((const bf16*)a, num_rows * w.num_k), nullptr, num_rows, out);
+        case BYTES: return linear_as<Bytes, bf16>(w, rows_of((const bf16*)a, num_rows * w.num_k), nullptr, num_rows, out);
         case NIBBLES: return linear_nibbles(w, (const bf16*)a, num_rows, out);
     }
 }
@@ -29,19 +29,15 @@ template <class T> inline void pack(const Weight& w, const T* from, uint8_t* to)
                 long step = k / per_step, at = column * per_step + k % per_step;  // of the elements of a step
                 uint8_t* base;
                 switch (w.form) {
-                    case BYTES: {  // unpacking takes bytes 0 to 7 of each 16 into the lower vector
-                        long half = at / PANEL, word = at % PANEL, lane = word / 8;
+                    case BYTES: {
                         base = to + panel * Bytes::panel_bytes(w.num_k) + step * 64;
-                        int8_t number = (int8_t)value;
-                        base[lane * 16 + half * 8 + word % 8] =
-                            (uint8_t)(number < 0 ? 0x80 | -number : number);
+                        base[Bytes::byte_of(column, k % 2)] = Bytes::packed((int)value);
                         break;
                     }
                     case NIBBLES: {
-                        long half = at / PANEL, word = at % PANEL;
-                        base = to + panel * Nibbles::panel_bytes(w.num_k) + step * 32 + word;
+                        base = to + panel * Nibbles::panel_bytes(w.num_k) + step * 32 + Nibbles::byte_of(column, k % 2);
                         uint8_t nibble = (uint8_t)(((int)value + 8) & 15);
-                        *base = half ? (uint8_t)(*base & 15) | (uint8_t)(nibble << 4) : nibble;
+                        *base = column >= LANES ? (uint8_t)(*base & 15) | (uint8_t)(nibble << 4) : nibble;
                         break;
                     }
                     default:

@@ -8,39 +8,39 @@ inline long panels_of(const Weight& w) {
     return (w.num_columns + width - 1) / width;
 }
 
-template <class T, class Out> inline void finish_row(const Weight& w, long panel, __m512 low, __m512 high, Out* out) {
+template <class T, class Out> inline void finish_row(const Weight& w, long panel, Vec low, Vec high, Out* out) {
     if (w.form == BYTES) {
         const float* scales = (const float*)w.scales + panel * PANEL;
-        low = _mm512_mul_ps(low, load(scales));
-        high = _mm512_mul_ps(high, load(scales + LANES));
+        low = mul(low, load(scales));
+        high = mul(high, load(scales + LANES));
     }
     if (w.bias) {
-        low = _mm512_add_ps(low, load(w.bias + panel * PANEL));
-        high = _mm512_add_ps(high, load(w.bias + panel * PANEL + LANES));
+        low = add(low, load(w.bias + panel * PANEL));
+        high = add(high, load(w.bias + panel * PANEL + LANES));
     }
     if (w.finish == PLAIN) {
         store(out + panel * PANEL, low, first(w.num_columns - panel * PANEL));
         store(out + panel * PANEL + LANES, high, first(w.num_columns - panel * PANEL - LANES));
         return;
     }
-    __m512 gate = rounded<T>(low), up = rounded<T>(high);
+    Vec gate = rounded<T>(low), up = rounded<T>(high);
     gate = rounded<T>(w.finish == SILU_GATED ? silu(gate) : gelu_tanh(gate));
-    store(out + panel * LANES, _mm512_mul_ps(gate, up), first(w.num_columns - panel * LANES));
+    store(out + panel * LANES, mul(gate, up), first(w.num_columns - panel * LANES));
 }
 
 constexpr int FEW_ROWS = ROWS / 2;  // whose groups' sums and whole ones are accumulators at once
 
 // A group's sums of one row become a part of its whole ones.
 struct GroupScales {
-    __m512 scale[2], shift[2];
+    Vec scale[2], shift[2];
 
     GroupScales(const Weight& w, long panel, long num_groups, long group) {
-        const __m256i* from = (const __m256i*)w.scales + (panel * num_groups + group) * 4;
+        const uint8_t* from = (const uint8_t*)w.scales + (panel * num_groups + group) * 4 * 32;
         for (int half = 0; half < 2; ++half)
-            scale[half] = _mm512_cvtph_ps(from[half]), shift[half] = _mm512_cvtph_ps(from[2 + half]);
+            scale[half] = of_halves(from + 32 * half), shift[half] = of_halves(from + 64 + 32 * half);
     }
-    __m512 added(__m512 total, __m512 acc, float sum, int half) const {
-        return _mm512_fmadd_ps(_mm512_set1_ps(sum), shift[half], _mm512_fmadd_ps(acc, scale[half], total));
+    Vec added(Vec total, Vec acc, float sum, int half) const {
+        return fma(all(sum), shift[half], fma(acc, scale[half], total));
     }
 };
 
@@ -56,20 +56,21 @@ template <class W> struct AskAhead {  // for the same steps of what lies so many
 // Rows times one panel. next: how far behind it the next one lies, if that is to be asked for. sums: of each row's groups,
 // [rows, groups]; NIBBLES only.
 template <class W, bool LOOKS_AHEAD, class T, class Out> inline void linear_panel(
-    const Weight& w, const uint8_t* panel, long next, long number, const T* a, const float* sums, long num_rows, Out* out
+    const Weight& w, const uint8_t* panel, long next, long number, const typename W::Row* a, const float* sums, long num_rows,
+    Out* out
 ) {
     long num_groups = w.form == NIBBLES ? w.num_k / w.group : 1, num_steps = w.num_k / num_groups / W::PER_STEP;
     in_passes(num_rows, [&](long begin, auto count) {
-        __m512 total[count][2] = {};
+        Vec total[count][2] = {};
         if (w.form != NIBBLES) {
             if constexpr (LOOKS_AHEAD) pass<W>(a + begin * w.num_k, w.num_k, panel, num_steps, total, AskAhead<W>{panel + next});
             else pass<W>(a + begin * w.num_k, w.num_k, panel, num_steps, total);
         } else {
             for (long group = 0; group < num_groups; ++group) {
-                __m512 acc[count][2] = {};
+                Vec acc[count][2] = {};
                 long from = group * num_steps;
                 const uint8_t* part = panel + W::panel_bytes(from * W::PER_STEP);
-                const T* rows = a + begin * w.num_k + from * W::PER_STEP;
+                const typename W::Row* rows = a + begin * w.num_k + from * W::PER_STEP;
                 if constexpr (LOOKS_AHEAD) pass<W>(rows, w.num_k, part, num_steps, acc, AskAhead<W>{part + next});
                 else pass<W>(rows, w.num_k, part, num_steps, acc);
                 GroupScales scales(w, number, num_groups, group);
@@ -89,28 +90,19 @@ template <class W, bool LOOKS_AHEAD, class T, class Out> inline void linear_pane
     }, w.form == NIBBLES ? FEW_ROWS : ROWS);
 }
 
-// Steps of whole numbers as bfloat16.
-template <class W> inline void unpack(const uint8_t* from, long num_steps, uint8_t* to) {
-    const W weights;
-    for (long step = 0; step < num_steps; ++step) {
-        Step b = weights.at(from, step);
-        _mm512_storeu_si512(to + step * 128, b.low);
-        _mm512_storeu_si512(to + step * 128 + 64, b.high);
-    }
-}
-
 inline uint8_t* unpack_room(long num_k) {  // of this thread
     thread_local std::vector<uint8_t> room;
-    room.resize(std::max((long)room.size(), Pairs::panel_bytes(num_k)));
+    room.resize(std::max((long)room.size(), Unpacked::panel_bytes(num_k)));
     return room.data();
 }
 
-constexpr long GROUP_ROWS = 8;    // of one pass, beside a group's scales
-constexpr long UNPACK_ROWS = 24;  // more: a panel of whole numbers is unpacked once for all rows
+constexpr long GROUP_ROWS = std::min(8, ROWS);  // of one pass, beside a group's scales
+constexpr long UNPACK_ROWS = 24;                // more: a panel of whole numbers is unpacked once for all rows
 
 // A few rows times one panel of nibbles: each group is unpacked once for all of them.
 template <class T, class Out> inline void linear_groups(
-    const Weight& w, const uint8_t* panel, long ahead, long number, const T* a, const float* sums, long num_rows, Out* out
+    const Weight& w, const uint8_t* panel, long ahead, long number, const Nibbles::Row* a, const float* sums, long num_rows,
+    Out* out
 ) {
     alignas(64) float totals[UNPACK_ROWS][2][LANES] = {};
     long num_groups = w.num_k / w.group, num_bytes = Nibbles::panel_bytes(w.group);
@@ -118,11 +110,11 @@ template <class T, class Out> inline void linear_groups(
     for (long group = 0; group < num_groups; ++group) {
         const uint8_t* packed = panel + group * num_bytes;
         for (long byte = 0; byte < num_bytes; byte += 64) _mm_prefetch((const char*)packed + ahead + byte, _MM_HINT_T1);
-        unpack<Nibbles>(packed, w.group / 2, part);
+        unpack<Nibbles>(packed, w.group / Nibbles::PER_STEP, part);
         GroupScales scales(w, number, num_groups, group);
         in_passes(num_rows, [&](long begin, auto count) {
-            __m512 acc[count][2] = {};
-            pass<Pairs>(a + begin * w.num_k + group * w.group, w.num_k, part, w.group / 2, acc);
+            Vec acc[count][2] = {};
+            pass<Unpacked>(a + begin * w.num_k + group * w.group, w.num_k, part, w.group / Unpacked::PER_STEP, acc);
 #pragma GCC unroll 12
             for (int row = 0; row < count; ++row) {
                 float sum = sums[(begin + row) * num_groups + group];
@@ -139,7 +131,7 @@ template <class T, class Out> inline void linear_groups(
 }
 
 template <class W, class T, class Out> inline void linear_as(
-    const Weight& w, const T* a, const float* sums, long num_rows, Out* out
+    const Weight& w, const typename W::Row* a, const float* sums, long num_rows, Out* out
 ) {
     long num_panels = panels_of(w), num_chunks = (num_rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
     bool is_middling = num_rows >= FEWEST_AHEAD && num_rows <= MOST_AHEAD;
@@ -154,24 +146,24 @@ template <class W, class T, class Out> inline void linear_as(
         for (long number = part * num_panels / num_parts; number < end; ++number) {
             const uint8_t* panel = w.panels + number * W::panel_bytes(w.num_k);
             bool looks_ahead = is_middling && number + 1 < end;
-            const T* rows = a + begin * w.num_k;
+            const typename W::Row* rows = a + begin * w.num_k;
             Out* to = out + begin * w.num_columns;
-            if constexpr (!std::is_same_v<W, Floats> && !std::is_same_v<W, Pairs>) {
+            if constexpr (is_unpacked<W>) {
                 if (num_rows > UNPACK_ROWS) {
                     uint8_t* whole = unpack_room(w.num_k);
-                    unpack<W>(panel, w.num_k / 2, whole);
-                    linear_panel<Pairs, false>(w, whole, 0, number, rows, own, count, to);
+                    unpack<W>(panel, w.num_k / W::PER_STEP, whole);
+                    linear_panel<Unpacked, false, T>(w, whole, 0, number, rows, own, count, to);
                     continue;
                 }
             }
             if constexpr (std::is_same_v<W, Nibbles>) {
                 if (num_rows > FEW_ROWS) {
-                    linear_groups(w, panel, number + 1 < end ? W::panel_bytes(w.num_k) : 0, number, rows, own, count, to);
+                    linear_groups<T>(w, panel, number + 1 < end ? W::panel_bytes(w.num_k) : 0, number, rows, own, count, to);
                     continue;
                 }
             }
-            if (looks_ahead) linear_panel<W, true>(w, panel, W::panel_bytes(w.num_k), number, rows, own, count, to);
-            else linear_panel<W, false>(w, panel, 0, number, rows, own, count, to);
+            if (looks_ahead) linear_panel<W, true, T>(w, panel, W::panel_bytes(w.num_k), number, rows, own, count, to);
+            else linear_panel<W, false, T>(w, panel, 0, number, rows, own, count, to);
         }
     });
 }
