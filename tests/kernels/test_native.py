@@ -14,12 +14,14 @@ import torch
 from kernels.backend import Attention, Backend, Call, DenseLayer, Gate, GroupCalls, GroupPlace, Heads, Linear
 from kernels.cpu.native import library as native_library
 from kernels.cpu.native.linear import TILED_ROWS
-from kernels.cpu.packed import can_pack
 from kernels.cpu.native.stack import NativeStack
+from kernels.cpu.packed import can_pack
 from kernels.reference.layers import GATES, apply_rope, rms_norm, store_kv
 from kernels.reference.quantized import Bits, quantize
 from tests.kernels.native import DTYPES, NORMS, attend, native, random, reference
 from tests.kernels.test_attention import CASES, NAN, Case, make_case, softmax_attention
+
+pytestmark = pytest.mark.usefixtures("each_vectors")
 
 ROWS = (1, 2, 3, 5, 6, 7, 12, 13, 25, 64, 200)
 TYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -344,3 +346,13 @@ def _group(attention: Attention, case: Case, heads: Heads) -> GroupPlace:
         case.blocks[sequence, positions // block_size].contiguous(), positions % block_size,
         attention.turns(angles.cos(), angles.sin(), positions), plan,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("march", ["x86-64-v3", "skylake-avx512", "sapphirerapids"])
+def test_code_for_other_processors_is_fit_for_a_compiler(march: str) -> None:
+    native(torch.float32)  # skips where there is no compiler
+    compiler, _ = native_library._compiler()
+    for name in native_library._PARTS:
+        native_library._run(
+            [compiler, *native_library._FLAGS, f"-march={march}", "-fsyntax-only", str(native_library._SOURCES / name)]
+        )

@@ -13,6 +13,8 @@ from engine.sampler import sample
 from engine.types import SamplingParams
 from tests.kernels.native import native
 
+pytestmark = pytest.mark.usefixtures("each_vectors")
+
 ROW = st.tuples(
     st.integers(0, 2**32),  # of the logits
     st.sampled_from([0.0, 0.3, 3.0, 40.0]),  # their spread

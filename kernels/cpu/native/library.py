@@ -13,6 +13,7 @@ import hashlib
 import logging
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, c_float, c_int, c_long, c_void_p
 from functools import cache
@@ -21,9 +22,10 @@ from pathlib import Path
 import torch
 
 _SOURCES = Path(__file__).parent
-_FLAGS = ("-std=c++20", "-march=native", "-fno-math-errno", "-fPIC", "-pthread", "-w")
+_FLAGS = ("-std=c++20", "-fno-math-errno", "-fPIC", "-pthread", "-w")
 _PARTS = {"linear.cpp": "-O2", "nibbles.cpp": "-O3", "native.cpp": "-O3"}
 _NEEDED = ("avx2", "fma", "f16c")
+_AVX512 = {"avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 _COMPILERS = ("c++", "g++")
 
 NAMES = {torch.float32: "float", torch.bfloat16: "bf16"}  # of the functions for a type
@@ -113,10 +115,11 @@ _FUNCTIONS = {
 
 
 @cache
-def load_library() -> ctypes.CDLL | None:
-    """The library, compiled if need be; None where it cannot be had."""
+def load_library(march: str = "native") -> ctypes.CDLL | None:
+    """The library, compiled if need be; None where it cannot be had. march: the compiler's name of what a processor has
+    (x86-64-v3: AVX2)."""
     try:
-        library = ctypes.CDLL(str(_compiled(_folder())))
+        library = ctypes.CDLL(str(_compiled(_folder(), march)))
     except (OSError, subprocess.SubprocessError) as error:
         _log.warning("layers are computed by torch: no native code (%s)", error)
         return None
@@ -132,38 +135,39 @@ def _folder() -> Path:
     return Path.home() / ".cache" / "steelyard" / "kernels"
 
 
-def _compiled(folder: Path) -> Path:
+def _compiled(folder: Path, march: str = "native") -> Path:
     """Raises OSError or SubprocessError."""
     features = _cpu_features()
     missing = [name for name in _NEEDED if name not in features]
     if missing:
         raise OSError(f"this processor has no {', '.join(missing)}")
     compiler, version = _compiler()
-    parts = [path.read_bytes() for path in sorted(_SOURCES.rglob("*.[hc]*"))]
+    flags = (f"-march={march}", *_FLAGS)
+    parts = [path.read_bytes() for path in sorted((*_SOURCES.rglob("*.h"), *_SOURCES.glob("*.cpp")))]
     digest = hashlib.blake2b(digest_size=12)
-    for part in (*parts, version, repr((_FLAGS, _PARTS)).encode(), " ".join(sorted(features)).encode()):
+    for part in (*parts, version, repr((flags, _PARTS)).encode(), " ".join(sorted(features)).encode()):
         digest.update(hashlib.blake2b(part).digest())
     path = folder / f"native-{digest.hexdigest()}.so"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
         if not path.exists():
-            _compile(compiler, path)
+            _compile((compiler, *flags), path)
     return path
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compile(command: Sequence[str], path: Path) -> None:
     _log.info("compiling kernels for this processor, once: some ten seconds")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
         parts = [str(Path(folder) / f"{name}.o") for name in _PARTS]
         commands = [
-            [compiler, *_FLAGS, level, "-c", "-o", part, str(_SOURCES / name)]
+            [*command, level, "-c", "-o", part, str(_SOURCES / name)]
             for part, (name, level) in zip(parts, _PARTS.items(), strict=True)
         ]
         with ThreadPoolExecutor() as pool:
             list(pool.map(_run, commands))
-        _run([compiler, *_FLAGS, "-shared", "-o", str(made), *parts])
+        _run([*command, "-shared", "-o", str(made), *parts])
         made.replace(path)
 
 
@@ -191,6 +195,11 @@ def _cpu_features() -> frozenset[str]:
     except OSError:
         return frozenset()
     return frozenset(next((line.split(":")[1] for line in text.splitlines() if line.startswith("flags")), "").split())
+
+
+def has_avx512() -> bool:
+    """Is the code for its vectors chosen here (vectors.h)?"""
+    return _cpu_features() >= _AVX512
 
 
 def has_amx() -> bool:

@@ -28,7 +28,7 @@ template <class T, class Out> inline void finish_row(const Weight& w, long panel
     store(out + panel * LANES, mul(gate, up), first(w.num_columns - panel * LANES));
 }
 
-constexpr int FEW_ROWS = ROWS / 2;  // whose groups' sums and whole ones are accumulators at once
+constexpr int FEW_ROWS = GROUPED_ROWS;  // whose groups' sums and whole ones are accumulators at once
 
 // A group's sums of one row become a part of its whole ones.
 struct GroupScales {

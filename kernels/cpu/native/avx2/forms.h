@@ -6,6 +6,7 @@
 #include "../vectors.h"
 
 constexpr int ROWS = 6;                // of one pass: 12 accumulators, two vectors of weights, one element of a row
+constexpr int GROUPED_ROWS = ROWS;        // of one pass, where groups have sums of their own: those are in memory
 constexpr int CHUNK_ROWS = 16 * ROWS;  // of a task: they stay in the second-level cache while panels go by
 
 // `eight(panel, step, each, part)`: columns 8 * part to 8 * part + 7 of a panel, at element `each` of a step.
@@ -114,7 +115,7 @@ inline const float* rows_of(const bf16* a, long count) {
 
 // Steps of what is held in less as floats.
 using Unpacked = Floats;
-template <class W> constexpr bool is_unpacked = !std::is_same_v<W, Floats>;
+template <class W> constexpr bool is_unpacked = true;
 
 template <class W> inline void unpack(const uint8_t* from, long num_steps, uint8_t* to) {
     for (long step = 0; step < num_steps; ++step)

@@ -3,6 +3,7 @@
 #include "../vectors.h"
 
 constexpr int ROWS = 12;               // of one pass: 24 accumulators, two vectors of weights
+constexpr int GROUPED_ROWS = ROWS / 2;  // of one pass, where sums of groups are accumulators too
 constexpr int CHUNK_ROWS = 16 * ROWS;  // of a task: they stay in the second-level cache while panels go by
 
 struct Step {

@@ -1,0 +1,17 @@
+"""Which native code the tests are of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from kernels.cpu.native.library import has_avx512
+from tests.kernels.native import compiled_for
+
+
+@pytest.fixture(scope="module", params=["native", "x86-64-v3"] if has_avx512() else ["native"])
+def each_vectors(request: pytest.FixtureRequest) -> Iterator[None]:
+    """That of this processor; where it has AVX-512, that for AVX2 as well."""
+    with compiled_for(request.param):
+        yield
