@@ -16,6 +16,7 @@ from engine.models.tokenizer import load_tokenizer
 from engine.models.weights import load_weights
 from engine.setup import EngineSetup
 from engine.types import Add, FinishReason, Request, SamplingParams, TokenLogprob
+from kernels.cpu.packed import can_pack
 
 Prompts = Sequence[tuple[int, ...]]
 BATCH_SIZES = (4, 8, 16)  # of transformers, offline
@@ -195,7 +196,9 @@ def _layer_weights(model: ModelConfig) -> int:
 
 
 def product_rate(dtype: torch.dtype = torch.float32) -> float:
-    """Operations per second of a large product, with the threads of the run."""
+    """Operations per second of a large product, with the threads of the run; of floats where this processor has none of
+    that type."""
+    dtype = dtype if can_pack(dtype) else torch.float32
     a, b = torch.randn(1024, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
     return 2 * 1024**3 / best_s(lambda: torch.mm(a, b))
 

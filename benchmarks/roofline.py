@@ -26,7 +26,6 @@ from engine.config import EngineConfig, ModelSource
 from engine.models.config import ModelConfig
 from engine.setup import EngineSetup, plan_engine
 from kernels.cpu.native.space import Space
-from kernels.cpu.packed import can_pack
 
 BITS = {"none": 0, "int8": 8, "int4": 5}  # int4: with a scale and a shift in float16 for each 32
 WIDE_STEP = 2048
@@ -90,12 +89,10 @@ def measure(
     small = torch.ones(int(weight_bytes(setup)) // 4)
     huge = Space().take(small.numel() * 4).view(torch.float32).fill_(1)
     times: dict[Step, list[float]] = {step: [] for step in steps}
-    dtype = getattr(torch, setup.dtype)
-    multiplied = dtype if can_pack(dtype) else torch.float32  # what has no product of its own here
     limits: dict[str, list[float]] = {"operations/s": [], "bytes/s, huge pages": [], "bytes/s, small pages": []}
     for _ in range(rounds):
         torch.set_num_threads(threads)
-        limits["operations/s"].append(product_rate(multiplied))
+        limits["operations/s"].append(product_rate(getattr(torch, setup.dtype)))
         for name, buffer in (("huge", huge), ("small", small)):
             limits[f"bytes/s, {name} pages"].append(buffer.numel() * 4 / best_s(buffer.sum))
         time.sleep(0.3)  # torch's threads spin for a while

@@ -55,8 +55,8 @@ def prepare(weight: torch.Tensor) -> Matrix:
 
 def backend_for(like: torch.Tensor, kernels: Kernels, is_invariant: bool) -> Backend:
     """What computes layers on this tensor's device for its type. auto: Triton's kernels on a CUDA device, on a
-    processor with AVX-512 or AVX2 our own code, which a compiler makes once for a machine, else torch. is_invariant: a row's
-    bits must not depend on how many rows there are (`Backend.settle`)."""
+    processor with AVX-512 or AVX2 our own code, which a compiler makes once for a machine, else torch. is_invariant: a
+    row's bits must not depend on how many rows there are (`Backend.settle`)."""
     if kernels == "triton" or (kernels == "auto" and like.device.type == "cuda"):
         from kernels.triton.backend import TritonBackend  # Triton is there where CUDA is
 

@@ -3,9 +3,9 @@
 
 template <class Out> inline void linear_any(const Weight& w, const void* a, long num_rows, Out* out) {
     switch (w.form) {
-        case FLOATS: return linear_as<Floats, float>(w, (const float*)a, nullptr, num_rows, out);
-        case PAIRS: return linear_as<Pairs, bf16>(w, rows_of((const bf16*)a, num_rows * w.num_k), nullptr, num_rows, out);
-        case BYTES: return linear_as<Bytes, bf16>(w, rows_of((const bf16*)a, num_rows * w.num_k), nullptr, num_rows, out);
+        case FLOATS: return linear_as<Floats>(w, (const float*)a, nullptr, num_rows, out);
+        case PAIRS: return linear_as<Pairs>(w, (const bf16*)a, nullptr, num_rows, out);
+        case BYTES: return linear_as<Bytes>(w, (const bf16*)a, nullptr, num_rows, out);
         case NIBBLES: return linear_nibbles(w, (const bf16*)a, num_rows, out);
     }
 }

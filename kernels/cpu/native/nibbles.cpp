@@ -12,9 +12,9 @@ static std::vector<float> group_sums(const bf16* a, long num_rows, long num_k, l
 }
 
 void linear_nibbles(const Weight& w, const bf16* a, long num_rows, float* out) {
-    linear_as<Nibbles, bf16>(w, rows_of(a, num_rows * w.num_k), group_sums(a, num_rows, w.num_k, w.group).data(), num_rows, out);
+    linear_as<Nibbles>(w, a, group_sums(a, num_rows, w.num_k, w.group).data(), num_rows, out);
 }
 
 void linear_nibbles(const Weight& w, const bf16* a, long num_rows, bf16* out) {
-    linear_as<Nibbles, bf16>(w, rows_of(a, num_rows * w.num_k), group_sums(a, num_rows, w.num_k, w.group).data(), num_rows, out);
+    linear_as<Nibbles>(w, a, group_sums(a, num_rows, w.num_k, w.group).data(), num_rows, out);
 }

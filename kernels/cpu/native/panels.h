@@ -131,7 +131,7 @@ template <class T, class Out> inline void linear_groups(
 }
 
 template <class W, class T, class Out> inline void linear_as(
-    const Weight& w, const typename W::Row* a, const float* sums, long num_rows, Out* out
+    const Weight& w, const T* a, const float* sums, long num_rows, Out* out
 ) {
     long num_panels = panels_of(w), num_chunks = (num_rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
     bool is_middling = num_rows >= FEWEST_AHEAD && num_rows <= MOST_AHEAD;
@@ -141,12 +141,12 @@ template <class W, class T, class Out> inline void linear_as(
     Threads::here().run(num_chunks * num_parts, [&](long task) {
         long chunk = task / num_parts, part = task % num_parts;
         long begin = chunk * CHUNK_ROWS, count = std::min((long)CHUNK_ROWS, num_rows - begin);
+        const typename W::Row* rows = rows_of(a + begin * w.num_k, count * w.num_k);
         const float* own = sums ? sums + begin * num_groups : nullptr;
         long end = (part + 1) * num_panels / num_parts;
         for (long number = part * num_panels / num_parts; number < end; ++number) {
             const uint8_t* panel = w.panels + number * W::panel_bytes(w.num_k);
             bool looks_ahead = is_middling && number + 1 < end;
-            const typename W::Row* rows = a + begin * w.num_k;
             Out* to = out + begin * w.num_columns;
             if constexpr (is_unpacked<W>) {
                 if (num_rows > UNPACK_ROWS) {

@@ -106,6 +106,7 @@ template <class W, int NUM, class Ask = Nothing> inline void pass(
 }
 
 // Rows as passes take them; the room is the calling thread's until it asks again.
+inline const float* rows_of(const float* a, long) { return a; }
 inline const float* rows_of(const bf16* a, long count) {
     static thread_local std::vector<float> room;
     if ((long)room.size() < count) room.resize(count);
@@ -115,7 +116,7 @@ inline const float* rows_of(const bf16* a, long count) {
 
 // Steps of what is held in less as floats.
 using Unpacked = Floats;
-template <class W> constexpr bool is_unpacked = true;
+template <class W> constexpr bool is_unpacked = true;  // floats, too: beside the rows in the second-level cache
 
 template <class W> inline void unpack(const uint8_t* from, long num_steps, uint8_t* to) {
     for (long step = 0; step < num_steps; ++step)

@@ -165,7 +165,7 @@ template <class W, int NUM, class Ask = Nothing> inline void pass(
 using PackedKeys = Pairs;  // and values, of bfloat16
 
 // Rows as passes take them.
-inline const bf16* rows_of(const bf16* a, long) { return a; }
+template <class T> inline const T* rows_of(const T* a, long) { return a; }
 
 // Steps of whole numbers as bfloat16.
 using Unpacked = Pairs;
