@@ -20,29 +20,19 @@ inline long row_of(const Weight& w, long panel, long column) {
 }
 
 template <class T> inline void pack(const Weight& w, const T* from, uint8_t* to) {
-    const int per_step = w.form == FLOATS ? 1 : 2;
+    const int per_step = w.form == FLOATS ? Floats::PER_STEP : Pairs::PER_STEP;
     Threads::here().run(panels_of(w), [&](long panel) {
         for (long column = 0; column < PANEL; ++column) {
             long row = row_of(w, panel, column);
             for (long k = 0; k < w.num_k; ++k) {
                 T value = row < 0 ? T() : from[row * w.num_k + k];
-                long step = k / per_step, at = column * per_step + k % per_step;  // of the elements of a step
-                uint8_t* base;
                 switch (w.form) {
-                    case BYTES: {
-                        base = to + panel * Bytes::panel_bytes(w.num_k) + step * 64;
-                        base[Bytes::byte_of(column, k % 2)] = Bytes::packed((int)value);
-                        break;
+                    case BYTES: Bytes::put(to + panel * Bytes::panel_bytes(w.num_k), column, k, (int)value); break;
+                    case NIBBLES: Nibbles::put(to + panel * Nibbles::panel_bytes(w.num_k), column, k, (int)value); break;
+                    default: {
+                        long step = k / per_step, at = column * per_step + k % per_step;  // of the elements of a step
+                        std::memcpy(to + (panel * w.num_k / per_step + step) * 128 + at * sizeof(T), &value, sizeof(T));
                     }
-                    case NIBBLES: {
-                        base = to + panel * Nibbles::panel_bytes(w.num_k) + step * 32 + Nibbles::byte_of(column, k % 2);
-                        uint8_t nibble = (uint8_t)(((int)value + 8) & 15);
-                        *base = column >= LANES ? (uint8_t)(*base & 15) | (uint8_t)(nibble << 4) : nibble;
-                        break;
-                    }
-                    default:
-                        base = to + (panel * w.num_k / per_step + step) * 128;
-                        std::memcpy(base + at * sizeof(T), &value, sizeof(T));
                 }
             }
         }

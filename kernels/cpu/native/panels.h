@@ -28,8 +28,6 @@ template <class T, class Out> inline void finish_row(const Weight& w, long panel
     store(out + panel * LANES, mul(gate, up), first(w.num_columns - panel * LANES));
 }
 
-constexpr int FEW_ROWS = GROUPED_ROWS;  // whose groups' sums and whole ones are accumulators at once
-
 // A group's sums of one row become a part of its whole ones.
 struct GroupScales {
     Vec scale[2], shift[2];
@@ -38,6 +36,8 @@ struct GroupScales {
         const uint8_t* from = (const uint8_t*)w.scales + (panel * num_groups + group) * 4 * 32;
         for (int half = 0; half < 2; ++half)
             scale[half] = of_halves(from + 32 * half), shift[half] = of_halves(from + 64 + 32 * half);
+        if constexpr (Nibbles::BASE != 0)
+            for (int half = 0; half < 2; ++half) shift[half] = fma(scale[half], all(-Nibbles::BASE), shift[half]);
     }
     Vec added(Vec total, Vec acc, float sum, int half) const {
         return fma(all(sum), shift[half], fma(acc, scale[half], total));
@@ -87,7 +87,7 @@ template <class W, bool LOOKS_AHEAD, class T, class Out> inline void linear_pane
 #pragma GCC unroll 12
         for (int row = 0; row < count; ++row)
             finish_row<T>(w, number, total[row][0], total[row][1], out + (begin + row) * w.num_columns);
-    }, w.form == NIBBLES ? FEW_ROWS : ROWS);
+    }, w.form == NIBBLES ? GROUPED_ROWS : ROWS);
 }
 
 inline uint8_t* unpack_room(long num_k) {  // of this thread
@@ -141,7 +141,7 @@ template <class W, class T, class Out> inline void linear_as(
     Threads::here().run(num_chunks * num_parts, [&](long task) {
         long chunk = task / num_parts, part = task % num_parts;
         long begin = chunk * CHUNK_ROWS, count = std::min((long)CHUNK_ROWS, num_rows - begin);
-        const typename W::Row* rows = rows_of(a + begin * w.num_k, count * w.num_k);
+        const typename W::Row* rows = rows_of<W>(a + begin * w.num_k, count * w.num_k, num_rows > GROUPED_MOST);
         const float* own = sums ? sums + begin * num_groups : nullptr;
         long end = (part + 1) * num_panels / num_parts;
         for (long number = part * num_panels / num_parts; number < end; ++number) {
@@ -157,7 +157,7 @@ template <class W, class T, class Out> inline void linear_as(
                 }
             }
             if constexpr (std::is_same_v<W, Nibbles>) {
-                if (num_rows > FEW_ROWS) {
+                if (num_rows > GROUPED_MOST) {
                     linear_groups<T>(w, panel, number + 1 < end ? W::panel_bytes(w.num_k) : 0, number, rows, own, count, to);
                     continue;
                 }

@@ -7,6 +7,7 @@
 
 constexpr int ROWS = 6;                // of one pass: 12 accumulators, two vectors of weights, one element of a row
 constexpr int GROUPED_ROWS = ROWS;        // of one pass, where groups have sums of their own: those are in memory
+constexpr long GROUPED_MOST = 24;         // so many rows are multiplied by what is packed, more by what was unpacked
 constexpr int CHUNK_ROWS = 16 * ROWS;  // of a task: they stay in the second-level cache while panels go by
 
 // `eight(panel, step, each, part)`: columns 8 * part to 8 * part + 7 of a panel, at element `each` of a step.
@@ -36,26 +37,32 @@ struct Bytes {
     using Row = float;
     static constexpr int PER_STEP = 2;
     static constexpr long panel_bytes(long num_k) { return num_k * PANEL; }
-    static constexpr long byte_of(long column, long each) { return each * PANEL + column; }
-    static uint8_t packed(int number) { return (uint8_t)(int8_t)number; }
+    static void put(uint8_t* panel, long column, long k, int number) { panel[k * PANEL + column] = (uint8_t)(int8_t)number; }
     static __m256 eight(const uint8_t* panel, long step, int each, int part) {
         __m128i x = _mm_loadl_epi64((const __m128i*)(panel + step * 64 + each * PANEL + 8 * part));
         return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x));
     }
 };
 
-// Whole numbers -8 to 7, two of 4 bits in each of a step's 32 bytes: columns 0 to 15 in the lower ones. Each group of k
-// has a scale and a shift: w = scale * number + shift.
+// Whole numbers -8 to 7 as 0 to 15: a column's eight of a step in the 4 bits each of one word. Each group of k has a scale
+// and a shift: w = scale * number + shift. All but the last of a word stay where they are, 16 or 256 or so times as great:
+// the elements of rows that they meet are so much smaller (`rows_of`), which changes no bit of a product.
 struct Nibbles {
     using Row = float;
-    static constexpr int PER_STEP = 2;
+    static constexpr int PER_STEP = 8;
+    static constexpr float BASE = 8.0f;  // what is taken from a number
     static constexpr long panel_bytes(long num_k) { return num_k * PANEL / 2; }
-    static constexpr long byte_of(long column, long each) { return each * LANES + column % LANES; }
+    static void put(uint8_t* panel, long column, long k, int number) {
+        uint8_t* to = panel + k / 8 * 128 + column * 4 + k % 8 / 2;
+        uint8_t nibble = (uint8_t)((number + 8) & 15);
+        *to = k % 2 ? (uint8_t)(*to & 15) | (uint8_t)(nibble << 4) : nibble;
+    }
+    static __m256i words(const uint8_t* panel, long step, int part) {
+        return _mm256_loadu_si256((const __m256i*)(panel + step * 128) + part);
+    }
     static __m256 eight(const uint8_t* panel, long step, int each, int part) {
-        __m128i bytes = _mm_loadl_epi64((const __m128i*)(panel + step * 32 + each * LANES + 8 * (part % 2)));
-        __m256i x = _mm256_cvtepu8_epi32(bytes);
-        x = part < 2 ? _mm256_and_si256(x, _mm256_set1_epi32(15)) : _mm256_srli_epi32(x, 4);
-        return _mm256_cvtepi32_ps(_mm256_sub_epi32(x, _mm256_set1_epi32(8)));
+        __m256i x = words(panel, step, part);
+        return _mm256_cvtepi32_ps(each == 7 ? _mm256_srli_epi32(x, 28) : _mm256_and_si256(x, _mm256_set1_epi32(15 << 4 * each)));
     }
 };
 
@@ -72,7 +79,7 @@ template <class W, int NUM, int FIRST, int COUNT, class Ask> inline void sweep(
         for (int part = 0; part < COUNT; ++part) sums[row][part] = acc[row][FIRST + part];
     for (long step = 0; step < num_steps; ++step) {
         ask(step);
-#pragma GCC unroll 2
+#pragma GCC unroll 8
         for (int each = 0; each < W::PER_STEP; ++each) {
             __m256 b[COUNT];
 #pragma GCC unroll 4
@@ -105,13 +112,21 @@ template <class W, int NUM, class Ask = Nothing> inline void pass(
     }
 }
 
-// Rows as passes take them; the room is the calling thread's until it asks again.
-inline const float* rows_of(const float* a, long) { return a; }
-inline const float* rows_of(const bf16* a, long count) {
+inline float* row_room(long count) {  // of this thread, until it asks again
     static thread_local std::vector<float> room;
     if ((long)room.size() < count) room.resize(count);
-    copy_row(room.data(), a, count);
     return room.data();
+}
+
+// Rows as passes over panels of W take them, or over unpacked ones.
+template <class W> inline const float* rows_of(const float* a, long, bool) { return a; }
+template <class W> inline const float* rows_of(const bf16* a, long count, bool is_unpacked) {
+    float* room = row_room(count);
+    copy_row(room, a, count);
+    if (!std::is_same_v<W, Nibbles> || is_unpacked) return room;
+    const __m256 shares = _mm256_setr_ps(1.0f, 0x1p-4f, 0x1p-8f, 0x1p-12f, 0x1p-16f, 0x1p-20f, 0x1p-24f, 1.0f);
+    for (long at = 0; at < count; at += 8) _mm256_storeu_ps(room + at, _mm256_mul_ps(_mm256_loadu_ps(room + at), shares));
+    return room;
 }
 
 // Steps of what is held in less as floats.
@@ -120,8 +135,17 @@ template <class W> constexpr bool is_unpacked = true;  // floats, too: beside th
 
 template <class W> inline void unpack(const uint8_t* from, long num_steps, uint8_t* to) {
     for (long step = 0; step < num_steps; ++step)
-#pragma GCC unroll 2
+#pragma GCC unroll 8
         for (int each = 0; each < W::PER_STEP; ++each, to += 128)
 #pragma GCC unroll 4
-            for (int part = 0; part < 4; ++part) _mm256_storeu_ps((float*)to + 8 * part, W::eight(from, step, each, part));
+            for (int part = 0; part < 4; ++part) {
+                __m256 x;
+                if constexpr (std::is_same_v<W, Nibbles>) {
+                    __m256i word = _mm256_srli_epi32(Nibbles::words(from, step, part), 4 * each);
+                    x = _mm256_cvtepi32_ps(_mm256_and_si256(word, _mm256_set1_epi32(15)));
+                } else {
+                    x = W::eight(from, step, each, part);
+                }
+                _mm256_storeu_ps((float*)to + 8 * part, x);
+            }
 }

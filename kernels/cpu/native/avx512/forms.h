@@ -4,6 +4,7 @@
 
 constexpr int ROWS = 12;               // of one pass: 24 accumulators, two vectors of weights
 constexpr int GROUPED_ROWS = ROWS / 2;  // of one pass, where sums of groups are accumulators too
+constexpr long GROUPED_MOST = GROUPED_ROWS;  // so many rows are multiplied by what is packed, more by what was unpacked
 constexpr int CHUNK_ROWS = 16 * ROWS;  // of a task: they stay in the second-level cache while panels go by
 
 struct Step {
@@ -49,11 +50,11 @@ struct Bytes {
     using Row = bf16;
     static constexpr int PER_STEP = 2;
     static constexpr long panel_bytes(long num_k) { return num_k * PANEL; }
-    static constexpr long byte_of(long column, long each) {  // unpacking takes bytes 0 to 7 of each 16 into the lower vector
-        long word = column % LANES * 2 + each;
-        return word / 8 * 16 + column / LANES * 8 + word % 8;
+    static void put(uint8_t* panel, long column, long k, int number) {
+        long word = column % LANES * 2 + k % 2;  // unpacking takes bytes 0 to 7 of each 16 into the lower vector
+        uint8_t* to = panel + k / 2 * 64 + word / 8 * 16 + column / LANES * 8 + word % 8;
+        *to = (uint8_t)(number < 0 ? 0x80 | -number : number);
     }
-    static uint8_t packed(int number) { return (uint8_t)(number < 0 ? 0x80 | -number : number); }
     static Vec add(Vec sum, Words a, Words b) { return Pairs::add(sum, a, b); }
 
 #ifdef __AVX512VBMI__
@@ -116,7 +117,12 @@ struct Nibbles {
     using Row = bf16;
     static constexpr int PER_STEP = 2;
     static constexpr long panel_bytes(long num_k) { return num_k * PANEL / 2; }
-    static constexpr long byte_of(long column, long each) { return column % LANES * 2 + each; }
+    static constexpr float BASE = 0.0f;  // what is taken from a number
+    static void put(uint8_t* panel, long column, long k, int number) {
+        uint8_t* to = panel + k / 2 * 32 + column % LANES * 2 + k % 2;
+        uint8_t nibble = (uint8_t)((number + 8) & 15);
+        *to = column < LANES ? nibble : (uint8_t)(*to & 15) | (uint8_t)(nibble << 4);
+    }
     Step at(const uint8_t* panel, long step) const {
         Words x = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(panel + step * 32)));
         const Words table = _mm512_broadcast_i64x4(_mm256_setr_epi16(
@@ -164,8 +170,8 @@ template <class W, int NUM, class Ask = Nothing> inline void pass(
 
 using PackedKeys = Pairs;  // and values, of bfloat16
 
-// Rows as passes take them.
-template <class T> inline const T* rows_of(const T* a, long) { return a; }
+// Rows as passes over panels of W take them, or over unpacked ones.
+template <class W, class T> inline const T* rows_of(const T* a, long, bool) { return a; }
 
 // Steps of whole numbers as bfloat16.
 using Unpacked = Pairs;
