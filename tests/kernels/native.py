@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import numpy as np
 import pytest
 import torch
@@ -20,21 +17,8 @@ DTYPES = [torch.float32, torch.bfloat16]
 NORMS = Norms(1e-5, wide=False)
 
 
-_marches = ["native"]  # the last is what is tested
-
-
-@contextmanager
-def compiled_for(march: str) -> Iterator[None]:
-    """Native code in the block is what the compiler makes for such a processor."""
-    _marches.append(march)
-    try:
-        yield
-    finally:
-        _marches.pop()
-
-
 def native(dtype: torch.dtype, num_threads: int = 1, is_tiled: bool = False) -> NativeBackend:
-    library = load_library(_marches[-1])
+    library = load_library()
     if library is None:
         pytest.skip("no native code on this machine: it wants AVX2 and a C++ compiler")
     return NativeBackend(library, dtype, num_threads, is_tiled)

@@ -346,13 +346,3 @@ def _group(attention: Attention, case: Case, heads: Heads) -> GroupPlace:
         case.blocks[sequence, positions // block_size].contiguous(), positions % block_size,
         attention.turns(angles.cos(), angles.sin(), positions), plan,
     )  # fmt: skip
-
-
-@pytest.mark.parametrize("march", ["x86-64-v3", "skylake-avx512", "sapphirerapids"])
-def test_code_for_other_processors_is_fit_for_a_compiler(march: str) -> None:
-    native(torch.float32)  # skips where there is no compiler
-    compiler, _ = native_library._compiler()
-    for name in native_library._PARTS:
-        native_library._run(
-            [compiler, *native_library._FLAGS, f"-march={march}", "-fsyntax-only", str(native_library._SOURCES / name)]
-        )

@@ -224,7 +224,7 @@ private:
             for (int part = 0; part < KEYS / LANES; ++part) {
                 Vec weight = is_seen ? exp2_of(sub(load(own + part * LANES), highest)) : sum;
                 store(mine_.weights + row * KEYS + part * LANES, weight);
-                if (is_seen) sum = add(sum, rounded<T>(weight));
+                if (is_seen) sum = add(sum, rounded<E>(weight));
             }
             store(mine_.parts + row * LANES, sum);
         }

@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 
 _SOURCES = Path(__file__).parent
-_FLAGS = ("-std=c++20", "-fno-math-errno", "-fPIC", "-pthread", "-w")
+# Hidden: two libraries in one process, for other vectors, must not share what is static in their functions.
+_FLAGS = ("-std=c++20", "-fno-math-errno", "-fPIC", "-fvisibility=hidden", "-pthread", "-w")
 _PARTS = {"linear.cpp": "-O2", "nibbles.cpp": "-O3", "native.cpp": "-O3"}
 _NEEDED = ("avx2", "fma", "f16c")
 _AVX512 = {"avx512bw", "avx512cd", "avx512dq", "avx512vl"}

@@ -5,6 +5,8 @@
 #include "linear.h"
 #include "sampling.h"
 
+#pragma GCC visibility push(default)
+
 extern "C" {
 
 void set_threads(int count) { Threads::here().resize(count); }
@@ -43,3 +45,5 @@ void choose(const float* logits, long num_rows, long size, const Draws* draws, i
 }
 
 }  // extern "C"
+
+#pragma GCC visibility pop

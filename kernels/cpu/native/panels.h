@@ -141,7 +141,7 @@ template <class W, class T, class Out> inline void linear_as(
     Threads::here().run(num_chunks * num_parts, [&](long task) {
         long chunk = task / num_parts, part = task % num_parts;
         long begin = chunk * CHUNK_ROWS, count = std::min((long)CHUNK_ROWS, num_rows - begin);
-        const typename W::Row* rows = rows_of<W>(a + begin * w.num_k, count * w.num_k, num_rows > GROUPED_MOST);
+        const typename W::Row* rows = rows_of<W>(a + begin * w.num_k, count * w.num_k);
         const float* own = sums ? sums + begin * num_groups : nullptr;
         long end = (part + 1) * num_panels / num_parts;
         for (long number = part * num_panels / num_parts; number < end; ++number) {

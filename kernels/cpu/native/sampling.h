@@ -172,7 +172,7 @@ inline long choose_token(const float* logits, long size, const Draws& draws, lon
             Doubles own = load(x.data() + at, first_doubles(size - at), all(NEVER));
             for (unsigned left = may_reach(own, noise + (at - first), best); left; left &= left - 1) {
                 long id = at + std::countr_zero(left);
-                if (!kept.has(x[id], id)) continue;
+                if (id >= size || !kept.has(x[id], id)) continue;
                 double value = x[id] + gumbel(noise[id - first]);
                 if (value > best || (value == best && id < found)) best = value, found = id;
             }

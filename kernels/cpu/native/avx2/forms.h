@@ -6,8 +6,8 @@
 #include "../vectors.h"
 
 constexpr int ROWS = 6;                // of one pass: 12 accumulators, two vectors of weights, one element of a row
-constexpr int GROUPED_ROWS = ROWS;        // of one pass, where groups have sums of their own: those are in memory
-constexpr long GROUPED_MOST = 24;         // so many rows are multiplied by what is packed, more by what was unpacked
+constexpr int GROUPED_ROWS = ROWS;     // of one pass, where groups have sums of their own: those are in memory
+constexpr long GROUPED_MOST = 24;      // so many rows are multiplied by what is packed, more by what was unpacked
 constexpr int CHUNK_ROWS = 16 * ROWS;  // of a task: they stay in the second-level cache while panels go by
 
 // `eight(panel, step, each, part)`: columns 8 * part to 8 * part + 7 of a panel, at element `each` of a step.
@@ -57,11 +57,8 @@ struct Nibbles {
         uint8_t nibble = (uint8_t)((number + 8) & 15);
         *to = k % 2 ? (uint8_t)(*to & 15) | (uint8_t)(nibble << 4) : nibble;
     }
-    static __m256i words(const uint8_t* panel, long step, int part) {
-        return _mm256_loadu_si256((const __m256i*)(panel + step * 128) + part);
-    }
     static __m256 eight(const uint8_t* panel, long step, int each, int part) {
-        __m256i x = words(panel, step, part);
+        __m256i x = _mm256_loadu_si256((const __m256i*)(panel + step * 128) + part);
         return _mm256_cvtepi32_ps(each == 7 ? _mm256_srli_epi32(x, 28) : _mm256_and_si256(x, _mm256_set1_epi32(15 << 4 * each)));
     }
 };
@@ -118,12 +115,12 @@ inline float* row_room(long count) {  // of this thread, until it asks again
     return room.data();
 }
 
-// Rows as passes over panels of W take them, or over unpacked ones.
-template <class W> inline const float* rows_of(const float* a, long, bool) { return a; }
-template <class W> inline const float* rows_of(const bf16* a, long count, bool is_unpacked) {
+// Rows as passes over panels of W take them, packed or unpacked.
+template <class W> inline const float* rows_of(const float* a, long) { return a; }
+template <class W> inline const float* rows_of(const bf16* a, long count) {
     float* room = row_room(count);
     copy_row(room, a, count);
-    if (!std::is_same_v<W, Nibbles> || is_unpacked) return room;
+    if (!std::is_same_v<W, Nibbles>) return room;
     const __m256 shares = _mm256_setr_ps(1.0f, 0x1p-4f, 0x1p-8f, 0x1p-12f, 0x1p-16f, 0x1p-20f, 0x1p-24f, 1.0f);
     for (long at = 0; at < count; at += 8) _mm256_storeu_ps(room + at, _mm256_mul_ps(_mm256_loadu_ps(room + at), shares));
     return room;
@@ -138,14 +135,5 @@ template <class W> inline void unpack(const uint8_t* from, long num_steps, uint8
 #pragma GCC unroll 8
         for (int each = 0; each < W::PER_STEP; ++each, to += 128)
 #pragma GCC unroll 4
-            for (int part = 0; part < 4; ++part) {
-                __m256 x;
-                if constexpr (std::is_same_v<W, Nibbles>) {
-                    __m256i word = _mm256_srli_epi32(Nibbles::words(from, step, part), 4 * each);
-                    x = _mm256_cvtepi32_ps(_mm256_and_si256(word, _mm256_set1_epi32(15)));
-                } else {
-                    x = W::eight(from, step, each, part);
-                }
-                _mm256_storeu_ps((float*)to + 8 * part, x);
-            }
+            for (int part = 0; part < 4; ++part) _mm256_storeu_ps((float*)to + 8 * part, W::eight(from, step, each, part));
 }

@@ -2,10 +2,10 @@
 #pragma once
 #include "../vectors.h"
 
-constexpr int ROWS = 12;               // of one pass: 24 accumulators, two vectors of weights
-constexpr int GROUPED_ROWS = ROWS / 2;  // of one pass, where sums of groups are accumulators too
-constexpr long GROUPED_MOST = GROUPED_ROWS;  // so many rows are multiplied by what is packed, more by what was unpacked
-constexpr int CHUNK_ROWS = 16 * ROWS;  // of a task: they stay in the second-level cache while panels go by
+constexpr int ROWS = 12;                      // of one pass: 24 accumulators, two vectors of weights
+constexpr int GROUPED_ROWS = ROWS / 2;        // of one pass, where sums of groups are accumulators too
+constexpr long GROUPED_MOST = GROUPED_ROWS;   // so many rows are multiplied by what is packed, more by what was unpacked
+constexpr int CHUNK_ROWS = 16 * ROWS;         // of a task: they stay in the second-level cache while panels go by
 
 struct Step {
     Words low, high;  // columns 0 to 15 and 16 to 31
@@ -170,8 +170,8 @@ template <class W, int NUM, class Ask = Nothing> inline void pass(
 
 using PackedKeys = Pairs;  // and values, of bfloat16
 
-// Rows as passes over panels of W take them, or over unpacked ones.
-template <class W, class T> inline const T* rows_of(const T* a, long, bool) { return a; }
+// Rows as passes over panels of W take them, packed or unpacked.
+template <class W, class T> inline const T* rows_of(const T* a, long) { return a; }
 
 // Steps of whole numbers as bfloat16.
 using Unpacked = Pairs;
