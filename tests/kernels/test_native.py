@@ -61,12 +61,16 @@ def test_a_linear_layer_is_the_product(
 
 @WEIGHTS
 @pytest.mark.parametrize("num_k", [64, 576])
-def test_a_rows_bits_do_not_depend_on_the_others_nor_on_the_threads(dtype: torch.dtype, bits: Bits, num_k: int) -> None:
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_rows_bits_do_not_depend_on_the_others_nor_on_the_threads(
+    dtype: torch.dtype, bits: Bits, num_k: int, has_bias: bool
+) -> None:
     weight = random(200, num_k, dtype=dtype) / 8
+    bias = random(200, dtype=dtype, seed=2) if has_bias else None
     x = random(max(ROWS), num_k, dtype=dtype, seed=1)
-    wanted = native(dtype).linear(weight, None, "silu", bits)(x)
+    wanted = native(dtype).linear(weight, bias, "silu", bits)(x)
     for num_threads in (1, 2, 3):
-        layer = native(dtype, num_threads).linear(weight, None, "silu", bits)
+        layer = native(dtype, num_threads).linear(weight, bias, "silu", bits)
         for rows in ROWS:
             assert torch.equal(layer(x[-rows:].contiguous()), wanted[-rows:]), (num_threads, rows)
     native(dtype)

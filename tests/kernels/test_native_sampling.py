@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -60,3 +62,12 @@ def test_a_nan_shows() -> None:
     logits = torch.zeros(1, 50)
     logits[0, 33] = float("nan")
     assert native(torch.float32).choose(logits, draws_of([SamplingParams(temperature=0.0)], [0])).tolist() == [33]
+
+
+@pytest.mark.parametrize("size", [3, 9, 50])
+def test_a_row_without_any_number_gives_a_token_of_the_vocabulary(size: int) -> None:
+    """What lies behind the row is that of a longer one before."""
+    choose = native(torch.float32).choose
+    drawn = draws_of([SamplingParams(temperature=1.0, seed=1)], [0])
+    choose(torch.zeros(1, 64), drawn)
+    assert choose(torch.full((1, size), -math.inf), drawn).item() < size

@@ -5,7 +5,7 @@
 enum Form : long { FLOATS, PAIRS, BYTES, NIBBLES };
 enum Finish : long { PLAIN, SILU_GATED, GELU_GATED };
 
-struct Weight {  // as kernels/cpu/native_matrix.py has it
+struct Weight {  // as linear.py has it
     const uint8_t* panels;
     const void* scales;    // BYTES: floats, [columns of panels]; NIBBLES: halves, panel by panel and group by group 32
                            // scales and 32 shifts

@@ -1,4 +1,4 @@
-// What Python calls (kernels/cpu/native.py). Pointers are of contiguous tensors.
+// What Python calls (library.py). Pointers are of contiguous tensors.
 #include "attention.h"
 #include "decoder.h"
 #include "layers.h"

@@ -46,7 +46,8 @@ struct Bytes {
 
 // Whole numbers -8 to 7 as 0 to 15: a column's eight of a step in the 4 bits each of one word. Each group of k has a scale
 // and a shift: w = scale * number + shift. All but the last of a word stay where they are, 16 or 256 or so times as great:
-// the elements of rows that they meet are so much smaller (`rows_of`), which changes no bit of a product.
+// the elements of rows that they meet are so much smaller (`rows_of`), which changes no bit of a product, but of elements
+// below 2^-100 or so.
 struct Nibbles {
     using Row = float;
     static constexpr int PER_STEP = 8;
